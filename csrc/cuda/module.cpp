@@ -1,0 +1,3 @@
+#include "../module.h"
+
+QRM_FAST_EMPTY_MODULE(_cuda)

@@ -1,0 +1,8 @@
+"""Kernels for token-level credit assignment in LLM reinforcement learning."""
+
+from .ops.gae import Advantages, gae  # isort: split
+
+# The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
+from . import _cpu  # noqa: F401  the C++ kernels register themselves for CPU
+
+__all__ = ["Advantages", "gae"]

@@ -1,0 +1,65 @@
+"""Argument checks of the public functions: metadata only, no data is read, so a compiled graph keeps them as guards."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int32, torch.int64)
+BOOL = (torch.bool,)
+INT64 = (torch.int64,)
+
+
+class Checker:
+    """Checks the tensors of one call against named dimensions.
+
+    The first tensor that mentions a dimension fixes it; the first tensor fixes the device. A dimension is a name
+    ("T"), a name with a factor and an offset ("S+1", "2P+1") or a number ("1").
+    """
+
+    def __init__(self) -> None:
+        self.dims: dict[str, int] = {}
+        self.device: torch.device | None = None
+
+    def __call__(
+        self, name: str, x: Tensor, shape: str, dtypes: tuple[torch.dtype, ...], *, strided: bool = False
+    ) -> None:
+        """Raise TypeError or ValueError unless `x` has this shape, one of these dtypes and dense rows.
+
+        `strided=True` admits any stride in front of a dense last dimension.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor [{shape.replace(' ', ', ')}], got {type(x).__name__}")
+        names = shape.split()
+        expected = f"[{', '.join(names)}] {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+        got = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must be {expected}, got {got}")
+        if x.ndim != len(names):
+            raise ValueError(f"{name} must be {expected}, got {got}")
+        for axis, dim in enumerate(names):
+            want = self._size(dim, x.shape[axis], name, got)
+            if x.shape[axis] != want:
+                raise ValueError(f"{name} must be {expected} with {dim} = {want}, got {got}")
+        if self.device is None:
+            self.device = x.device
+        elif x.device != self.device:
+            raise ValueError(f"{name} must be on {self.device} like the other arguments, got {x.device}")
+        if x.device.type == "cuda" and x.dtype == torch.float64:
+            raise TypeError(f"{name} must not be float64 on CUDA: the kernels accumulate in float32 there")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} must be dense in its last dimension, got stride {x.stride(-1)}")
+        if not strided and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
+
+    def _size(self, dim: str, size: int, name: str, got: str) -> int:
+        """The size that `dim` stands for, binding its name to `size` where this is its first mention."""
+        if dim.isdigit():
+            return int(dim)
+        term, _, offset = dim.partition("+")
+        symbol = term.lstrip("0123456789")
+        factor, plus = int(term.removesuffix(symbol) or 1), int(offset or 0)
+        if symbol not in self.dims:
+            if size < plus or (size - plus) % factor:
+                raise ValueError(f"{name} must have {dim} entries for some {symbol} >= 0, got {got}")
+            self.dims[symbol] = (size - plus) // factor
+        return factor * self.dims[symbol] + plus
