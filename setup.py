@@ -17,9 +17,7 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 
 
 extensions = [
-    CppExtension(
-        "qrm_fast._cpu", sources("cpu", ".cpp"), extra_compile_args={"cxx": CXX}, py_limited_api=True
-    ),
+    CppExtension("qrm_fast._cpu", sources("cpu", ".cpp"), extra_compile_args={"cxx": CXX}, py_limited_api=True),
     Pybind11Extension("qrm_fast._host", sources("host", ".cpp"), cxx_std=17, extra_compile_args=["-O3"]),
 ]
 if torch.version.cuda and shutil.which("nvcc"):

@@ -49,9 +49,7 @@ def gae(
     if mask is not None:
         check("mask", mask, "T", BOOL)
     lam, lam_per_sequence = (1.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
-    return Advantages(
-        *_gae(rewards, values, cu_seqlens, float(gamma), lam, lam_per_sequence, bootstrap, mask)
-    )
+    return Advantages(*_gae(rewards, values, cu_seqlens, float(gamma), lam, lam_per_sequence, bootstrap, mask))
 
 
 @torch.library.custom_op("qrm_fast::gae", mutates_args=())
