@@ -1,0 +1,200 @@
+"""Log-probability, entropy and log-partition of each token from hidden states, without [T, V] logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATS, INT64, Checker
+
+
+class TokenLogprobs(NamedTuple):
+    logprobs: Tensor  # [T] float32
+    entropy: Tensor  # [T] float32, nats
+    lse: Tensor  # [T] float32, not differentiable
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> TokenLogprobs:
+    """`log_softmax(hidden @ weight.T)` at `targets`, with its entropy, in memory that does not grow with T * V.
+
+    `hidden`: [T, D] floating, rows may be strided. `weight`: [V, D], same dtype. `targets`: [T] int64 in [0, V), or
+    `ignore_index`: that row gives 0 in every field and carries no gradient. `bias`: [V], same dtype. `temperature`:
+    a positive number, or [T] float32 (float64 for float64). `softcap`: a positive number c, logits become
+    c tanh(logit / c).
+
+        z = softcap(hidden @ weight.T + bias) / temperature      lse = log sum_v exp z_v
+        logprobs = z_target - lse                                entropy = -sum_v p_v log p_v,  p = exp(z - lse)
+
+    Products and sums are float32 for 16-bit inputs too (float64 for float64): no logit is ever rounded to 16 bits.
+    Differentiable in hidden, weight and bias through `logprobs` and `entropy` with any upstream gradient; the
+    backward pass recomputes the logits block by block (4 GEMMs in all, fewer where an input is frozen):
+
+        dL/dz_v = g_logp (1[v = target] - p_v) - g_entropy p_v (log p_v + entropy)
+
+    Gradients leave in the inputs' dtype, rounded once. A row whose two upstream gradients are 0 contributes nothing.
+    A row's bits, in logprobs, entropy, lse and hidden's gradient, depend on that row, weight and bias alone.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device or option, and, on CPU, ValueError for a target
+    outside [0, V); on CUDA such a row is NaN.
+    """
+    check = Checker()
+    check("hidden", hidden, "T D", FLOATS, strided=True)
+    check("weight", weight, "V D", (hidden.dtype,), strided=True)
+    check("targets", targets, "T", INT64)
+    if bias is not None:
+        check("bias", bias, "V", (hidden.dtype,))
+    if check.dims["V"] == 0:
+        raise ValueError("weight must have at least one row, got [0, D]")
+    if isinstance(temperature, Tensor):
+        check("temperature", temperature, "T", (torch.promote_types(hidden.dtype, torch.float32),))
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    number, per_row = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
+    return TokenLogprobs(*_forward(hidden, weight, targets, bias, number, per_row, softcap, ignore_index))
+
+
+@torch.library.custom_op("qrm_fast::linear_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, _ = _logits(hidden, weight, bias, temperature, temperatures, softcap)
+    ignored = targets == ignore_index
+    lse = z.logsumexp(-1)
+    logp = z - lse[:, None]
+    logprobs = logp.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
+    entropy = -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
+    return logprobs.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
+
+
+@_forward.register_fake
+def _(hidden, weight, targets, bias, temperature, temperatures, softcap, ignore_index):
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    return tuple(torch.empty_like(targets, dtype=acc) for _ in range(3))
+
+
+@torch.library.custom_op("qrm_fast::linear_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    entropy: Tensor,
+    lse: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias; an empty [0] tensor where one is not needed."""
+    z, slope = _logits(hidden, weight, bias, temperature, temperatures, softcap)
+    idle = (targets == ignore_index) | ((grad_logprobs == 0) & (grad_entropy == 0))
+    logp = z - lse[:, None]
+    p = logp.exp()
+    dz = -(grad_logprobs[:, None] + grad_entropy[:, None] * torch.where(p == 0, 0, logp + entropy[:, None])) * p
+    dz.scatter_add_(-1, targets.masked_fill(idle, 0)[:, None], grad_logprobs[:, None])
+    dz = (dz * slope).masked_fill(idle[:, None], 0)
+    none = hidden.new_empty(0)
+    active_hidden = hidden.to(dz.dtype).masked_fill(idle[:, None], 0)
+    return (
+        (dz @ weight.to(dz.dtype)).to(hidden.dtype) if need_hidden else none,
+        (dz.T @ active_hidden).to(hidden.dtype) if need_weight else none.clone(),
+        dz.sum(0).to(hidden.dtype) if need_bias else none.clone(),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_logprobs,
+    grad_entropy,
+    hidden,
+    weight,
+    targets,
+    bias,
+    temperature,
+    temperatures,
+    softcap,
+    ignore_index,
+    entropy,
+    lse,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    none = hidden.new_empty(0)
+    return (
+        hidden.new_empty(hidden.shape) if need_hidden else none,
+        weight.new_empty(weight.shape) if need_weight else none.clone(),
+        weight.new_empty(weight.shape[0]) if need_bias else none.clone(),
+    )
+
+
+def _logits(hidden, weight, bias, temperature, temperatures, softcap) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] after bias, softcap and temperature, and their slope d z / d (hidden @ weight.T)."""
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(acc) @ weight.to(acc).T
+    if bias is not None:
+        z = z + bias.to(acc)
+    slope = torch.ones((), dtype=acc, device=z.device)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+        slope = 1 - (z / softcap) ** 2
+    t = temperature if temperatures is None else temperatures[:, None]
+    return z / t, slope / t
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, targets, bias, temperature, temperatures, softcap, ignore_index = inputs
+    _, entropy, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, targets, bias, temperatures, entropy, lse)
+    ctx.options = temperature, softcap, ignore_index
+
+
+def _autograd(ctx, grad_logprobs, grad_entropy, _grad_lse):
+    hidden, weight, targets, bias, temperatures, entropy, lse = ctx.saved_tensors
+    temperature, softcap, ignore_index = ctx.options
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    dh, dw, db = _backward(
+        grad_logprobs.contiguous(),
+        grad_entropy.contiguous(),
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        temperatures,
+        softcap,
+        ignore_index,
+        entropy,
+        lse,
+        need_hidden,
+        need_weight,
+        need_bias,
+    )
+    return dh if need_hidden else None, dw if need_weight else None, None, db if need_bias else None, *(None,) * 4
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
