@@ -1,36 +1,62 @@
 """Build the compiled extensions. What is built depends on what *can* be built, never on a GPU being plugged in."""
 
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+from setuptools import Extension, setup
+
+if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrapper: it knows where its toolkit is
+    dryrun = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    os.environ["CUDA_HOME"] = os.path.realpath(re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)[1])
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
 CXX = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", *STABLE_ABI]
+CUDA_ARCHITECTURES = ["80", "90", "100"]
+NVCC = ["-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI]
 
 
-def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(p) for p in Path("csrc", folder).iterdir() if p.suffix in suffixes)
+def extensions() -> list[Extension]:
+    headers = [str(p) for p in Path("csrc").rglob("*.h*")]
 
+    def sources(folder: str, *suffixes: str) -> list[str]:
+        return sorted(str(p) for p in Path("csrc", folder).iterdir() if p.suffix in suffixes)
 
-extensions = [
-    CppExtension("qrm_fast._cpu", sources("cpu", ".cpp"), extra_compile_args={"cxx": CXX}, py_limited_api=True),
-    Pybind11Extension("qrm_fast._host", sources("host", ".cpp"), cxx_std=17, extra_compile_args=["-O3"]),
-]
-if torch.version.cuda and shutil.which("nvcc"):
-    extensions.append(
-        CUDAExtension(
-            "qrm_fast._cuda",
-            sources("cuda", ".cpp", ".cu"),
-            extra_compile_args={
-                "cxx": [*CXX, "-DUSE_CUDA"],
-                "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI],
-            },
+    built = [
+        CppExtension(
+            "qrm_fast._cpu",
+            sources("cpu", ".cpp"),
+            depends=headers,
+            extra_compile_args={"cxx": CXX},
             py_limited_api=True,
+        ),
+        # Only headers of torch here: it ships pybind11's, and nothing of torch is linked.
+        Extension(
+            "qrm_fast._host",
+            sources("host", ".cpp"),
+            depends=headers,
+            include_dirs=include_paths(),
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
+        ),
+    ]
+    if torch.version.cuda and shutil.which("nvcc"):
+        architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        built.append(
+            CUDAExtension(
+                "qrm_fast._cuda",
+                sources("cuda", ".cpp", ".cu"),
+                depends=headers,
+                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": [*NVCC, *architectures]},
+                py_limited_api=True,
+            )
         )
-    )
+    return built
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

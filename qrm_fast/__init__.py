@@ -4,6 +4,13 @@ from .ops.gae import Advantages, gae
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
-from . import _cpu  # noqa: F401  the C++ kernels register themselves for CPU
+try:
+    from . import _cpu, _host  # type: ignore[attr-defined]  # noqa: F401  the C++ kernels register themselves for CPU
+except ImportError as error:
+    raise ImportError(
+        "the compiled extensions of qrm_fast are missing or were built for another Python or torch; run "
+        "`pip install --no-build-isolation .` beside the torch in use, or `python setup.py build_ext --inplace` in a "
+        f"source tree ({error})"
+    ) from error
 
 __all__ = ["Advantages", "TokenLogprobs", "gae", "linear_logprobs"]

@@ -1,0 +1,54 @@
+# Outside a virtual environment every verb first fills .venv (torch and the pins of constraints.txt); inside one it uses
+# that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch.
+# DATA=DIR gives tests and benchmarks the folder of real data they otherwise skip.
+
+ifndef VIRTUAL_ENV
+ifeq ($(origin PYTHON),undefined)
+environment := .venv/installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+endif
+endif
+PYTHON ?= python
+built := build/built
+
+.PHONY: install demo test bench gpu lint docs
+.DELETE_ON_ERROR:
+
+install: $(or $(environment),fill)
+
+demo: $(built)
+	$(PYTHON) -m qrm_fast.cli demo
+
+test: $(built)
+	$(PYTHON) -m pytest --durations=10 $(if $(DATA),--real-data $(DATA))
+
+bench: $(built)
+	$(PYTHON) -m bench $(if $(DATA),--real-data $(DATA))
+
+gpu: $(built)
+	$(PYTHON) -m bench --device cuda --tests $(if $(DATA),--real-data $(DATA))
+
+lint: $(environment)
+	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc) && mypy
+
+docs: $(environment)
+	$(PYTHON) -m bench --render
+
+$(built): setup.py $(shell find csrc -type f) $(environment)
+	$(PYTHON) setup.py -q build_ext --inplace
+	mkdir -p $(@D) && touch $@
+
+.venv/installed: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(MAKE) fill PYTHON=python
+	touch $@
+
+# An installed torch is kept, and with it the Triton that a CUDA build of torch asks for by exact version.
+.PHONY: fill
+fill:
+	mkdir -p build
+	$(PYTHON) -c 'import torch' || $(PYTHON) -m pip install $$(grep ^torch== constraints.txt)
+	$(PYTHON) -m pip show torch | grep -q 'Requires:.*triton' && kept='^torch==|^triton==' || kept='^torch=='; \
+		grep -vE "$$kept" constraints.txt >build/constraints.txt
+	$(PYTHON) -m pip install -c build/constraints.txt setuptools wheel ninja numpy
+	$(PYTHON) -m pip install -c build/constraints.txt --no-build-isolation -e '.[cli,test,dev]'

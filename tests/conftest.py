@@ -1,0 +1,66 @@
+"""Poisoned memory, devices and real data, for every test.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before qrm_fast is imported: without a CUDA
+device the tests run Triton kernels in the interpreter.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real-data", type=Path, help="folder with gsm8k_pairs.jsonl and the other real data files")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; `make gpu` runs these")
+    config.addinivalue_line("markers", "unpoisoned: runs as users do, without PyTorch's deterministic mode")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+        if device == "cuda" or ("triton_device" in item.fixturenames and torch.cuda.is_available()):
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    """Fills uninitialised tensors, in Python and in the kernels, with NaN or the largest integer.
+
+    A kernel that leaves a row unwritten then fails any comparison. PyTorch does this in its deterministic mode only,
+    which also changes how its own operators compute: tests of our promises about bits carry the mark `unpoisoned`.
+    """
+    poisoned = request.node.get_closest_marker("unpoisoned") is None
+    torch.use_deterministic_algorithms(poisoned, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """A device with registered kernels; the CUDA case carries the mark `gpu`."""
+    return request.param
+
+
+@pytest.fixture
+def triton_device():
+    """Where a Triton launcher called by itself runs: the GPU, or the CPU through the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def real_data(request):
+    """The folder given as --real-data."""
+    folder = request.config.getoption("--real-data")
+    if folder is None:
+        pytest.skip("no --real-data DIR given")
+    return folder
