@@ -1,7 +1,8 @@
 """Kernels for token-level credit assignment in LLM reinforcement learning."""
 
 from .ops.gae import Advantages, gae
-from .ops.linear_logprobs import TokenLogprobs, linear_logprobs  # isort: split
+from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
+from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
 try:
@@ -13,4 +14,4 @@ except ImportError as error:
         f"source tree ({error})"
     ) from error
 
-__all__ = ["Advantages", "TokenLogprobs", "gae", "linear_logprobs"]
+__all__ = ["Advantages", "PairLoss", "TokenLogprobs", "gae", "linear_logprobs", "pairwise_q_loss"]

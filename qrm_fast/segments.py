@@ -1,0 +1,27 @@
+"""Sums over packed sequences and over groups of sequences in plain PyTorch, for the references of the ops.
+
+Deterministic on every device and without a host synchronisation (`index_add` would use float atomics on CUDA).
+"""
+
+import torch
+from torch import Tensor
+
+
+def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """[T] int64: the sequence that each packed row belongs to."""
+    return torch.searchsorted(cu_seqlens[1:], torch.arange(num_tokens, device=cu_seqlens.device), right=True)
+
+
+def sequence_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[S]: the sum of `x` [T] over each packed sequence."""
+    return torch.segment_reduce(x, "sum", offsets=cu_seqlens, unsafe=True)
+
+
+def group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
+    """[S]: for every sequence the sum of `x` [S] over its group; NaN where its group id is outside [0, S)."""
+    num_sequences = x.shape[0]
+    order = group_ids.argsort(stable=True)
+    bounds = torch.arange(num_sequences + 1, device=x.device)
+    sums = sequence_sum(x[order], torch.searchsorted(group_ids[order], bounds))
+    inside = (group_ids >= 0) & (group_ids < num_sequences)
+    return sums[group_ids.where(inside, 0)].where(inside, torch.nan)
