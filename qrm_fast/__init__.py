@@ -14,4 +14,17 @@ except ImportError as error:
         f"source tree ({error})"
     ) from error
 
-__all__ = ["Advantages", "PairLoss", "TokenLogprobs", "gae", "linear_logprobs", "pairwise_q_loss"]
+from .packing import PackedBatch, pack, per_token, unpack
+
+__all__ = [
+    "Advantages",
+    "PackedBatch",
+    "PairLoss",
+    "TokenLogprobs",
+    "gae",
+    "linear_logprobs",
+    "pack",
+    "pairwise_q_loss",
+    "per_token",
+    "unpack",
+]

@@ -1,0 +1,129 @@
+"""Packing: token lists and padded tensors to packed rows and back.
+
+There are two layouts: one row per model token, and one row per action. `pack` builds both; every op of this package
+takes the action layout.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _host  # type: ignore[attr-defined]
+from .checks import BOOL, FLOATS, INTS, Checker
+
+
+class PackedBatch(NamedTuple):
+    """S sequences of prompt and response: N model tokens, T response tokens ("actions").
+
+    Model layout, one row per token. `targets[i]` is the token that row i predicts, `input_ids[i + 1]`, and -100 on the
+    last row of each sequence; `action_mask[i]` says whether that token belongs to the response.
+
+    Action layout, one row per response token. `action_index[t]` is the model row that *predicts* action t: a policy
+    head or a critic reads `hidden[action_index]`. The state that has *consumed* the action is the row after it: a
+    scalar Q-head reads `hidden[action_index + 1]`. `targets[action_index]` are the actions.
+    """
+
+    input_ids: Tensor  # [N] int64
+    position_ids: Tensor  # [N] int64, from 0 in each sequence
+    cu_seqlens: Tensor  # [S+1] int32, rows of each sequence in the model layout
+    targets: Tensor  # [N] int64
+    action_mask: Tensor  # [N] bool
+    action_index: Tensor  # [T] int64, ascending
+    action_cu_seqlens: Tensor  # [S+1] int32, rows of each sequence in the action layout
+    seq_ids: Tensor  # [T] int64, the sequence of each action
+    max_seqlen: int  # tokens of the longest sequence
+
+
+def pack(sequences: list[list[int]], prompt_lens: list[int], *, device: torch.device | str = "cpu") -> PackedBatch:
+    """Token lists to one packed batch in both layouts.
+
+    `sequences`: S lists of token ids, prompt and response together (end-of-sequence token included). `prompt_lens`: S
+    ints; the first `prompt_lens[s]` tokens of sequence s are its prompt, the rest are its actions. An empty response
+    is legal, and so is an empty batch. The copies to a CUDA device are asynchronous.
+
+    Raises ValueError unless 1 <= prompt_lens[s] <= len(sequences[s]), every id is >= 0 and the batch has fewer than
+    2^31 tokens; TypeError for anything that is not a list (or tuple) of ints. The message names the sequence.
+    """
+    device = torch.device(device)
+    *arrays, max_seqlen = _host.pack(sequences, prompt_lens)
+    tensors = [torch.from_numpy(a) for a in arrays]
+    if device.type == "cuda":  # from pinned memory the copies queue behind the device's work instead of waiting for it
+        tensors = [x.pin_memory() for x in tensors]
+    return PackedBatch._make([*(x.to(device, non_blocking=True) for x in tensors), max_seqlen])
+
+
+def unpack(x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """Packed rows to one tensor per sequence.
+
+    `x`: [T, ...] any dtype. `cu_seqlens`: [S+1] int32 or int64. Returns S views of x, [len_s, ...]: gradients flow.
+    Reads cu_seqlens on the host, which waits for the device on CUDA.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device, and ValueError where cu_seqlens do not start at
+    0, decrease, or do not end at T.
+    """
+    _check_rows(x, cu_seqlens)
+    return list(x.split(_lengths(cu_seqlens, x.shape[0])))
+
+
+def per_token(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The value of each sequence on each of its rows: out[t] = x[s] for cu_seqlens[s] <= t < cu_seqlens[s+1].
+
+    `x`: [S] any dtype. `cu_seqlens`: [S+1] int32 or int64. `num_tokens`: T, an argument because reading it from
+    cu_seqlens would wait for the device. Returns [T] in x's dtype. Differentiable: the gradient of x[s] is the sum
+    over its rows, in a fixed order, accumulated in float32 (float64 for float64).
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device, and, on CPU, ValueError where cu_seqlens do not
+    start at 0, decrease, or do not end at num_tokens.
+    """
+    check = Checker()
+    check("x", x, "S", (*FLOATS, *INTS, *BOOL))
+    check("cu_seqlens", cu_seqlens, "S+1", INTS)
+    _check_boundaries(cu_seqlens, num_tokens)
+    return _PerToken.apply(x, cu_seqlens.diff(), num_tokens)
+
+
+class _PerToken(torch.autograd.Function):
+    """repeat_interleave, whose own backward adds with float atomics on CUDA."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(lengths)
+        return x.repeat_interleave(lengths, output_size=num_tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (lengths,) = ctx.saved_tensors
+        acc = torch.promote_types(grad.dtype, torch.float32)
+        return torch.segment_reduce(grad.to(acc), "sum", lengths=lengths, unsafe=True).to(grad.dtype), None, None
+
+
+def _check_rows(x: Tensor, cu_seqlens: Tensor) -> None:
+    check = Checker()
+    check("cu_seqlens", cu_seqlens, "S+1", INTS)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [T, ...], got {type(x).__name__}")
+    if x.ndim == 0:
+        raise ValueError("x must be [T, ...], got a 0-d tensor")
+    if x.device != check.device:
+        raise ValueError(f"x must be on {check.device} like cu_seqlens, got {x.device}")
+
+
+def _check_boundaries(cu_seqlens: Tensor, num_rows: int) -> None:
+    """Check the boundaries where reading them costs no wait: in host memory, outside a compiled graph."""
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        _lengths(cu_seqlens, num_rows)
+
+
+def _lengths(cu_seqlens: Tensor, num_rows: int) -> list[int]:
+    cu = cu_seqlens.tolist()
+    if cu[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {cu[0]}")
+    lengths = [eos - bos for bos, eos in pairwise(cu)]
+    if min(lengths, default=0) < 0:
+        s = next(s for s, length in enumerate(lengths) if length < 0)
+        raise ValueError(f"cu_seqlens must not decrease, got {cu[s]} then {cu[s + 1]} at index {s + 1}")
+    if cu[-1] != num_rows:
+        raise ValueError(f"cu_seqlens must end at the number of packed rows, {num_rows}, got {cu[-1]}")
+    return lengths

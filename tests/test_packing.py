@@ -1,0 +1,197 @@
+"""Packing against plain Python lists: both layouts by hand for two sequences, then as properties of any batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from qrm_fast import PackedBatch, pack, per_token, unpack
+
+examples = settings(deadline=None, max_examples=60)
+token_ids = st.integers(0, 2**63 - 1)
+# Prompt and response of at most 6 sequences; responses may be empty.
+batches = st.lists(st.tuples(st.lists(token_ids, min_size=1, max_size=8), st.lists(token_ids, max_size=8)), max_size=6)
+any_lengths = st.lists(st.integers(0, 9), max_size=8)
+
+
+def cumulative(lengths, dtype=torch.int32):
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def same_batch(got: PackedBatch, expected: PackedBatch) -> None:
+    for name, g, e in zip(PackedBatch._fields, got, expected, strict=True):
+        assert_close(g, e, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class TestPack:
+    def test_two_sequences_by_hand(self):
+        # Sequence 0: prompt 11 12 13, response 14 15.  Sequence 1: prompt 21, response 22.
+        batch = pack([[11, 12, 13, 14, 15], [21, 22]], [3, 1])
+        same_batch(
+            batch,
+            PackedBatch(
+                input_ids=torch.tensor([11, 12, 13, 14, 15, 21, 22]),
+                position_ids=torch.tensor([0, 1, 2, 3, 4, 0, 1]),
+                cu_seqlens=torch.tensor([0, 5, 7], dtype=torch.int32),
+                targets=torch.tensor([12, 13, 14, 15, -100, 22, -100]),
+                action_mask=torch.tensor([False, False, True, True, False, True, False]),
+                action_index=torch.tensor([2, 3, 5]),
+                action_cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32),
+                seq_ids=torch.tensor([0, 0, 1]),
+                max_seqlen=5,
+            ),
+        )
+        # What the heads read: the policy the row that predicts the action, the Q-head the row that consumed it.
+        assert batch.targets[batch.action_index].tolist() == [14, 15, 22]
+        assert batch.input_ids[batch.action_index].tolist() == [13, 14, 21]
+        assert batch.input_ids[batch.action_index + 1].tolist() == [14, 15, 22]
+
+    @examples
+    @given(batches)
+    def test_any_batch_is_the_plain_loop(self, batch):
+        expected = PackedBatch([], [], [0], [], [], [], [0], [], max((len(p + r) for p, r in batch), default=0))
+        for s, (prompt, response) in enumerate(batch):
+            tokens = prompt + response
+            for i, token in enumerate(tokens):
+                last = i + 1 == len(tokens)
+                is_action = i + 1 >= len(prompt) and not last
+                if is_action:
+                    expected.action_index.append(len(expected.input_ids))
+                    expected.seq_ids.append(s)
+                expected.input_ids.append(token)
+                expected.position_ids.append(i)
+                expected.targets.append(-100 if last else tokens[i + 1])
+                expected.action_mask.append(is_action)
+            expected.cu_seqlens.append(len(expected.input_ids))
+            expected.action_cu_seqlens.append(len(expected.action_index))
+        dtypes = {"cu_seqlens": torch.int32, "action_cu_seqlens": torch.int32, "action_mask": torch.bool}
+        got = pack([p + r for p, r in batch], [len(p) for p, _ in batch])
+        same_batch(
+            got,
+            PackedBatch(
+                *(
+                    torch.tensor(x, dtype=dtypes.get(f, torch.int64))
+                    for f, x in zip(got._fields[:-1], expected[:-1], strict=True)
+                ),
+                expected.max_seqlen,
+            ),
+        )
+        assert [x.tolist() for x in unpack(got.input_ids, got.cu_seqlens)] == [p + r for p, r in batch]
+        actions = got.targets[got.action_index]
+        assert [x.tolist() for x in unpack(actions, got.action_cu_seqlens)] == [r for _, r in batch]
+
+    def test_tuples_and_an_empty_batch(self):
+        same_batch(pack(((1, 2), (3,)), (1, 1)), pack([[1, 2], [3]], [1, 1]))
+        empty = pack([], [])
+        assert empty.cu_seqlens.tolist() == empty.action_cu_seqlens.tolist() == [0]
+        assert empty.input_ids.numel() == empty.seq_ids.numel() == empty.max_seqlen == 0
+
+    def test_the_callers_lists_are_copied(self):
+        sequences = [[1, 2, 3]]
+        batch = pack(sequences, [1])
+        batch.input_ids.zero_()
+        assert sequences == [[1, 2, 3]]
+
+    @pytest.mark.parametrize(
+        ("sequences", "prompt_lens", "error", "message"),
+        [
+            ([[1], [2]], [1], ValueError, "one entry per sequence, 2, got 1"),
+            ([[1], [2, 3]], [1, 3], ValueError, r"prompt_lens\[1\] must be between 1 and 2, the length of .*, got 3"),
+            ([[1], [2, 3]], [1, 0], ValueError, r"prompt_lens\[1\] must be between 1 and 2, the length of .*, got 0"),
+            ([[1], [2]], [1, -1], ValueError, r"prompt_lens\[1\] must be in \[0, 2\^63\), got -1"),
+            ([[1], []], [1, 1], ValueError, r"sequences\[1\] must hold at least one prompt token, got an empty list"),
+            ([[1], [2, -100]], [1, 1], ValueError, r"sequences\[1\]\[1\] must be in \[0, 2\^63\), got -100"),
+            ([[1], [2, 2**63]], [1, 1], ValueError, r"sequences\[1\]\[1\] must be in .*, got 9223372036854775808"),
+            ([[1], [2, "a"]], [1, 1], TypeError, r"sequences\[1\]\[1\] must be an int, got str"),
+            ([[1], [2, 3.0]], [1, 1], TypeError, r"sequences\[1\]\[1\] must be an int, got float"),
+            ([[1], "ab"], [1, 1], TypeError, r"sequences\[1\] must be a list of token ids, got str"),
+            ([[1], torch.tensor([2])], [1, 1], TypeError, r"sequences\[1\] must be a list .*, got Tensor"),
+            (7, [1], TypeError, "sequences must be a list of lists of token ids, got int"),
+            ([[1]], torch.tensor([1]), TypeError, "prompt_lens must be a list of ints, got Tensor"),
+            ([[1]], [1.0], TypeError, r"prompt_lens\[0\] must be an int, got float"),
+            ([[0] * 2**16] * 2**15, [1] * 2**15, ValueError, r"fewer than 2\^31 tokens, .*, got 2147483648"),
+        ],
+    )
+    def test_bad_input_names_the_sequence(self, sequences, prompt_lens, error, message):
+        with pytest.raises(error, match=message):
+            pack(sequences, prompt_lens)
+
+
+class TestUnpack:
+    @examples
+    @given(any_lengths, st.sampled_from([torch.int32, torch.int64]))
+    def test_rows_of_each_sequence(self, lengths, dtype):
+        x = torch.arange(2.0 * sum(lengths)).reshape(-1, 2)
+        parts = unpack(x, cumulative(lengths, dtype))
+        assert [len(p) for p in parts] == lengths
+        assert_close(torch.cat([x[:0], *parts]), x, rtol=0, atol=0)
+        assert all(p.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for p in parts)
+
+    def test_gradients_flow(self):
+        x = torch.arange(3.0, requires_grad=True)
+        first, second = unpack(x, cumulative([2, 1]))
+        (first.sum() + 10 * second.sum()).backward()
+        assert x.grad.tolist() == [1, 1, 10]
+
+
+class TestPerToken:
+    def test_by_hand(self):
+        x = torch.tensor([0.5, float("nan"), -2.0], requires_grad=True)
+        out = per_token(x, cumulative([2, 0, 3]), 5)
+        assert out.tolist() == [0.5, 0.5, -2, -2, -2]
+        out.backward(torch.tensor([1.0, 2, 3, 4, 5]))
+        assert x.grad.tolist() == [3, 0, 12]
+
+    @examples
+    @given(any_lengths, st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))
+    def test_every_row_has_its_sequences_value(self, lengths, dtype):
+        x = torch.arange(len(lengths)).to(dtype)
+        out = per_token(x, cumulative(lengths), sum(lengths))
+        assert out.dtype == dtype
+        assert out.tolist() == [v for v, n in zip(x.tolist(), lengths, strict=True) for _ in range(n)]
+
+    def test_gradient_is_rounded_once(self):
+        # 1 + 512 ulps of one sixteenth each: bfloat16 sums would stay at 1.
+        x = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+        per_token(x, cumulative([513]), 513).backward(torch.tensor([1.0] + [2.0**-9] * 512).bfloat16())
+        assert x.grad.item() == 2.0
+
+    def test_gradcheck(self):
+        x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        cu_seqlens = cumulative([2, 0, 1, 4])
+        assert torch.autograd.gradcheck(lambda x: per_token(x, cu_seqlens, 7), x)
+        assert torch.autograd.gradgradcheck(lambda x: per_token(x, cu_seqlens, 7), x)
+
+    def test_compiles_with_dynamic_shapes(self):
+        compiled = torch.compile(per_token, fullgraph=True, dynamic=True)
+        for lengths in ([2, 0, 3], [1, 4, 1, 7]):
+            x = torch.randn(len(lengths), requires_grad=True)
+            got = compiled(x, cumulative(lengths), sum(lengths))
+            assert_close(got, per_token(x, cumulative(lengths), sum(lengths)), rtol=0, atol=0)
+            got.sum().backward()
+            assert x.grad.tolist() == lengths
+
+    def test_bad_input(self):
+        x = torch.zeros(2)
+        with pytest.raises(ValueError, match=r"cu_seqlens must be \[S\+1\] .* with S\+1 = 3, got \[4\]"):
+            per_token(x, cumulative([1, 1, 1]), 3)
+        with pytest.raises(ValueError, match=r"x must be \[S\]"):
+            per_token(x[None], cumulative([1, 1]), 2)
+        with pytest.raises(TypeError, match=r"got .* complex64"):
+            per_token(x.cfloat(), cumulative([1, 1]), 2)
+
+
+@pytest.mark.parametrize("use", [unpack, lambda x, cu: per_token(x[: len(cu) - 1], cu, len(x))])
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        ([1, 2, 5], ValueError, "cu_seqlens must start at 0, got 1"),
+        ([0, 3, 2, 5], ValueError, "cu_seqlens must not decrease, got 3 then 2 at index 2"),
+        ([0, 3, 4], ValueError, "cu_seqlens must end at the number of packed rows, 5, got 4"),
+        ([0.0, 5.0], TypeError, r"cu_seqlens must be \[S\+1\] int32 or int64, got \[2\] float32"),
+    ],
+)
+def test_bad_boundaries(use, cu_seqlens, error, message):
+    with pytest.raises(error, match=message):
+        use(torch.zeros(5), torch.tensor(cu_seqlens))
