@@ -2,7 +2,8 @@
 
 from .ops.gae import Advantages, gae
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
-from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss  # isort: split
+from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
+from .ops.q_token_rewards import q_token_rewards  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
 try:
@@ -26,5 +27,6 @@ __all__ = [
     "pack",
     "pairwise_q_loss",
     "per_token",
+    "q_token_rewards",
     "unpack",
 ]
