@@ -34,8 +34,9 @@ lint: $(environment)
 docs: $(environment)
 	$(PYTHON) -m bench --render
 
-$(built): setup.py $(shell find csrc -type f) $(environment)
-	$(PYTHON) setup.py -q build_ext --inplace
+# Filling the environment compiles too: then there is nothing newer, though make saw no $(built) when it started.
+$(built): setup.py $(shell find csrc -type f) | $(environment)
+	test -f $@ && test -z "$$(find $^ -newer $@)" || $(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p $(@D) && touch $@
 
 .venv/installed: pyproject.toml constraints.txt
@@ -52,3 +53,4 @@ fill:
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
 	$(PYTHON) -m pip install -c build/constraints.txt setuptools wheel ninja numpy
 	$(PYTHON) -m pip install -c build/constraints.txt --no-build-isolation -e '.[cli,test,dev]'
+	touch $(built)

@@ -1,0 +1,228 @@
+"""Times ways to compute one result side by side, beside the machine's own limit measured in the same run.
+
+A suite is a file bench_X.py whose functions, decorated with @case, each build the inputs and return a Case. The harness
+then refuses a result whose gate is red; runs all providers and limits in turn, with a cold cache, so that drift hits
+all alike; and takes CPU times only while other processes leave the CPU alone.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Provider = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """One result and the ways to it. Every provider is a function without arguments over inputs built beforehand."""
+
+    providers: dict[str, Provider]  # ours first
+    gate: Callable[[], None]  # raises AssertionError where our result is wrong at this very shape
+    limit: dict[str, Provider]  # what the machine can do: the fastest of them is 100 %
+    limits_worth: float = 1.0  # how many times the limit's work this result needs: 4 for a 4-GEMM forward + backward
+    bytes: int = 0  # the least traffic: every input read once, every output written once
+    flops: int = 0  # the least arithmetic
+
+
+class Registered(NamedTuple):
+    suite: str
+    device: str
+    build: Callable[[], Case]
+
+
+CASES: dict[str, Registered] = {}
+
+
+def case(**shapes: list[dict]):
+    """Register a function that builds a Case, once per device and shape: `@case(cpu=[{"num_tokens": 4096}])`.
+
+    It is called as `build(device, **shape)`.
+    """
+
+    def register(build):
+        for device, grid in shapes.items():
+            for shape in grid:
+                name = f"{build.__name__}[{', '.join(f'{k}={v}' for k, v in shape.items())}] {device}"
+                suite = build.__module__.rpartition("bench_")[2]
+                CASES[name] = Registered(suite, device, partial(build, torch.device(device), **shape))
+        return build
+
+    return register
+
+
+def copy(num_bytes: int, device: torch.device) -> dict[str, Provider]:
+    """The limit of a result bound by memory: a copy that reads and writes `num_bytes` in all."""
+    source = torch.ones(num_bytes // 8, device=device)
+    target = torch.empty_like(source)
+    return {"copy": lambda: target.copy_(source)}
+
+
+def gemm(a: Tensor, b: Tensor) -> dict[str, Provider]:
+    """The limit of a result bound by arithmetic: a [M, K] @ b[N, K].T by every library that PyTorch offers here."""
+    out = torch.empty(a.shape[0], b.shape[0], dtype=a.dtype, device=a.device)
+    ways: dict[str, Provider] = {"torch.mm": lambda: torch.mm(a, b.T, out=out)}
+    if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return ways
+
+
+@dataclass
+class Timing:
+    """Milliseconds of each clean repeat."""
+
+    ms: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        p20, _, _, p80 = quantiles(self.ms, n=5, method="inclusive")
+        return {"median_ms": median(self.ms), "p20_ms": p20, "p80_ms": p80, "repeats": len(self.ms)}
+
+
+class Busy(Exception):
+    """Other processes used the CPU for too much of the time that was allowed."""
+
+
+class OtherCpu:
+    """The share of this machine's CPU time that other processes took since the last call."""
+
+    def __init__(self) -> None:
+        self.last = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        ticks = user + nice + system + irq + softirq + steal
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def __call__(self) -> float:
+        now = self._now()
+        wall, all_cpu, own_cpu = (b - a for a, b in zip(self.last, now, strict=True))
+        self.last = now
+        return max(0.0, all_cpu - own_cpu) / (wall * len(os.sched_getaffinity(0)))
+
+
+def interleaved(
+    providers: dict[str, Provider],
+    device: torch.device,
+    *,
+    repeats: int = 15,
+    max_seconds: float = 90.0,
+    allow_busy: bool = False,
+) -> tuple[dict[str, Timing], float]:
+    """Time each provider `repeats` times in turn; returns the times and the share of CPU time others took meanwhile.
+
+    Every call finds the cache emptied. Rounds are kept or dropped together in windows of at least a quarter of a
+    second, the resolution of the kernel's CPU accounting; a window in which others took over a tenth is dropped unless
+    `allow_busy`. Raises Busy when `max_seconds` pass first.
+    """
+    for provider in providers.values():
+        provider()
+    timings = {name: Timing() for name in providers}
+    names, flush = list(providers), torch.empty(flush_bytes(device), dtype=torch.uint8, device=device)
+    other_cpu, shares, start = OtherCpu(), [], time.perf_counter()
+    while min(len(t.ms) for t in timings.values()) < repeats:
+        window: dict[str, list[float]] = {name: [] for name in names}
+        window_start = time.perf_counter()
+        while time.perf_counter() - window_start < 0.25:
+            for name in names:
+                window[name].append(milliseconds(providers[name], flush))
+            names.append(names.pop(0))  # nobody always follows the same neighbour
+        share = other_cpu()
+        if device.type == "cuda" or allow_busy or share <= 0.1:
+            shares.append(share)
+            for name in names:
+                timings[name].ms += window[name]
+        elif time.perf_counter() - start > max_seconds:
+            raise Busy(f"other processes took {share:.0%} of the CPU; kept {len(timings[names[0]].ms)} of {repeats}")
+    return timings, sum(shares) / len(shares)
+
+
+def flush_bytes(device: torch.device) -> int:
+    """Enough to displace the last level of cache and, on CUDA, to keep the device busy while the host launches."""
+    if device.type == "cuda":
+        return 1 << 30
+    sizes = [p.read_text() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return 2 * max([int(s.rstrip("K\n")) * 1024 for s in sizes], default=32 << 20)
+
+
+def milliseconds(provider: Provider, flush: Tensor) -> float:
+    """One call with a cold cache. CUDA events bracket the device's work."""
+    flush.zero_()
+    if flush.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        provider()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    provider()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def extra_mib(name: str, provider: str) -> float:
+    """MiB that the first call of a provider adds to the memory of a fresh process, or to CUDA's allocations there."""
+    command = [sys.executable, "-m", "bench", "--memory", name, provider]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def extra_mib_here(name: str, provider: str) -> float:
+    """`extra_mib` in the fresh process: what the call adds to the high-water mark."""
+    torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the libraries' own buffers are nobody's memory
+    torch.ops.mkldnn._linear_pointwise(torch.ones(256, 256), torch.ones(256, 256), None, "none", [], "")
+    built = CASES[name].build()
+    if CASES[name].device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        built.providers[provider]()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    # ru_maxrss would not do: a child starts with its parent's, and it cannot be reset.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    built.providers[provider]()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1])
+
+
+def measure(name: str, *, allow_busy: bool = False) -> dict:
+    """Run one case; returns its record, which holds `refused` and no figures where the gate is red or the CPU busy."""
+    suite, device, build = CASES[name]
+    record: dict = {"case": name, "suite": suite, "device": device}
+    built = build()
+    try:
+        built.gate()
+    except AssertionError as error:
+        return record | {"refused": f"the result is wrong: {error}"}
+    ways = built.providers | {f"limit: {k}": v for k, v in built.limit.items()}
+    try:
+        timings, other = interleaved(ways, torch.device(device), allow_busy=allow_busy)
+    except Busy as error:
+        return record | {"refused": str(error)}
+    times = {way: timing.summary() for way, timing in timings.items()}
+    limit_ms = built.limits_worth * min(times[f"limit: {k}"]["median_ms"] for k in built.limit)
+    for way, row in times.items():
+        ours, worth = way in built.providers, 1.0 if way in built.providers else built.limits_worth
+        row["of_limit"] = limit_ms / worth / row["median_ms"]
+        if ours or not built.flops:
+            row["gb_per_s"] = built.bytes / worth / row["median_ms"] / 1e6
+        if built.flops:
+            row["gflop_per_s"] = built.flops / worth / row["median_ms"] / 1e6
+        if ours:
+            row["extra_mib"] = extra_mib(name, way)
+    return record | {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
