@@ -2,6 +2,7 @@
 
 from .ops.gae import Advantages, gae
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
+from .ops.loss_weights import loss_weights
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.q_token_rewards import q_token_rewards  # isort: split
 
@@ -24,6 +25,7 @@ __all__ = [
     "TokenLogprobs",
     "gae",
     "linear_logprobs",
+    "loss_weights",
     "pack",
     "pairwise_q_loss",
     "per_token",
