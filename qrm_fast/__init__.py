@@ -4,6 +4,7 @@ from .ops.gae import Advantages, gae
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.loss_weights import loss_weights
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
+from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.q_token_rewards import q_token_rewards  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
@@ -22,6 +23,8 @@ __all__ = [
     "Advantages",
     "PackedBatch",
     "PairLoss",
+    "PolicyLoss",
+    "PolicyMetrics",
     "TokenLogprobs",
     "gae",
     "linear_logprobs",
@@ -29,6 +32,7 @@ __all__ = [
     "pack",
     "pairwise_q_loss",
     "per_token",
+    "policy_loss",
     "q_token_rewards",
     "unpack",
 ]

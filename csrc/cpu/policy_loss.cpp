@@ -1,0 +1,147 @@
+// Policy-gradient loss, metrics and gradients in one pass over the rows: reads every [T] input once and writes the two
+// gradients, 32 bytes per token in fp32 with every input given; nothing else of length T exists. Sums run in double
+// over fixed blocks of rows and are combined in order, so their bits do not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dtypes.h"
+#include "policy_terms.h"
+
+namespace qrm_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kMetrics = 7;
+
+struct Sums {
+  double loss = 0;
+  double metrics[kMetrics] = {};  // the fields of PolicyMetrics in qrm_fast/ops/policy_loss.py; the last is a maximum
+
+  void add(const Sums& x, double weight) {
+    loss += weight * x.loss;
+    for (int64_t i = 0; i < kMetrics - 1; ++i) metrics[i] += weight * x.metrics[i];
+    double& top = metrics[kMetrics - 1];
+    if (!(x.metrics[kMetrics - 1] <= top)) top = x.metrics[kMetrics - 1];  // a NaN stays
+  }
+};
+
+template <typename T>
+struct Rows {
+  const T* logprobs;
+  const acc_t<T>* advantages;
+  const T* entropy;
+  const T* old_logprobs;
+  const T* ref_logprobs;
+  const acc_t<T>* token_weights;
+  acc_t<T> mean_weight;
+  acc_t<T>* dlogprobs;
+  acc_t<T>* dentropy;
+};
+
+template <typename T>
+Sums policy_block(const Rows<T>& rows, const PolicyOptions<acc_t<T>>& options, acc_t<T> entropy_coef, int64_t begin,
+                  int64_t end) {
+  using A = acc_t<T>;
+  Sums sums;
+  for (int64_t t = begin; t < end; ++t) {
+    const A weight = rows.token_weights ? rows.token_weights[t] : rows.mean_weight;
+    if (weight == 0) {
+      rows.dlogprobs[t] = 0;
+      if (rows.entropy) rows.dentropy[t] = 0;
+      continue;
+    }
+    const A logprob = rows.logprobs[t];
+    const A old = rows.old_logprobs ? static_cast<A>(rows.old_logprobs[t]) : logprob;
+    const A ref = rows.ref_logprobs ? static_cast<A>(rows.ref_logprobs[t]) : A(0);
+    const A entropy = rows.entropy ? static_cast<A>(rows.entropy[t]) : A(0);
+    const PolicyTerms<A> x =
+        policy_terms<A>(logprob, old, rows.ref_logprobs ? &ref : nullptr, rows.advantages[t], options);
+    rows.dlogprobs[t] = weight * x.dlogprob;
+    if (rows.entropy) rows.dentropy[t] = -entropy_coef * weight;
+    const A bonus = entropy_coef != 0 ? entropy_coef * entropy : A(0);
+    sums.add({x.loss - bonus,
+              {double(x.clipped_low), double(x.clipped_high), x.approx_kl, x.ref_kl, x.ratio, entropy, x.ratio}},
+             weight);
+  }
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
+    const Tensor& logprobs, const Tensor& advantages, const std::optional<Tensor>& entropy,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& token_weights, const std::string& kind, double clip_low, double clip_high,
+    double dual_clip, double kl_coef, const std::string& kl_estimator, double entropy_coef) {
+  const int64_t num_tokens = logprobs.size(0);
+  const auto dtype = acc_dtype(logprobs.scalar_type());
+  Tensor loss = torch::stable::new_empty(logprobs, {}, dtype);
+  Tensor metrics = torch::stable::new_empty(logprobs, {kMetrics}, dtype);
+  Tensor dlogprobs = torch::stable::new_empty(logprobs, {num_tokens}, dtype);
+  Tensor dentropy = torch::stable::new_empty(logprobs, {entropy.has_value() ? num_tokens : 0}, dtype);
+  dispatch_floating(logprobs.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const PolicyOptions<A> options{
+        kind == "ppo" ? PolicyKind::kPpo : PolicyKind::kReinforce,
+        static_cast<A>(1 - clip_low),
+        static_cast<A>(1 + clip_high),
+        static_cast<A>(dual_clip),
+        static_cast<A>(kl_coef),
+        kl_estimator == "k1"   ? KlEstimator::kK1
+        : kl_estimator == "k2" ? KlEstimator::kK2
+                               : KlEstimator::kK3,
+    };
+    const Rows<T> rows{
+        static_cast<const T*>(logprobs.const_data_ptr()),
+        static_cast<const A*>(advantages.const_data_ptr()),
+        data_or_null<T>(entropy),
+        data_or_null<T>(old_logprobs),
+        data_or_null<T>(ref_logprobs),
+        data_or_null<A>(token_weights),
+        static_cast<A>(1.0 / num_tokens),
+        static_cast<A*>(dlogprobs.mutable_data_ptr()),
+        static_cast<A*>(dentropy.mutable_data_ptr()),
+    };
+    std::vector<Sums> blocks((num_tokens + kBlock - 1) / kBlock);
+    torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        blocks[i] = policy_block<T>(rows, options, entropy_coef, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
+      }
+    });
+    Sums sums;
+    for (const Sums& block : blocks) sums.add(block, 1);
+    *static_cast<A*>(loss.mutable_data_ptr()) = sums.loss;
+    std::copy_n(sums.metrics, kMetrics, static_cast<A*>(metrics.mutable_data_ptr()));
+  });
+  return {loss, metrics, dlogprobs, dentropy};
+}
+
+Tensor policy_loss_backward(const Tensor& grad_loss, const Tensor& derivative, const Tensor& x) {
+  Tensor grad = torch::stable::new_empty(x, {x.size(0)});
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const A scale = *static_cast<const A*>(grad_loss.const_data_ptr());
+    const A* d = static_cast<const A*>(derivative.const_data_ptr());
+    T* g = static_cast<T*>(grad.mutable_data_ptr());
+    torch::stable::parallel_for(0, x.size(0), 32768, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) g[t] = static_cast<T>(scale * d[t]);
+    });
+  });
+  return grad;
+}
+
+}  // namespace
+}  // namespace qrm_fast
+
+STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) {
+  m.impl("policy_loss", TORCH_BOX(&qrm_fast::policy_loss));
+  m.impl("policy_loss_backward", TORCH_BOX(&qrm_fast::policy_loss_backward));
+}

@@ -1,0 +1,216 @@
+"""Policy-gradient losses over packed action rows, their metrics and their gradients, in one pass."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATS, Checker
+
+KINDS = ("ppo", "reinforce")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+class PolicyMetrics(NamedTuple):
+    """0-d float32: sums over tokens with the loss's weights, so they add over micro-batches; ratio_max is a maximum."""
+
+    clip_low: Tensor  # ratio < 1 - clip_low and A < 0
+    clip_high: Tensor  # ratio > 1 + clip_high and A > 0
+    approx_kl: Tensor  # (ratio - 1) - log ratio
+    ref_kl: Tensor  # kl_estimator of logprobs - ref_logprobs; 0 without them
+    ratio: Tensor  # exp(logprobs - old_logprobs); 1 without them
+    entropy: Tensor  # 0 where entropy is None
+    ratio_max: Tensor  # 0 without a row of non-zero weight
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor  # 0-d float32
+    logprobs: Tensor  # [T], the argument
+    entropy: Tensor | None  # [T], the argument
+    metrics: PolicyMetrics
+
+
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    kind: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+) -> PolicyLoss:
+    """Policy-gradient loss of packed action rows, with its metrics; differentiable in `logprobs` and `entropy`.
+
+    `logprobs`: [T] floating, log pi(a_t | s_t). `entropy`, `old_logprobs`, `ref_logprobs`: [T], dtype of `logprobs`.
+    `advantages`, `token_weights`: [T] float32 (float64 beside float64). `loss` and `metrics`: 0-d float32 (float64).
+
+        loss = sum_t w_t (l_t + kl_coef KL_t - entropy_coef H_t)        r_t = exp(logp_t - old_t)
+        ppo:        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),
+                    at most -A_t dual_clip where A_t < 0
+        reinforce:  l_t = -A_t logp_t
+        KL_t, d = logp_t - ref_t:        k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d
+
+    (PPO: Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729, eq. 5; KL estimators:
+    Schulman, "Approximating KL Divergence", 2020, differentiated as they stand.)
+    `token_weights` None: the mean over all T rows, 0 where T = 0. Weight 0 masks a row: whatever it holds, NaN
+    included, reaches neither loss nor metrics and its gradients are 0. `old_logprobs` None: on-policy, the ratio is
+    1 and carries the gradient A_t; reinforce uses them in the metrics only.
+    Sums are deterministic for any number of threads. All tensors but `logprobs` and `entropy` are constants.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device, an unknown kind or kl_estimator, a coefficient
+    whose tensor is missing, a negative clip range, dual_clip <= 1 or without ppo, and a constant that requires grad.
+    """
+    check = Checker()
+    check("logprobs", logprobs, "T", FLOATS)
+    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    check("advantages", advantages, "T", (acc,))
+    optional = {
+        "entropy": (entropy, logprobs.dtype),
+        "old_logprobs": (old_logprobs, logprobs.dtype),
+        "ref_logprobs": (ref_logprobs, logprobs.dtype),
+        "token_weights": (token_weights, acc),
+    }
+    for name, (x, dtype) in optional.items():
+        if x is not None:
+            check(name, x, "T", (dtype,))
+    constants = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    for name, x in {**constants, "token_weights": token_weights}.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} must not require grad, it is a constant of the loss: pass {name}.detach()")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}")
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
+    if dual_clip is not None and not (dual_clip > 1 and kind == "ppo"):
+        raise ValueError(f"dual_clip must be > 1 and belongs to kind 'ppo', got {dual_clip} with kind {kind!r}")
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef needs ref_logprobs, got kl_coef {kl_coef} without them")
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy_coef needs entropy, got entropy_coef {entropy_coef} without it")
+    loss, metrics, _, _ = _policy_loss(
+        logprobs,
+        advantages,
+        entropy,
+        old_logprobs,
+        ref_logprobs,
+        token_weights,
+        kind,
+        float(clip_low),
+        float(clip_high),
+        math.inf if dual_clip is None else float(dual_clip),
+        float(kl_coef),
+        kl_estimator,
+        float(entropy_coef),
+    )
+    return PolicyLoss(loss, logprobs, entropy, PolicyMetrics(*metrics.unbind()))
+
+
+@torch.library.custom_op("qrm_fast::policy_loss", mutates_args=())
+def _policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    token_weights: Tensor | None,
+    kind: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    logp, adv = logprobs.to(acc), advantages
+    weight = torch.full_like(logp, 1 / max(len(logp), 1)) if token_weights is None else token_weights
+    log_ratio = logp - (logp if old_logprobs is None else old_logprobs.to(acc))
+    ratio = log_ratio.exp()
+    if kind == "ppo":
+        surrogate, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
+        loss = torch.maximum(surrogate, clipped)
+        bounded = (adv < 0) & (loss > -adv * dual_clip)
+        dlogp = surrogate.masked_fill((surrogate < clipped) | bounded, 0)
+        loss = torch.where(bounded, -adv * dual_clip, loss)
+    else:
+        loss, dlogp = -adv * logp, -adv
+    ref_kl = torch.zeros_like(logp)
+    if ref_logprobs is not None:
+        d = logp - ref_logprobs.to(acc)
+        ref_kl, dkl = {
+            "k1": (d, torch.ones_like(d)),
+            "k2": (d * d / 2, d),
+            "k3": (torch.expm1(-d) + d, -torch.expm1(-d)),
+        }[kl_estimator]
+        if kl_coef != 0:
+            loss, dlogp = loss + kl_coef * ref_kl, dlogp + kl_coef * dkl
+    ent = torch.zeros_like(logp) if entropy is None else entropy.to(acc)
+    if entropy_coef != 0:
+        loss = loss - entropy_coef * ent
+    rows = torch.stack(
+        [
+            loss,
+            ((ratio < 1 - clip_low) & (adv < 0)).to(acc),
+            ((ratio > 1 + clip_high) & (adv > 0)).to(acc),
+            torch.expm1(log_ratio) - log_ratio,
+            ref_kl,
+            ratio,
+            ent,
+        ]
+    )
+    keep = weight != 0
+    sums = (rows * weight).where(keep, 0).sum(1)
+    ratio_max = torch.cat([ratio.where(keep, 0), ratio.new_zeros(1)]).amax(0, keepdim=True)
+    dlogp = (weight * dlogp).where(keep, 0)
+    dentropy = logp.new_empty(0) if entropy is None else (-entropy_coef * weight).where(keep, 0)
+    return sums[0].clone(), torch.cat([sums[1:], ratio_max]), dlogp, dentropy
+
+
+@_policy_loss.register_fake
+def _(logprobs, advantages, entropy, *_):
+    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    dlogprobs = torch.empty_like(logprobs, dtype=acc)
+    dentropy = logprobs.new_empty(0, dtype=acc) if entropy is None else torch.empty_like(dlogprobs)
+    return dlogprobs.new_empty(()), dlogprobs.new_empty(len(PolicyMetrics._fields)), dlogprobs, dentropy
+
+
+@torch.library.custom_op("qrm_fast::policy_loss_backward", mutates_args=())
+def _policy_loss_backward(grad_loss: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `x`, in its dtype. Taking `x` makes a second derivative raise: `derivative` depends on it."""
+    return (grad_loss * derivative).to(x.dtype)
+
+
+@_policy_loss_backward.register_fake
+def _(grad_loss, derivative, x):
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx, inputs, output):
+    logprobs, _, entropy, *_ = inputs
+    _, metrics, dlogprobs, dentropy = output
+    ctx.mark_non_differentiable(metrics, dlogprobs, dentropy)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dlogprobs, logprobs, dentropy, entropy)
+
+
+def _backward(ctx, grad_loss, *_):
+    dlogprobs, logprobs, dentropy, entropy = ctx.saved_tensors
+    grads = [None] * 13
+    if grad_loss is not None and ctx.needs_input_grad[0]:
+        grads[0] = _policy_loss_backward(grad_loss, dlogprobs, logprobs)
+    if grad_loss is not None and ctx.needs_input_grad[2]:
+        grads[2] = _policy_loss_backward(grad_loss, dentropy, entropy)
+    return tuple(grads)
+
+
+_policy_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,372 @@
+"""policy_loss against plain autograd in float64, a table worked out by hand, and its promises about bits and masks."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from grids import NUM_ROWS
+
+import qrm_fast
+from qrm_fast.ops.policy_loss import _policy_loss, _policy_loss_backward
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SIZES = [*NUM_ROWS, 3000]  # 3000 rows are three blocks of the kernel
+OPTIONS = {
+    "ppo": dict(kind="ppo"),
+    "ppo-on-policy": dict(kind="ppo", old=False, ref=False, weights=False, entropy=False),
+    "ppo-dual": dict(kind="ppo", dual_clip=1.5, clip_low=0.1, clip_high=0.3),
+    "ppo-k1": dict(kind="ppo", kl_coef=0.3, kl_estimator="k1", weights=False),
+    "ppo-k2": dict(kind="ppo", kl_coef=0.3, kl_estimator="k2", entropy_coef=0.1),
+    "ppo-k3": dict(kind="ppo", kl_coef=0.3, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.1),
+    "reinforce": dict(kind="reinforce", old=False, ref=False, weights=False, entropy=False),
+    "reinforce-k3": dict(kind="reinforce", kl_coef=0.3, entropy_coef=-0.1),
+}
+
+
+def problem(num_tokens, dtype, *, old=True, ref=True, weights=True, entropy=True, seed=0, **options):
+    """Arguments of policy_loss with every clip reached; a third of the rows masked where there are weights."""
+    g = torch.Generator().manual_seed(seed)
+    acc = torch.promote_types(dtype, torch.float32)
+
+    def normal():
+        return torch.randn(num_tokens, generator=g, dtype=torch.float64)
+
+    logprobs, advantages, entropies = (-normal().abs()).to(dtype), normal().to(acc), normal().abs().to(dtype)
+    weight = torch.rand(num_tokens, generator=g, dtype=torch.float64) / max(num_tokens, 1)
+    keywords = {
+        "entropy": entropies if entropy else None,
+        "old_logprobs": (logprobs + 0.5 * normal()).to(dtype) if old else None,
+        "ref_logprobs": (logprobs + 0.2 * normal()).to(dtype) if ref else None,
+        "token_weights": weight.masked_fill(normal() < -0.4, 0).to(acc) if weights else None,
+    }
+    return logprobs, advantages, {**keywords, **options}
+
+
+def oracle(
+    logprobs,
+    advantages,
+    *,
+    entropy=None,
+    old_logprobs=None,
+    ref_logprobs=None,
+    token_weights=None,
+    kind="ppo",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    kl_coef=0.0,
+    kl_estimator="k3",
+    entropy_coef=0.0,
+):
+    """The loss as PyTorch users write it, for autograd, and the metrics; rows of weight 0 are dropped."""
+    w = torch.ones_like(logprobs) / max(len(logprobs), 1) if token_weights is None else token_weights
+    rows = w != 0
+    w, logp, a = w[rows], logprobs[rows], advantages[rows]
+    old = logp.detach() if old_logprobs is None else old_logprobs[rows]
+    ratio = (logp - old).exp()
+    if kind == "ppo":
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        loss = torch.max(-a * ratio, -a * clipped)
+        if dual_clip is not None:
+            loss = torch.where(a < 0, torch.min(loss, -a * dual_clip), loss)
+    else:
+        loss = -a * logp
+    kl = torch.zeros_like(logp)
+    if ref_logprobs is not None:
+        d = logp - ref_logprobs[rows]
+        kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[kl_estimator]
+    h = torch.zeros_like(logp) if entropy is None else entropy[rows]
+    loss = loss + kl_coef * kl - entropy_coef * h
+    metrics = [
+        (w * ((ratio < 1 - clip_low) & (a < 0))).sum(),
+        (w * ((ratio > 1 + clip_high) & (a > 0))).sum(),
+        (w * (ratio - 1 - ratio.log())).sum(),
+        (w * kl).sum(),
+        (w * ratio).sum(),
+        (w * h).sum(),
+        ratio.max() if rows.any() else ratio.sum(),
+    ]
+    return (w * loss).sum(), [m.detach() for m in metrics]
+
+
+def leaves(arguments, dtype=None):
+    """The arguments, in another dtype where one is given, logprobs and entropy as leaves that collect gradients."""
+    logprobs, advantages, keywords = arguments
+    keywords = {k: v.to(dtype or v.dtype) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    if keywords["entropy"] is not None:
+        keywords["entropy"] = keywords["entropy"].clone().requires_grad_()
+    return (
+        logprobs.to(dtype or logprobs.dtype).clone().requires_grad_(),
+        advantages.to(dtype or advantages.dtype),
+        keywords,
+    )
+
+
+def values(loss, metrics, logprobs, entropy):
+    """Loss, metrics and the gradients for an upstream gradient of 3."""
+    inputs = [logprobs] if entropy is None else [logprobs, entropy]
+    grads = torch.autograd.grad(loss, inputs, torch.full_like(loss, 3), materialize_grads=True, allow_unused=True)
+    return [loss.detach(), *metrics, *grads]
+
+
+def ours(arguments):
+    logprobs, advantages, keywords = leaves(arguments)
+    out = qrm_fast.policy_loss(logprobs, advantages, **keywords)
+    return values(out.loss, out.metrics, logprobs, keywords["entropy"])
+
+
+def plain(arguments, dtype):
+    logprobs, advantages, keywords = leaves(arguments, dtype)
+    return values(*oracle(logprobs, advantages, **keywords), logprobs, keywords["entropy"])
+
+
+def rms(x):
+    return x.double().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_further_from_float64_than_autograd(dtype, options):
+    """Root mean square over many problems: on a single sum the worse path is often right by luck.
+
+    One rounding to the result's dtype is granted, as in accuracy.py.
+    """
+    acc = torch.promote_types(dtype, torch.float32)
+    arguments = [problem(num_tokens, dtype, seed=seed, **options) for num_tokens in SIZES for seed in range(4)]
+    results = (
+        zip(*map(ours, arguments), strict=True),
+        zip(*(plain(a, torch.float64) for a in arguments), strict=True),
+        zip(*(plain(a, acc) for a in arguments), strict=True),
+    )
+    for got, exact, eager in zip(*results, strict=True):
+        assert [x.shape for x in got] == [x.shape for x in exact]
+        assert {x.dtype for x in got} == {dtype if got[0].ndim else acc}
+        got, exact, eager = (torch.cat([x.flatten() for x in xs]) for xs in (got, exact, eager))
+        if dtype == torch.float64:  # the oracle is PyTorch's path and shows no error of its own
+            torch.testing.assert_close(got, exact, rtol=1e-13, atol=1e-15)
+        else:
+            assert rms(got - exact) <= max(rms(eager - exact), torch.finfo(got.dtype).eps * rms(exact))
+
+
+def test_table():
+    """Six rows by hand: clipped above, clipped below, on the policy, bounded by dual_clip, unclipped, masked."""
+    nan = math.nan
+    ratio = torch.tensor([2.0, 0.5, 1.0, 4.0, 0.5, nan])
+    logprobs = torch.zeros(6).masked_fill(ratio.isnan(), nan).requires_grad_()
+    out = qrm_fast.policy_loss(
+        logprobs,
+        torch.tensor([1.0, -1.0, 2.0, -1.0, 1.0, nan]),
+        old_logprobs=-ratio.log(),
+        token_weights=torch.tensor([0.5, 0.25, 0.25, 0.5, 1.0, 0.0]),
+        dual_clip=3.0,
+    )
+    # rows: -1.2, 0.8, -2, 3, -0.5
+    assert out.loss.item() == pytest.approx(0.1, abs=1e-6)
+    out.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0, 0, -0.5, 0, -0.5, 0]))
+    assert out.metrics.clip_low.item() == 0.25
+    assert out.metrics.clip_high.item() == 0.5
+    assert out.metrics.approx_kl.item() == pytest.approx(1.375 - 0.25 * math.log(2), abs=1e-6)
+    assert out.metrics.ratio.item() == pytest.approx(3.875)
+    assert out.metrics.ratio_max.item() == pytest.approx(4)
+    assert out.metrics.entropy.item() == out.metrics.ref_kl.item() == 0
+
+
+@pytest.mark.parametrize(
+    "estimator, kl, slope",
+    [("k1", math.log(2), 1), ("k2", math.log(2) ** 2 / 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
+)
+def test_table_of_kl_estimators(estimator, kl, slope):
+    """pi = 2 ref on one of two tokens; the gradient is that of the estimator."""
+    logprobs = torch.tensor([math.log(0.5), -1.0], requires_grad=True)
+    ref = torch.tensor([math.log(0.25), -1.0])
+    entropy = torch.tensor([0.6, 0.2], requires_grad=True)
+    out = qrm_fast.policy_loss(
+        logprobs,
+        torch.tensor([3.0, 0.0]),
+        kind="reinforce",
+        entropy=entropy,
+        ref_logprobs=ref,
+        kl_coef=0.5,
+        kl_estimator=estimator,
+        entropy_coef=0.1,
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx((3 * math.log(2) + 0.5 * kl - 0.1 * 0.8) / 2)
+    assert out.metrics.ref_kl.item() == pytest.approx(kl / 2)
+    assert out.metrics.entropy.item() == pytest.approx(0.4)
+    torch.testing.assert_close(logprobs.grad, torch.tensor([(-3 + 0.5 * slope) / 2, 0.25 if estimator == "k1" else 0]))
+    torch.testing.assert_close(entropy.grad, torch.tensor([-0.05, -0.05]))
+
+
+def test_small_log_ratios_keep_their_digits():
+    """(r - 1) - log r is d^2 / 2 near the policy; exp(d) - 1 - d in float32 would be rounding noise."""
+    d = torch.tensor([1e-4, -1e-4])
+    zero = torch.zeros(2)
+    out = qrm_fast.policy_loss(d, zero, old_logprobs=zero, ref_logprobs=zero)
+    assert out.metrics.approx_kl.item() == pytest.approx(5e-9, rel=1e-2)
+    assert out.metrics.ref_kl.item() == pytest.approx(5e-9, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradcheck(options):
+    logprobs, advantages, keywords = leaves(problem(7, torch.float64, **options))
+    entropy = keywords.pop("entropy")
+
+    def loss(logprobs, entropy):
+        return qrm_fast.policy_loss(logprobs, advantages, entropy=entropy, **keywords).loss
+
+    if keywords["old_logprobs"] is None and keywords["kind"] == "ppo":
+        keywords["old_logprobs"] = logprobs.detach().clone()  # what None stands for; finite differences move the ratio
+    assert torch.autograd.gradcheck(loss, (logprobs, entropy))
+
+
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
+def test_masked_rows_never_leak(fill):
+    logprobs, advantages, keywords = problem(300, torch.float32, **OPTIONS["ppo-k3"])
+    masked = keywords["token_weights"] == 0
+    assert masked.any() and not masked.all()
+    poisoned = {
+        k: v.masked_fill(masked, fill) if isinstance(v, torch.Tensor) and k != "token_weights" else v
+        for k, v in keywords.items()
+    }
+    clean = ours((logprobs, advantages, keywords))
+    got = ours((logprobs.masked_fill(masked, fill), advantages.masked_fill(masked, fill), poisoned))
+    for a, b in zip(got, clean, strict=True):
+        assert torch.equal(a, b)
+    assert (got[-1][masked] == 0).all() and (got[-2][masked] == 0).all()
+
+
+def test_nan_in_a_counted_row_is_seen():
+    for where in "logprobs", "advantages", "old_logprobs":
+        logprobs, advantages, keywords = problem(5, torch.float32, weights=False)
+        {"logprobs": logprobs, "advantages": advantages, **keywords}[where][2] = math.nan
+        loss, *_, grad, _ = ours((logprobs, advantages, keywords))
+        assert loss.isnan() and grad[2].isnan() and not grad[[0, 1, 3, 4]].isnan().any()
+
+
+def test_terms_of_coefficient_zero_cannot_spoil_the_loss():
+    inf = torch.full((3,), math.inf)
+    out = qrm_fast.policy_loss(torch.zeros(3), torch.ones(3), entropy=inf, ref_logprobs=inf)
+    assert out.loss.item() == -1
+
+
+def test_no_rows_and_no_counted_rows():
+    for num_tokens in 0, 4:
+        rows = torch.full((num_tokens,), math.nan)
+        loss, *metrics, grad = ours((rows, rows, dict(entropy=None, token_weights=torch.zeros(num_tokens))))
+        assert loss == 0 and not any(metrics) and (grad == 0).all()
+    empty = torch.empty(0)
+    assert qrm_fast.policy_loss(empty, empty).loss == 0
+
+
+def test_micro_batches_add_up():
+    logprobs, advantages, keywords = problem(3000, torch.float64, **OPTIONS["ppo-k3"])
+    whole = qrm_fast.policy_loss(logprobs, advantages, **keywords)
+    parts = []
+    for rows in slice(0, 7), slice(7, 2000), slice(2000, 3000):
+        part = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+        parts.append(qrm_fast.policy_loss(logprobs[rows], advantages[rows], **part))
+    torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
+    for name, value in whole.metrics._asdict().items():
+        combine = max if name == "ratio_max" else sum
+        torch.testing.assert_close(combine([getattr(p.metrics, name) for p in parts]), value)
+
+
+@pytest.mark.unpoisoned
+def test_bits_do_not_depend_on_threads_or_on_other_rows():
+    arguments = problem(5000, torch.float32, **OPTIONS["ppo-k3"])
+    runs = []
+    threads = torch.get_num_threads()
+    for n in 1, 2, 3:
+        torch.set_num_threads(n)
+        runs.append(ours(arguments))
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.equal(a, b)
+    order = torch.randperm(5000)[:1234]
+    logprobs, advantages, keywords = arguments
+    shuffled = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    for a, b in zip(ours((logprobs[order], advantages[order], shuffled))[-2:], runs[0][-2:], strict=True):
+        assert torch.equal(a, b[order])
+
+
+def test_passes_its_inputs_through():
+    logprobs, advantages, keywords = problem(4, torch.float32)
+    out = qrm_fast.policy_loss(logprobs, advantages, **keywords)
+    assert out.logprobs is logprobs and out.entropy is keywords["entropy"]
+    assert qrm_fast.policy_loss(logprobs, advantages).entropy is None
+
+
+def test_only_the_loss_is_differentiable_and_once():
+    logprobs, advantages, keywords = leaves(problem(4, torch.float32, **OPTIONS["ppo-k3"]))
+    out = qrm_fast.policy_loss(logprobs, advantages, **keywords)
+    assert not any(m.requires_grad for m in out.metrics)
+    for x in logprobs, keywords["entropy"]:
+        (grad,) = torch.autograd.grad(out.loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            grad.sum().backward()
+
+
+def test_opcheck():
+    logprobs, advantages, keywords = leaves(problem(5, torch.float32))
+    tensors = [keywords[k] for k in ("entropy", "old_logprobs", "ref_logprobs", "token_weights")]
+    for kind, (h, *rest) in itertools.product(("ppo", "reinforce"), (tensors, [None] * 4)):
+        torch.library.opcheck(_policy_loss, (logprobs, advantages, h, *rest, kind, 0.2, 0.2, math.inf, 0.0, "k3", 0.0))
+    torch.library.opcheck(_policy_loss_backward, (torch.tensor(2.0), torch.randn(5), logprobs.detach().bfloat16()))
+
+
+def test_compiles_forward_and_backward_with_one_graph_for_every_length():
+    options = OPTIONS["ppo-k3"]
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def step(logprobs, advantages, entropy, old, ref, weights):
+        return qrm_fast.policy_loss(
+            logprobs,
+            advantages,
+            entropy=entropy,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            token_weights=weights,
+            **options,
+        )
+
+    for num_tokens, stance in (17, "default"), (64, "fail_on_recompile"):
+        arguments = problem(num_tokens, torch.float32, **options)
+        logprobs, advantages, k = leaves(arguments)
+        with torch.compiler.set_stance(stance):
+            out = step(logprobs, advantages, k["entropy"], k["old_logprobs"], k["ref_logprobs"], k["token_weights"])
+            got = values(out.loss, out.metrics, logprobs, k["entropy"])
+        for a, b in zip(got, ours(arguments), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_bad_input():
+    x = torch.zeros(3)
+    good = dict(logprobs=x, advantages=x)
+    for error, sentence, change in [
+        (ValueError, r"logprobs must be \[T\] .*, got \[3, 1\] float32", dict(logprobs=x[:, None])),
+        (TypeError, r"logprobs must be \[T\] .*, got \[3\] int64", dict(logprobs=x.long())),
+        (ValueError, "logprobs must be dense in its last dimension, got stride 2", dict(logprobs=torch.zeros(6)[::2])),
+        (TypeError, r"advantages must be a tensor \[T\], got NoneType", dict(advantages=None)),
+        (ValueError, r"advantages must be \[T\] float32 with T = 3, got \[2\]", dict(advantages=x[:2])),
+        (TypeError, "advantages must be .* float32, got .* bfloat16", dict(advantages=x.bfloat16())),
+        (TypeError, "old_logprobs must be .* float32, got .* float64", dict(old_logprobs=x.double())),
+        (ValueError, "ref_logprobs must be on cpu", dict(ref_logprobs=x.to("meta"))),
+        (TypeError, "token_weights must be .* float32, got .* bool", dict(token_weights=x.bool())),
+        (TypeError, "entropy must be .* float32, got .* float16", dict(entropy=x.half())),
+        (ValueError, "advantages must not require grad", dict(advantages=x.clone().requires_grad_())),
+        (ValueError, "old_logprobs must not require grad", dict(old_logprobs=x.clone().requires_grad_())),
+        (ValueError, "kind must be one of ppo, reinforce, got 'gspo'", dict(kind="gspo")),
+        (ValueError, "kl_estimator must be one of k1, k2, k3, got 'abs'", dict(kl_estimator="abs")),
+        (ValueError, "clip_low and clip_high must be >= 0, got -0.1 and 0.2", dict(clip_low=-0.1)),
+        (ValueError, "clip_low and clip_high must be >= 0, got 0.2 and nan", dict(clip_high=math.nan)),
+        (ValueError, "dual_clip must be > 1 .*, got 0.5", dict(dual_clip=0.5)),
+        (ValueError, "belongs to kind 'ppo', got 3 with kind 'reinforce'", dict(dual_clip=3, kind="reinforce")),
+        (ValueError, "kl_coef needs ref_logprobs, got kl_coef 0.1 without", dict(kl_coef=0.1)),
+        (ValueError, "entropy_coef needs entropy, got entropy_coef 0.1 without", dict(entropy_coef=0.1)),
+    ]:
+        with pytest.raises(error, match=sentence):
+            qrm_fast.policy_loss(**{**good, **change})
