@@ -1,6 +1,7 @@
 """Kernels for token-level credit assignment in LLM reinforcement learning."""
 
 from .ops.gae import Advantages, gae
+from .ops.group_advantages import group_advantages
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.loss_weights import loss_weights
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
@@ -27,6 +28,7 @@ __all__ = [
     "PolicyMetrics",
     "TokenLogprobs",
     "gae",
+    "group_advantages",
     "linear_logprobs",
     "loss_weights",
     "pack",

@@ -12,6 +12,16 @@ namespace qrm_fast {
 
 class Groups {
  public:
+  // The sequences of one group.
+  struct Members {
+    const int64_t* first;
+    const int64_t* last;
+    const int64_t* begin() const { return first; }
+    const int64_t* end() const { return last; }
+    int64_t size() const { return last - first; }
+    int64_t operator[](int64_t k) const { return first[k]; }
+  };
+
   // Throws ValueError unless every id is in [0, S).
   explicit Groups(const torch::stable::Tensor& group_ids)
       : bounds_(group_ids.size(0) + 1), members_(group_ids.size(0)) {
@@ -32,10 +42,7 @@ class Groups {
   }
 
   int64_t size() const { return static_cast<int64_t>(members_.size()); }
-  // The sequences of group g are member(begin(g)) ... member(end(g) - 1).
-  int64_t begin(int64_t g) const { return bounds_[g]; }
-  int64_t end(int64_t g) const { return bounds_[g + 1]; }
-  int64_t member(int64_t k) const { return members_[k]; }
+  Members members(int64_t g) const { return {members_.data() + bounds_[g], members_.data() + bounds_[g + 1]}; }
 
  private:
   std::vector<int64_t> bounds_;

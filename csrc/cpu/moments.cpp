@@ -125,9 +125,9 @@ Tensor moments(const Tensor& x, const std::optional<Tensor>& mask, const std::op
   if (group_ids.has_value()) {
     const Groups groups(*group_ids);
     for (int64_t g = 0; g < groups.size(); ++g) {
-      const int64_t begin = groups.begin(g), end = groups.end(g);
-      const Moments joint = join(end - begin, [&](int64_t k) { return sets[groups.member(begin + k)]; });
-      for (int64_t k = begin; k < end; ++k) sets[groups.member(k)] = joint;
+      const Groups::Members members = groups.members(g);
+      const Moments joint = join(members.size(), [&](int64_t k) { return sets[members[k]]; });
+      for (const int64_t i : members) sets[i] = joint;
     }
   }
   return out;
