@@ -6,7 +6,8 @@ from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.loss_weights import loss_weights
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
-from .ops.q_token_rewards import q_token_rewards  # isort: split
+from .ops.q_token_rewards import q_token_rewards
+from .ops.whiten import whiten  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
 try:
@@ -37,4 +38,5 @@ __all__ = [
     "policy_loss",
     "q_token_rewards",
     "unpack",
+    "whiten",
 ]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from grids import LENGTHS, cu_seqlens
 
-from qrm_fast import q_token_rewards
+from qrm_fast import q_token_rewards, whiten
 from qrm_fast.ops.moments import _moments, moments
 
 IMPLEMENTATIONS = pytest.mark.parametrize("op", [_moments, _moments._init_fn], ids=["kernel", "reference"])
@@ -70,6 +70,7 @@ def on_rank(rank, folder):
     torch.save(
         {
             "rewards": q_token_rewards(q[rows], cu, mask=mask[rows], center=True, process_group=world),
+            "whitened": whiten(q[rows], mask=mask[rows], unbiased=True, process_group=world),
             "alone": q_token_rewards(q[rows], cu, mask=mask[rows], center=True),
             "stats": moments(q[rows], mask[rows], process_group=world),
             "one side empty": moments(q[rows], mask[rows] & bool(rank), process_group=world),
@@ -87,6 +88,8 @@ def test_a_process_group_sees_one_batch(tmp_path):
     q, cu, mask = shares()
     expected = q_token_rewards(q, cu, mask=mask, center=True)
     torch.testing.assert_close(torch.cat([first["rewards"], second["rewards"]]), expected, rtol=2e-7, atol=0)
+    expected_whitened = whiten(q, mask=mask, unbiased=True)
+    torch.testing.assert_close(torch.cat([first["whitened"], second["whitened"]]), expected_whitened, rtol=2e-7, atol=0)
     assert not torch.allclose(first["alone"], expected[:701])
     for name in "stats", "one side empty", "none", "constant":
         assert torch.equal(first[name], second[name])
