@@ -16,7 +16,7 @@ if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrap
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
-CXX = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", *STABLE_ABI]
+CXX = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", *STABLE_ABI]
 CUDA_ARCHITECTURES = ["80", "90", "100"]
 NVCC = ["-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI]
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import as_for_linear
 from ..checks import FLOATS, INT64, Checker
 
 
@@ -46,6 +47,7 @@ def linear_logprobs(
     Raises TypeError or ValueError for a wrong dtype, shape, device or option, and, on CPU, ValueError for a target
     outside [0, V); on CUDA such a row is NaN.
     """
+    hidden, weight, bias = as_for_linear(hidden, weight, bias)
     check = Checker()
     check("hidden", hidden, "T D", FLOATS, strided=True)
     check("weight", weight, "V D", (hidden.dtype,), strided=True)
@@ -61,7 +63,8 @@ def linear_logprobs(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     number, per_row = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
-    return TokenLogprobs(*_forward(hidden, weight, targets, bias, number, per_row, softcap, ignore_index))
+    logprobs, entropy, lse, _ = _forward(hidden, weight, targets, bias, number, per_row, softcap, ignore_index)
+    return TokenLogprobs(logprobs, entropy, lse)
 
 
 @torch.library.custom_op("qrm_fast::linear_logprobs", mutates_args=())
@@ -74,20 +77,24 @@ def _forward(
     temperatures: Tensor | None,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, and what rounding took from lse, for the backward pass needs exp(z - lse) exactly."""
     z, _ = _logits(hidden, weight, bias, temperature, temperatures, softcap)
     ignored = targets == ignore_index
-    lse = z.logsumexp(-1)
-    logp = z - lse[:, None]
+    logp = z.log_softmax(-1)
+    top, place = z.max(-1)
+    log_sum = -logp.gather(-1, place[:, None])[:, 0]
+    lse = top + log_sum
+    residual = (top - lse) + log_sum
     logprobs = logp.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
     entropy = -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
-    return logprobs.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
+    return tuple(x.masked_fill(ignored, 0) for x in (logprobs, entropy, lse, residual))
 
 
 @_forward.register_fake
 def _(hidden, weight, targets, bias, temperature, temperatures, softcap, ignore_index):
     acc = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(torch.empty_like(targets, dtype=acc) for _ in range(3))
+    return tuple(torch.empty_like(targets, dtype=acc) for _ in range(4))
 
 
 @torch.library.custom_op("qrm_fast::linear_logprobs_backward", mutates_args=())
@@ -104,6 +111,7 @@ def _backward(
     ignore_index: int,
     entropy: Tensor,
     lse: Tensor,
+    lse_residual: Tensor,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -111,7 +119,7 @@ def _backward(
     """Gradients of hidden, weight, bias; an empty [0] tensor where one is not needed."""
     z, slope = _logits(hidden, weight, bias, temperature, temperatures, softcap)
     idle = (targets == ignore_index) | ((grad_logprobs == 0) & (grad_entropy == 0))
-    logp = z - lse[:, None]
+    logp = (z - lse[:, None]) - lse_residual[:, None]
     p = logp.exp()
     dz = -(grad_logprobs[:, None] + grad_entropy[:, None] * torch.where(p == 0, 0, logp + entropy[:, None])) * p
     dz.scatter_add_(-1, targets.masked_fill(idle, 0)[:, None], grad_logprobs[:, None])
@@ -139,6 +147,7 @@ def _(
     ignore_index,
     entropy,
     lse,
+    lse_residual,
     need_hidden,
     need_weight,
     need_bias,
@@ -167,14 +176,14 @@ def _logits(hidden, weight, bias, temperature, temperatures, softcap) -> tuple[T
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, targets, bias, temperature, temperatures, softcap, ignore_index = inputs
-    _, entropy, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(hidden, weight, targets, bias, temperatures, entropy, lse)
+    _, entropy, lse, lse_residual = output
+    ctx.mark_non_differentiable(lse, lse_residual)
+    ctx.save_for_backward(hidden, weight, targets, bias, temperatures, entropy, lse, lse_residual)
     ctx.options = temperature, softcap, ignore_index
 
 
-def _autograd(ctx, grad_logprobs, grad_entropy, _grad_lse):
-    hidden, weight, targets, bias, temperatures, entropy, lse = ctx.saved_tensors
+def _autograd(ctx, grad_logprobs, grad_entropy, _grad_lse, _grad_residual):
+    hidden, weight, targets, bias, temperatures, entropy, lse, lse_residual = ctx.saved_tensors
     temperature, softcap, ignore_index = ctx.options
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     dh, dw, db = _backward(
@@ -190,6 +199,7 @@ def _autograd(ctx, grad_logprobs, grad_entropy, _grad_lse):
         ignore_index,
         entropy,
         lse,
+        lse_residual,
         need_hidden,
         need_weight,
         need_bias,

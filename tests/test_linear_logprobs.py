@@ -1,0 +1,328 @@
+"""linear_logprobs against log_softmax in float64, and the promises about bits, masks, memory offsets and errors."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from qrm_fast import linear_logprobs
+from qrm_fast.ops.linear_logprobs import _backward, _forward
+
+# Not the full product: one shape for each V, and one beyond each block size of the CPU kernel.
+SHAPES = [
+    pytest.param(t, d, v, id=f"T{t}-D{d}-V{v}")
+    for t, d, v in [
+        (5, 8, 1),
+        (3, 3, 2),
+        (63, 20, 17),
+        (20, 64, 127),
+        (97, 33, 1000),
+        (0, 16, 1100),
+        (1, 3, 1280),
+        (130, 17, 2176),
+        (9, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
+        (1300, 9, 1500),  # rows beyond one unit of work, vocabulary beyond one slab
+    ]
+]
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "everything": {"bias": True, "temperature": True, "softcap": 5.0},
+}
+
+
+def make(t: int, d: int, v: int, dtype: torch.dtype, bias=False, temperature=1.0, softcap=None) -> tuple[dict, dict]:
+    """Random tensors and options; logits reach about +-15."""
+    generator = torch.Generator().manual_seed(t + d + v)
+    acc = torch.promote_types(dtype, torch.float32)
+    tensors = {
+        "hidden": torch.randn(t, d, generator=generator).to(dtype),
+        "weight": (torch.randn(v, d, generator=generator) * 4 / d**0.5).to(dtype),
+        "bias": torch.randn(v, generator=generator).to(dtype) if bias else None,
+    }
+    targets = torch.randint(v, (t,), generator=generator)
+    if t > 1:
+        targets[::7] = -100
+    if temperature is True:
+        temperature = torch.rand(t, generator=generator).to(acc) + 0.5
+    return tensors, {"targets": targets, "temperature": temperature, "softcap": softcap}
+
+
+def naive(hidden, weight, bias, targets, temperature, softcap):
+    """logprobs, entropy, lse by log_softmax over materialised logits, in hidden's dtype."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    logp = z.log_softmax(-1)
+    keep = targets != -100
+    logprobs = logp.gather(-1, targets.where(keep, 0)[:, None])[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    return tuple(torch.where(keep, x, 0) for x in (logprobs, entropy, z.logsumexp(-1)))
+
+
+def run(function, tensors, options, dtype):
+    """Results and gradients of a random combination of logprobs and entropy, with the inputs in `dtype`."""
+    leaves = {k: None if x is None else x.detach().to(dtype).requires_grad_() for k, x in tensors.items()}
+    acc = torch.promote_types(dtype, torch.float32)
+    options = {k: x.to(acc) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in options.items()}
+    results = function(**leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    g, e = (torch.randn(results[0].shape, generator=generator).to(results[0].device) for _ in range(2))
+    (results[0] * g + results[1] * e).sum().backward()
+    return [*results, *(x.grad for x in leaves.values() if x is not None)]
+
+
+def assert_no_further(result: Tensor, exact: Tensor, peer: Tensor) -> None:
+    """A float64 result agrees to 1e-12, far below a float32 rounding anywhere on its path. For the other dtypes, in the
+    mean square, `result` is as close to the float64 `exact` as PyTorch's float32 path, and one rounding.
+
+    The maximum of a few roundings is a matter of luck; the upstream gradients, whose terms cancel, are of order 1.
+    """
+    assert torch.isfinite(result).all() and result.shape == exact.shape
+    if result.dtype == torch.float64:
+        torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
+        return
+    error, peer_error, size = ((x.double() - y).norm() for x, y in ((result, exact), (peer, exact), (exact, 0 * exact)))
+    rounding = torch.finfo(result.dtype).eps * max(size, result.numel() ** 0.5)
+    assert error <= 1.1 * peer_error + rounding, f"off by {error:.3g}, PyTorch by {peer_error:.3g}, {rounding=:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(("t", "d", "v"), SHAPES)
+def test_as_accurate_as_pytorch(t, d, v, dtype, options):
+    """16-bit inputs are compared with PyTorch in float32 on the same values: results are never rounded to 16 bits."""
+    tensors, rest = make(t, d, v, dtype, **options)
+    ours = run(linear_logprobs, tensors, rest, dtype)
+    exact = run(naive, tensors, rest, torch.float64)
+    peer = run(naive, tensors, rest, torch.promote_types(dtype, torch.float32))
+    for i, (x, y, z) in enumerate(zip(ours, exact, peer, strict=True)):
+        assert x.dtype == (torch.promote_types(dtype, torch.float32) if i < 3 else dtype)
+        assert_no_further(x, y, z.to(x.dtype))
+    assert (ours[0] <= 0).all() and (ours[1] >= 0).all()
+
+
+def test_literal_values():
+    """Logits [0, log 2, log 5]: p = [1/8, 1/4, 5/8]."""
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0, 0.0], [math.log(2), 1.0], [math.log(5), -1.0]])
+    result = linear_logprobs(hidden, weight, torch.tensor([1, -100]))
+    entropy = (math.log(8) + 2 * math.log(4) + 5 * math.log(8 / 5)) / 8
+    torch.testing.assert_close(result.logprobs, torch.tensor([-math.log(4), 0.0]))
+    torch.testing.assert_close(result.entropy, torch.tensor([entropy, 0.0]) * torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(result.lse, torch.tensor([math.log(8), 0.0]))
+    result.logprobs.sum().backward()
+    expected = weight[1] - (weight[1] / 4 + weight[2] * 5 / 8)
+    torch.testing.assert_close(hidden.grad, torch.stack([expected, torch.zeros(2)]))
+
+
+@pytest.mark.parametrize("level", [-100.0, 100.0])
+def test_large_logits(level):
+    """All logits near +-100, one of them 90 above the others: nothing overflows, logp stays exact and at most 0."""
+    generator = torch.Generator().manual_seed(0)
+    bias = level + torch.rand(1100, generator=generator)
+    bias[7] += 90
+    hidden, weight = torch.zeros(2, 4), torch.zeros(1100, 4)
+    result = linear_logprobs(hidden, weight, torch.tensor([7, 8]), bias=bias)
+    exact = bias.double().log_softmax(-1)[[7, 8]]
+    torch.testing.assert_close(result.logprobs.double(), exact, rtol=1e-6, atol=1e-30)
+    assert (result.logprobs <= 0).all()
+
+
+def test_masked_vocabulary_and_non_finite_rows():
+    """-inf logits have probability 0; a NaN or inf row is NaN by itself and touches no other."""
+    tensors, _ = make(9, 16, 300, torch.float32, bias=True)
+    tensors["bias"][100:] = -math.inf
+    targets = torch.tensor([3, 99, 100, 0, 1, 2, 3, 4, 5])
+    clean = linear_logprobs(**tensors, targets=targets)
+    exact = naive(*(tensors[k].double() for k in ("hidden", "weight")), tensors["bias"].double(), targets, 1.0, None)
+    torch.testing.assert_close(clean.logprobs.double(), exact[0], rtol=1e-6, atol=1e-5)
+    assert clean.logprobs[2] == -math.inf and torch.isfinite(clean.entropy).all()
+
+    tensors["hidden"][4], tensors["hidden"][6] = math.nan, math.inf
+    dirty = linear_logprobs(**tensors, targets=targets)
+    bad = torch.tensor([4, 6])
+    good = torch.tensor([0, 1, 2, 3, 5, 7, 8])
+    for x, y in zip(clean, dirty, strict=True):
+        assert torch.equal(x[good], y[good]) and torch.isnan(y[bad]).all()
+
+
+def test_idle_rows_are_never_read():
+    """A row that is ignored, or that gets no gradient, may hold NaN: no gradient sees it."""
+    tensors, _ = make(6, 8, 50, torch.float32)
+    tensors["hidden"][[0, 3]] = math.nan
+    hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
+    targets = torch.tensor([-100, 1, 2, 3, 4, 5])
+    result = linear_logprobs(hidden, weight, targets)
+    assert all(x[0] == 0 for x in result) and torch.isnan(result.logprobs[3])
+    keep = torch.tensor([True, True, True, False, True, True])
+    result.logprobs[keep].sum().backward()
+    assert torch.isfinite(weight.grad).all()
+    assert torch.equal(hidden.grad[[0, 3]], torch.zeros(2, 8)) and (hidden.grad[1] != 0).any()
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
+    """Alone, reordered, among other rows, on one thread or two: the same results and gradient of hidden."""
+    tensors, rest = make(1100, 40, 2500, dtype, bias=True, temperature=True)
+
+    def rows(index):
+        hidden = tensors["hidden"][index].clone().requires_grad_()
+        out = linear_logprobs(
+            hidden,
+            tensors["weight"],
+            rest["targets"][index],
+            bias=tensors["bias"],
+            temperature=rest["temperature"][index],
+        )
+        (out.logprobs * 0.5 - out.entropy * 0.1).sum().backward()
+        return [*out, hidden.grad]
+
+    everything = rows(torch.arange(1100))
+    threads = torch.get_num_threads()
+    for index in [torch.randperm(1100), torch.arange(1100), torch.tensor([977]), torch.arange(500, 563)]:
+        torch.set_num_threads(1 if len(index) == 1100 else threads)
+        for x, y in zip(everything, rows(index), strict=True):
+            assert torch.equal(x[index], y)
+    torch.set_num_threads(threads)
+
+
+def test_weight_gradient_is_deterministic():
+    tensors, rest = make(500, 40, 3000, torch.float32)
+    first, second = (run(linear_logprobs, tensors, rest, torch.float32)[4] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_more_than_2_31_logits():
+    """T * V = 65537 * 32800 > 2^31: the last rows and the last columns are where an int32 offset would wrap."""
+    hidden = torch.randn(65537, 2)
+    weight = torch.randn(32800, 2)
+    targets = torch.full((65537,), -100)
+    sample = torch.cat([torch.arange(100), torch.arange(65437, 65537)])
+    targets[:] = 32799
+    result = linear_logprobs(hidden, weight, targets)
+    exact = (hidden[sample].double() @ weight.double().T).log_softmax(-1)[:, -1]
+    torch.testing.assert_close(result.logprobs[sample].double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(result.logprobs).all()
+
+
+def test_strided_rows():
+    tensors, rest = make(40, 12, 100, torch.float32)
+    wide = torch.full((40, 2, 12), math.nan)
+    wide[:, 0] = tensors["hidden"]
+    tall = torch.full((200, 12), math.nan)
+    tall[::2] = tensors["weight"]
+    ours = run(linear_logprobs, tensors, rest, torch.float32)
+    hidden, weight = wide[:, 0].detach().requires_grad_(), tall[::2].detach().requires_grad_()
+    strided = linear_logprobs(hidden, weight, rest["targets"])
+    for x, y in zip(ours[:3], strided, strict=True):
+        assert torch.equal(x, y)
+    strided.logprobs.sum().backward()
+    assert hidden.grad.shape == (40, 12) and torch.isfinite(weight.grad).all()
+
+
+def test_frozen_inputs_cost_nothing():
+    """Only the gradients that are needed are formed; a head whose weight is tied to another use gets its share."""
+    tensors, rest = make(20, 8, 30, torch.float32, bias=True)
+    g = torch.ones(20)
+    out = _forward(*(tensors[k] for k in ("hidden", "weight")), rest["targets"], None, 1.0, None, None, -100)
+    for needs in [(True, False, False), (False, True, False), (False, False, True)]:
+        grads = _backward(
+            g,
+            g,
+            tensors["hidden"],
+            tensors["weight"],
+            rest["targets"],
+            tensors["bias"],
+            1.0,
+            None,
+            None,
+            -100,
+            *out[1:],
+            *needs,
+        )
+        assert [x.numel() > 0 for x in grads] == list(needs)
+    tied = tensors["weight"].clone().requires_grad_()
+    linear_logprobs(tied[rest["targets"].clamp(min=0)], tied, rest["targets"]).logprobs.sum().backward()
+    other = tensors["weight"].double().requires_grad_()
+    naive(other[rest["targets"].clamp(min=0)], other, None, rest["targets"], 1.0, None)[0].sum().backward()
+    torch.testing.assert_close(tied.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_registration():
+    tensors, rest = make(7, 5, 11, torch.float32, bias=True)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    arguments = (*leaves[:2], rest["targets"], leaves[2], 0.7, None, 3.0, -100)
+    torch.library.opcheck(_forward, arguments)
+    g = torch.randn(7)
+    out = [x.detach() for x in _forward(*arguments)]
+    hidden, weight, bias = (x.detach() for x in leaves)
+    same = (hidden, weight, rest["targets"], bias, 0.7, None, 3.0, -100)
+    torch.library.opcheck(_backward, (g, g, *same, *out[1:], True, False, True))
+
+
+def test_gradcheck():
+    tensors, rest = make(8, 5, 11, torch.float64, bias=True, temperature=True, softcap=4.0)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+
+    def function(hidden, weight, bias):
+        return linear_logprobs(hidden, weight, bias=bias, **rest)[:2]
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_lse_is_not_differentiable():
+    tensors, rest = make(3, 4, 5, torch.float32)
+    out = linear_logprobs(tensors["hidden"].requires_grad_(), tensors["weight"], rest["targets"])
+    assert not out.lse.requires_grad
+
+
+def test_compiles_without_breaks_for_any_length():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def step(hidden, weight, targets):
+        out = linear_logprobs(hidden, weight, targets, temperature=0.9)
+        return (out.logprobs - 0.1 * out.entropy).sum()
+
+    for t in (12, 30):
+        tensors, rest = make(t, 8, 40, torch.float32)
+        eager, compiled = (tensors["hidden"].clone().requires_grad_() for _ in range(2))
+        out = linear_logprobs(eager, tensors["weight"], rest["targets"], temperature=0.9)
+        (out.logprobs - 0.1 * out.entropy).sum().backward()
+        step(compiled, tensors["weight"], rest["targets"]).backward()
+        torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_autocast_behaves_as_for_linear():
+    tensors, rest = make(9, 16, 30, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = linear_logprobs(tensors["hidden"], tensors["weight"], rest["targets"])
+    outside = linear_logprobs(tensors["hidden"].bfloat16(), tensors["weight"].bfloat16(), rest["targets"])
+    assert torch.equal(inside.logprobs, outside.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(4, 2, 3)}, ValueError, r"hidden must be \[T, D\].*got \[4, 2, 3\] float32"),
+        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight must be \[V, D\] float32 with D = 3, got \[5, 4\]"),
+        ({"weight": torch.zeros(5, 3).bfloat16()}, TypeError, "weight must be .*float32, got .*bfloat16"),
+        ({"weight": torch.zeros(0, 3)}, ValueError, "at least one row"),
+        ({"targets": torch.zeros(4)}, TypeError, r"targets must be \[T\] int64, got \[4\] float32"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, ValueError, "targets must be .* T = 4, got"),
+        ({"targets": torch.tensor([0, 1, 5, 2])}, ValueError, r"targets must be in \[0, 5\) or -100, got 5 at row 2"),
+        ({"targets": torch.tensor([0, -1, 4, 2])}, ValueError, "got -1 at row 1"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[V\] float32 with V = 5"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+        ({"temperature": torch.ones(4, dtype=torch.float64)}, TypeError, r"temperature must be \[T\] float32"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive or None, got -1.0"),
+        ({"hidden": torch.zeros(3, 4).T}, ValueError, "hidden must be dense in its last dimension"),
+        ({"hidden": torch.zeros(4, 3, device="meta")}, ValueError, "must be on meta like the other arguments"),
+        ({"hidden": [[0.0] * 3] * 4}, TypeError, "hidden must be a tensor"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"hidden": torch.zeros(4, 3), "weight": torch.zeros(5, 3), "targets": torch.tensor([0, 1, 2, -100])}
+    with pytest.raises(error, match=message):
+        linear_logprobs(**(arguments | change))
