@@ -1,5 +1,7 @@
 """Kernels for token-level credit assignment in LLM reinforcement learning."""
 
+from importlib.util import find_spec
+
 from .ops.gae import Advantages, gae
 from .ops.group_advantages import group_advantages
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
@@ -12,6 +14,9 @@ from .ops.whiten import whiten  # isort: split
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
 try:
     from . import _cpu, _host  # type: ignore[attr-defined]  # noqa: F401  the C++ kernels register themselves for CPU
+
+    if find_spec(f"{__name__}._cuda"):  # built where torch has CUDA and nvcc is installed
+        from . import _cuda  # type: ignore[attr-defined]  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "the compiled extensions of qrm_fast are missing or were built for another Python or torch; run "
