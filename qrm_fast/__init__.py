@@ -24,7 +24,7 @@ except ImportError as error:
         f"source tree ({error})"
     ) from error
 
-from .packing import PackedBatch, pack, per_token, unpack
+from .packing import PackedBatch, from_padded, pack, per_token, to_padded, unpack
 
 __all__ = [
     "Advantages",
@@ -33,6 +33,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyMetrics",
     "TokenLogprobs",
+    "from_padded",
     "gae",
     "group_advantages",
     "linear_logprobs",
@@ -42,6 +43,7 @@ __all__ = [
     "per_token",
     "policy_loss",
     "q_token_rewards",
+    "to_padded",
     "unpack",
     "whiten",
 ]

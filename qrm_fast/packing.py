@@ -5,7 +5,7 @@ takes the action layout.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,59 @@ def unpack(x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     return list(x.split(_lengths(cu_seqlens, x.shape[0])))
 
 
+def from_padded(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Padded tensors to packed rows: the positions where the mask is True, in order, sequence after sequence.
+
+    `mask`: [B, L] bool; padding may be on either side, and the mask may have holes. `tensors`: any number of
+    [B, L, ...], any dtype. Returns (cu_seqlens [B+1] int32, then each tensor's rows [T, ...]). Gradients flow.
+    Counts the mask on the host, which waits for the device on CUDA and breaks a compiled graph.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device, and ValueError for 2^31 positions or more.
+    """
+    check = Checker()
+    check("mask", mask, "B L", BOOL, strided=True)
+    if mask.numel() >= 2**31:
+        raise ValueError(f"mask must have fewer than 2^31 positions, cu_seqlens being int32, got {mask.numel()}")
+    for i, x in enumerate(tensors):
+        name = f"tensors[{i}]"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor [B, L, ...], got {type(x).__name__}")
+        if x.shape[:2] != mask.shape:
+            raise ValueError(f"{name} must be [B, L, ...] with [B, L] = {list(mask.shape)}, got {list(x.shape)}")
+        if x.device != mask.device:
+            raise ValueError(f"{name} must be on {mask.device} like mask, got {x.device}")
+    rows, columns = mask.nonzero(as_tuple=True)
+    ends = mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch.cat([ends.new_zeros(1), ends]), *(x[rows, columns] for x in tensors)
+
+
+def to_padded(
+    x: Tensor, cu_seqlens: Tensor, width: int, *, side: Literal["left", "right"] = "right", fill: float = 0
+) -> Tensor:
+    """Packed rows to one padded row of positions per sequence, the inverse of `from_padded`.
+
+    `x`: [T, ...] any dtype. `cu_seqlens`: [S+1] int32 or int64. `width`: positions per sequence, at least the longest
+    sequence. `side`: where the padding goes. `fill`: its value, one that x's dtype can hold. Returns
+    [S, width, ...] in x's dtype. Gradients flow. Reads nothing on the host when x is on CUDA.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device or side, and, on CPU, ValueError where cu_seqlens
+    do not start at 0, decrease, or do not end at T, and for a sequence longer than width. On CUDA and in a compiled
+    graph such a sequence fails PyTorch's own index check.
+    """
+    _check_rows(x, cu_seqlens)
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', got {side!r}")
+    _check_boundaries(cu_seqlens, x.shape[0], width)
+    lengths, num_sequences = cu_seqlens.diff(), len(cu_seqlens) - 1
+    sequence = torch.arange(num_sequences, device=x.device).repeat_interleave(lengths, output_size=x.shape[0])  # [T]
+    column = torch.arange(x.shape[0], device=x.device) - cu_seqlens[sequence]  # [T]
+    if side == "left":
+        column = column + width - lengths[sequence]
+        # A negative index would wrap around; this one fails.
+        column = torch.where(column < 0, width, column)
+    return x.new_full((num_sequences, width, *x.shape[1:]), fill).index_put((sequence, column), x)
+
+
 def per_token(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """The value of each sequence on each of its rows: out[t] = x[s] for cu_seqlens[s] <= t < cu_seqlens[s+1].
 
@@ -110,10 +163,12 @@ def _check_rows(x: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"x must be on {check.device} like cu_seqlens, got {x.device}")
 
 
-def _check_boundaries(cu_seqlens: Tensor, num_rows: int) -> None:
+def _check_boundaries(cu_seqlens: Tensor, num_rows: int, width: int | None = None) -> None:
     """Check the boundaries where reading them costs no wait: in host memory, outside a compiled graph."""
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        _lengths(cu_seqlens, num_rows)
+        for s, length in enumerate(_lengths(cu_seqlens, num_rows)):
+            if width is not None and length > width:
+                raise ValueError(f"sequence {s} has {length} rows, more than the width, {width}")
 
 
 def _lengths(cu_seqlens: Tensor, num_rows: int) -> list[int]:
