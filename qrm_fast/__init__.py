@@ -24,7 +24,7 @@ except ImportError as error:
         f"source tree ({error})"
     ) from error
 
-from .packing import PackedBatch, from_padded, pack, per_token, to_padded, unpack
+from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 
 __all__ = [
     "Advantages",
@@ -41,6 +41,7 @@ __all__ = [
     "pack",
     "pairwise_q_loss",
     "per_token",
+    "plan_microbatches",
     "policy_loss",
     "q_token_rewards",
     "to_padded",

@@ -3,13 +3,15 @@
 Left out: a batch of 2^31 tokens that passes (16 GiB of ids); its error is tested with one list repeated.
 """
 
+import heapq
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from qrm_fast import PackedBatch, from_padded, pack, per_token, to_padded, unpack
+from qrm_fast import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 
 examples = settings(deadline=None, max_examples=60)
 token_ids = st.integers(0, 2**63 - 1)
@@ -312,3 +314,114 @@ class TestPerToken:
 def test_bad_boundaries(use, cu_seqlens, error, message):
     with pytest.raises(error, match=message):
         use(torch.zeros(5), torch.tensor(cu_seqlens))
+
+
+def token_cost(n, cost):
+    return n if cost == "linear" else n * (24576 + n)
+
+
+def longest_first(lengths, costs, num_bins):
+    """The bins of longest-first greedy, blind to the budget."""
+    bins = [(0, b, []) for b in range(num_bins)]
+    for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
+        total, b, members = heapq.heappop(bins)
+        heapq.heappush(bins, (total + costs[s], b, [*members, s]))
+    return [members for _, _, members in bins]
+
+
+def best_fit(lengths, max_tokens):
+    """How many bins best-fit decreasing needs."""
+    rooms = []
+    for n in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= n]
+        rooms.append(max_tokens - n)
+        if fitting:
+            rooms.remove(min(fitting))
+            rooms[-1] = min(fitting) - n
+    return len(rooms)
+
+
+class TestPlanMicrobatches:
+    def test_by_hand(self):
+        # 16 tokens, 6 per bin, 2 ranks: 2 micro-batches each. Longest-first greedy: {5} {4} | {3, 1} {3}, a step of
+        # 5 + 4. Under the first micro-batch's peak there is room for the last token: {5} {4, 1} | {3} {3}, 5 + 3.
+        plan = plan_microbatches([3, 1, 5, 4, 3], max_tokens=6, num_ranks=2)
+        assert plan == [[[2], [0]], [[1, 3], [4]]]
+
+    def test_bisection_beats_longest_first(self):
+        # Greedy: {7, 4, 4} {7, 4} {6, 5} {6, 5}.  Best: {7, 5} {7, 5} {6, 6} {4, 4, 4}.
+        plan = plan_microbatches([7, 7, 6, 6, 5, 5, 4, 4, 4], max_tokens=15, num_ranks=4)
+        assert sorted(rank[0] for rank in plan) == [[0, 4], [1, 5], [2, 3], [6, 7, 8]]
+
+    def test_the_dearest_bin_is_never_dearer_than_greedys(self):
+        # {7} {4, 4} | {2} {} would be a shorter step, 8 + 2, than greedy's {7} {4} | {4} {2}, but for a bin of 8.
+        assert plan_microbatches([7, 4, 4, 2], max_tokens=8, num_ranks=2) == [[[0], [3]], [[1], [2]]]
+
+    def test_attention_cost_balances_the_squares(self):
+        # A token costs 24576 + 16384 in the long sequence and 24576 + 1024 in a short one: 1.6 times as much.
+        lengths = [16384] + [1024] * 48
+        linear, attention = (
+            plan_microbatches(lengths, max_tokens=65536, num_ranks=2, cost=c) for c in ("linear", "attention")
+        )
+        assert sorted(len(rank[0]) for rank in linear) == [17, 32]
+        assert sorted(len(rank[0]) for rank in attention) == [12, 37]
+
+    def test_fewer_sequences_than_bins(self):
+        assert plan_microbatches([], max_tokens=8, num_ranks=2) == [[], []]
+        assert plan_microbatches([3], max_tokens=8, num_ranks=3) == [[[0]], [[]], [[]]]
+        assert plan_microbatches([8, 8, 8], max_tokens=8, num_ranks=2) == [[[0], [2]], [[1], []]]
+        assert plan_microbatches([0, 0, 0], max_tokens=8, num_ranks=1) == [[[0, 1, 2]]]
+
+    @examples
+    @given(
+        st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n), max_size=40))),
+        st.integers(1, 5),
+        st.sampled_from(["linear", "attention"]),
+    )
+    def test_any_plan_keeps_its_promises(self, budget_and_lengths, num_ranks, cost):
+        max_tokens, lengths = budget_and_lengths
+        plan = plan_microbatches(lengths, max_tokens=max_tokens, num_ranks=num_ranks, cost=cost)
+        assert plan == plan_microbatches(tuple(lengths), max_tokens=max_tokens, num_ranks=num_ranks, cost=cost)
+        num_micro = len(plan[0])
+        assert [len(rank) for rank in plan] == [num_micro] * num_ranks
+        assert sorted(s for rank in plan for micro in rank for s in micro) == list(range(len(lengths)))
+        assert all(sum(lengths[s] for s in micro) <= max_tokens for rank in plan for micro in rank)
+        assert all(micro == sorted(micro) for rank in plan for micro in rank)
+        for rank in plan:  # the empty micro-batches come last
+            assert [bool(micro) for micro in rank] == sorted((bool(micro) for micro in rank), reverse=True)
+        assert num_micro <= -(-best_fit(lengths, max_tokens) // num_ranks)
+        if not lengths:
+            return
+        costs = [token_cost(n, cost) for n in lengths]
+        greedy = longest_first(lengths, costs, num_micro * num_ranks)
+        if max(sum(lengths[s] for s in members) for members in greedy) > max_tokens:
+            return
+        totals = sorted((sum(costs[s] for s in members) for members in greedy), reverse=True)
+        peaks = [max(sum(costs[s] for s in rank[m]) for rank in plan) for m in range(num_micro)]
+        assert max(peaks) <= totals[0]
+        assert sum(peaks) <= sum(totals[::num_ranks])
+
+    def test_large_batch(self):
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randn(4096, generator=generator).exp().mul(1000).int().clamp(1, 16384).tolist()
+        plan = plan_microbatches(lengths, max_tokens=16384, num_ranks=8)
+        totals = torch.tensor([[sum(lengths[s] for s in micro) for micro in rank] for rank in plan])
+        assert totals.shape[1] == -(-sum(lengths) // (8 * 16384))
+        assert totals.amax(0).sum() <= 1.001 * sum(lengths) / 8
+
+    @pytest.mark.parametrize(
+        ("lengths", "options", "error", "message"),
+        [
+            ([3, 9], {"max_tokens": 8}, ValueError, r"lengths\[1\] must be at most max_tokens, 8, got 9"),
+            ([3, -1], {"max_tokens": 8}, ValueError, r"lengths\[1\] must be in \[0, 2\^63\), got -1"),
+            ([3, 2.0], {"max_tokens": 8}, TypeError, r"lengths\[1\] must be an int, got float"),
+            (torch.tensor([3]), {"max_tokens": 8}, TypeError, "lengths must be a list of ints, got Tensor"),
+            ([3], {"max_tokens": 0}, ValueError, r"max_tokens must be in \[1, 2\^31\), .*, got 0"),
+            ([3], {"max_tokens": 2**31}, ValueError, r"max_tokens must be in .*, got 2147483648"),
+            ([3], {"max_tokens": 8, "num_ranks": 0}, ValueError, "num_ranks must be at least 1, got 0"),
+            ([3], {"max_tokens": 8, "cost": "quadratic"}, ValueError, "cost must be .*, got 'quadratic'"),
+        ],
+    )
+    def test_bad_input(self, lengths, options, error, message):
+        with pytest.raises(error, match=message):
+            plan_microbatches(lengths, **options)

@@ -1,13 +1,19 @@
-// Host side of packing: Python lists of token ids to packed numpy arrays. No tensor crosses this file.
+// Host side of packing: Python lists of token ids to packed numpy arrays, and micro-batch plans. No tensor comes here.
 // The ids are copied out of their Python objects once, under the GIL: the only pass whose cost Python sets. Everything
 // derived from the lengths (25 bytes per token, 16 per action) is filled sequence by sequence with the GIL released.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -18,6 +24,10 @@ namespace qrm_fast {
 namespace {
 
 constexpr int64_t kIgnoreIndex = -100;
+
+// A dense decoder layer of width D spends 24 D^2 FLOP per token in its matrices and 2 D n^2 in causal attention over n
+// tokens: in units of 2 D, n (12 D + n). D = 2048.
+constexpr double kTokenCost = 12 * 2048;
 
 const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
@@ -137,7 +147,156 @@ py::tuple pack(const py::object& sequences, const py::object& prompt_lens) {
                         out.action_cu_seqlens, out.seq_ids, max_seqlen);
 }
 
+struct Sequence {
+  int64_t index, tokens;
+  double cost;
+};
+
+// Sequences in bins; bins m R .. m R + R - 1 are micro-batch m of the R ranks.
+struct Partition {
+  std::vector<int64_t> bin_of;  // [sequence]
+  std::vector<int64_t> tokens;  // [bin]
+  std::vector<double> cost;     // [bin]
+  std::vector<double> peak;     // [micro-batch] its dearest bin
+};
+
+// Puts each sequence into the bin of smallest key among those with room; nothing if one finds no room.
+template <typename Key>
+std::optional<Partition> place(const std::vector<Sequence>& sequences, int64_t max_tokens, double max_cost,
+                               int64_t num_micro, int64_t num_ranks, Key key) {
+  const int64_t num_bins = num_micro * num_ranks;
+  Partition p{std::vector<int64_t>(sequences.size()), std::vector<int64_t>(num_bins), std::vector<double>(num_bins),
+              std::vector<double>(num_micro)};
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Sequence& sequence = sequences[i];
+    int64_t best = -1;
+    decltype(key(p, best, sequence)) best_key{};
+    for (int64_t b = 0; b < num_bins; ++b) {
+      if (p.tokens[b] + sequence.tokens > max_tokens || p.cost[b] + sequence.cost > max_cost) continue;
+      const auto b_key = key(p, b, sequence);
+      if (best < 0 || b_key < best_key) {
+        best = b;
+        best_key = b_key;
+      }
+    }
+    if (best < 0) return std::nullopt;
+    p.bin_of[i] = best;
+    p.tokens[best] += sequence.tokens;
+    p.cost[best] += sequence.cost;
+    p.peak[best / num_ranks] = std::max(p.peak[best / num_ranks], p.cost[best]);
+  }
+  return p;
+}
+
+// Ranks wait for each other at every micro-batch, so a step takes the sum of the peaks. Micro-batches cut from the bins
+// in order of falling cost make that sum as small as these bins allow.
+struct Balance {
+  Balance(std::vector<double> bin_costs, int64_t num_ranks) {
+    std::sort(bin_costs.begin(), bin_costs.end(), std::greater<>());
+    dearest = bin_costs.front();
+    for (size_t b = 0; b < bin_costs.size(); b += num_ranks) step += bin_costs[b];
+  }
+  bool operator<(const Balance& other) const { return std::tie(step, dearest) < std::tie(other.step, other.dearest); }
+
+  double step = 0, dearest;
+};
+
+// `sequences` by falling length. As few micro-batches as are found, then the smallest Balance.
+Partition partition(const std::vector<Sequence>& sequences, int64_t max_tokens, int64_t num_ranks) {
+  const auto cheapest = [](const Partition& p, int64_t b, const Sequence&) { return p.cost[b]; };
+  const auto fullest = [](const Partition& p, int64_t b, const Sequence&) { return -p.tokens[b]; };
+  // Raises its micro-batch's peak least; where several stay below their peaks, the one that then comes closest to it.
+  const auto least_rise = [&](const Partition& p, int64_t b, const Sequence& sequence) {
+    const double rise = p.cost[b] + sequence.cost - p.peak[b / num_ranks];
+    return rise > 0 ? std::make_pair(rise, -p.cost[b]) : std::make_pair(0.0, -rise);
+  };
+  constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+
+  int64_t num_tokens = 0;
+  double total_cost = 0;
+  for (const Sequence& sequence : sequences) {
+    num_tokens += sequence.tokens;
+    total_cost += sequence.cost;
+  }
+  const int64_t capacity = max_tokens * num_ranks;
+  int64_t num_micro = std::max<int64_t>(1, (num_tokens + capacity - 1) / capacity);
+  const auto try_place = [&](double max_cost, const auto& key) {
+    return place(sequences, max_tokens, max_cost, num_micro, num_ranks, key);
+  };
+
+  std::optional<Partition> first;
+  while (!(first = try_place(kNoLimit, cheapest)) && !(first = try_place(kNoLimit, fullest))) ++num_micro;
+  Partition best = *std::move(first);
+  Balance balance(best.cost, num_ranks);
+  const auto consider = [&](Partition& p) {
+    const Balance candidate(p.cost, num_ranks);
+    if (candidate < balance) {
+      balance = candidate;
+      best = std::move(p);
+    }
+    return candidate.dearest;
+  };
+  double high = balance.dearest;
+  if (auto p = try_place(high, least_rise)) consider(*p);
+  // Bisecting the limit of best fit (MULTIFIT; Coffman, Garey and Johnson 1978) lowers the dearest bin.
+  double low = std::max(sequences.front().cost, total_cost / (num_micro * num_ranks));
+  for (int round = 0; round < 8 && low < high; ++round) {
+    const double middle = (low + high) / 2;
+    if (auto p = try_place(middle, fullest)) {
+      high = consider(*p);
+    } else {
+      low = middle;
+    }
+  }
+  return best;
+}
+
+using Plan = std::vector<std::vector<std::vector<int64_t>>>;  // [rank][micro-batch] to sequences
+
+Plan plan_microbatches(const py::object& lengths, int64_t max_tokens, int64_t num_ranks, bool attention) {
+  const Items items(lengths.ptr(), "ints", "lengths");
+  std::vector<Sequence> sequences(items.size());
+  for (int64_t s = 0; s < items.size(); ++s) {
+    const int64_t len = items.natural(s, "lengths");
+    CHECK_VALUE(len <= max_tokens, "lengths[", s, "] must be at most max_tokens, ", max_tokens, ", got ", len);
+    sequences[s] = {s, len, attention ? len * (kTokenCost + len) : len};
+  }
+
+  const py::gil_scoped_release no_gil;
+  Plan plan(num_ranks);
+  if (sequences.empty()) return plan;
+  std::stable_sort(sequences.begin(), sequences.end(),
+                   [](const Sequence& a, const Sequence& b) { return a.tokens > b.tokens; });
+  const Partition p = partition(sequences, max_tokens, num_ranks);
+
+  struct Bin {
+    double cost;
+    std::vector<int64_t> sequences;
+  };
+  std::vector<Bin> bins(p.cost.size());
+  for (size_t b = 0; b < bins.size(); ++b) bins[b].cost = p.cost[b];
+  for (size_t i = 0; i < sequences.size(); ++i) bins[p.bin_of[i]].sequences.push_back(sequences[i].index);
+  std::stable_sort(bins.begin(), bins.end(), [](const Bin& a, const Bin& b) { return a.cost > b.cost; });
+  // Inside a micro-batch the dearest bin goes to the rank with the least work so far.
+  std::vector<double> work(num_ranks);
+  std::vector<int64_t> ranks(num_ranks);
+  std::iota(ranks.begin(), ranks.end(), 0);
+  for (auto bin = bins.begin(); bin != bins.end();) {
+    std::stable_sort(ranks.begin(), ranks.end(), [&](int64_t a, int64_t b) { return work[a] < work[b]; });
+    for (const int64_t rank : ranks) {
+      work[rank] += bin->cost;
+      std::sort(bin->sequences.begin(), bin->sequences.end());
+      plan[rank].push_back(std::move(bin->sequences));
+      ++bin;
+    }
+  }
+  return plan;
+}
+
 }  // namespace
 }  // namespace qrm_fast
 
-PYBIND11_MODULE(_host, m) { m.def("pack", &qrm_fast::pack); }
+PYBIND11_MODULE(_host, m) {
+  m.def("pack", &qrm_fast::pack);
+  m.def("plan_microbatches", &qrm_fast::plan_microbatches);
+}
