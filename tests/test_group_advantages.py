@@ -98,6 +98,15 @@ def test_rewards_that_are_not_finite_stay_alone(kind, op):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(kind):
+    """The reference serves CUDA, where a kernel cannot raise."""
+    rewards, group_ids = torch.tensor([1.0, 2, 3, 5]), torch.tensor([0, 4, 0, -1])
+    expected = group_advantages(rewards[::2].contiguous(), torch.tensor([0, 0]), kind=kind)
+    result = _group_advantages._init_fn(rewards, group_ids, kind, 1e-6)
+    assert result[[1, 3]].isnan().all() and torch.equal(result[[0, 2]], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_have_no_advantage(dtype, kind, device):
     if dtype == torch.float64 and device == "cuda":

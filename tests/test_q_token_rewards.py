@@ -173,13 +173,24 @@ def test_agrees_with_the_definition(lengths, case, device):
     assert_as_accurate(q_token_rewards(q, cu, **options), exact, peer)
 
 
-@pytest.mark.parametrize("case", ["released", "everything"])
-def test_reference_agrees_with_the_definition(case, monkeypatch):
+@pytest.fixture
+def through_references(monkeypatch):
     monkeypatch.setattr("qrm_fast.ops.moments._moments", _moments._init_fn)
     monkeypatch.setattr("qrm_fast.ops.q_token_rewards._q_token_rewards", _q_token_rewards._init_fn)
+
+
+@pytest.mark.parametrize("case", ["released", "everything"])
+def test_reference_agrees_with_the_definition(case, through_references):
     q, cu, *rest = inputs([0, 3, 1, 7, 63, 0, 65])
     options = CASES[case](*rest)
     assert_as_accurate(q_token_rewards(q, cu, **options), oracle(q, cu, **options), float32_path(q, cu, options))
+
+
+def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(through_references):
+    """The references serve CUDA, where a kernel cannot raise."""
+    result = q_token_rewards(SCORES, CU, scope="group", group_ids=torch.tensor([2, 1]))
+    assert result[:4].isnan().all()
+    assert torch.equal(result[4:], q_token_rewards(SCORES[4:], torch.tensor([0, 3])))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

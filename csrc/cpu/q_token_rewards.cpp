@@ -93,7 +93,7 @@ Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& 
       for (int64_t i = begin; i < end; ++i) {
         const Moments& set = sets[joint ? 0 : i];
         const double sigma = std::max(std::sqrt(set.m2 / std::max(set.count, 1.0)), min_std);
-        const double scale = sigma > 0 ? 1 / (sigma + eps) : 0;
+        const double scale = sigma != 0 ? 1 / (sigma + eps) : 0;
         sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, scale, rescore_last, penalty, r);
       }
     });

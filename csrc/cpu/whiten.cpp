@@ -30,7 +30,7 @@ Tensor whiten(const Tensor& x, const Tensor& stats, const std::optional<Tensor>&
   const int64_t num_tokens = x.size(0);
   const Moments batch = *static_cast<const Moments*>(stats.const_data_ptr());
   const double variance = batch.m2 / std::max(batch.count - unbiased, 1.0);
-  const double scale = variance > 0 ? 1 / std::sqrt(variance + eps) : 0;
+  const double scale = variance != 0 ? 1 / std::sqrt(variance + eps) : 0;
   const double shift = center ? batch.mean : 0;
   Tensor out = torch::stable::new_empty(x, {num_tokens}, acc_dtype(x.scalar_type()));
   dispatch_floating(x.scalar_type(), [&](auto zero) {

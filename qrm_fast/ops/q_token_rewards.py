@@ -116,7 +116,7 @@ def _q_token_rewards(
     count, mean, m2 = stats.expand(cu_seqlens.shape[0] - 1, 3)[i_seq].unbind(1)  # [T] each
     sigma = (m2 / count.clamp(min=1)).sqrt().clamp(min=min_std)
     y = q.double() - mean if center else q.double()
-    y = (y / (sigma + eps)).where(sigma > 0, 0.0).where(counted, 0.0)
+    y = (y / (sigma + eps)).where(sigma != 0, 0.0).where(counted, 0.0)
     if rescore_last:
         rank = torch.cat([counted.new_zeros(1, dtype=torch.int64), counted.cumsum(0)])  # counted rows before row t
         start, end = rank[cu_seqlens[:-1]], rank[cu_seqlens[1:]]

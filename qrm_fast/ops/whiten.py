@@ -45,7 +45,7 @@ def _whiten(x: Tensor, stats: Tensor, mask: Tensor | None, center: bool, unbiase
     count, mean, m2 = stats[0].unbind()
     variance = m2 / (count - int(unbiased)).clamp(min=1)
     y = x.double() - mean if center else x.double()
-    y = (y / (variance + eps).sqrt()).where(variance > 0, 0.0)
+    y = (y / (variance + eps).sqrt()).where(variance != 0, 0.0)
     y = y if mask is None else y.where(mask, 0.0)
     return y.to(torch.promote_types(x.dtype, torch.float32))
 
