@@ -18,7 +18,10 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
 CXX = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", *STABLE_ABI]
 CUDA_ARCHITECTURES = ["80", "90", "100"]
-NVCC = ["-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI]
+NVCC = [
+    *("-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI),
+    *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES),
+]
 
 
 def extensions() -> list[Extension]:
@@ -45,13 +48,12 @@ def extensions() -> list[Extension]:
         ),
     ]
     if torch.version.cuda and shutil.which("nvcc"):
-        architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
         built.append(
             CUDAExtension(
                 "qrm_fast._cuda",
                 sources("cuda", ".cpp", ".cu"),
                 depends=headers,
-                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": [*NVCC, *architectures]},
+                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC},
                 py_limited_api=True,
             )
         )
@@ -59,4 +61,6 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    # One folder of objects for wheels, editable installs and in-place builds: what one compiled, the next reuses.
+    options = {"build_ext": {"build_temp": "build/objects"}}
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, options=options)

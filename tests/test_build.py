@@ -1,0 +1,233 @@
+"""What can be proven about the build without a GPU: machine code, symbols, dispatch, packages."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import textwrap
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
+import qrm_fast
+from qrm_fast import doctor
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(qrm_fast.__file__).parent
+EXTENSIONS = sorted(PACKAGE.glob("_c*.abi3.so"))
+
+
+def run(*command, **options) -> str:
+    """stdout of a command; its stderr is in the assertion when it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# Triton kernels, ahead of time
+
+
+def check_triton(module: str, *capabilities: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    report = json.loads(run(sys.executable, ROOT / "tests/aot.py", module, *capabilities, cwd=ROOT, env=environment))
+    assert not report["unlisted"], f"AOT of {module} does not list {report['unlisted']}"
+    assert report["kernels"], f"AOT of {module} is empty"
+    for kernel in report["kernels"]:
+        assert kernel["instructions"] > 0, kernel
+        assert kernel["local_memory"] == 0, f"spills: {kernel}"
+        assert not kernel["wants_dot"] or kernel["tensor_cores"] > 0, f"no tensor-core instruction: {kernel}"
+
+
+@pytest.mark.parametrize("stem", sorted(p.stem for p in PACKAGE.glob("triton/*.py") if p.stem != "__init__"))
+def test_triton_kernels_compile_without_spills(stem):
+    check_triton(f"qrm_fast.triton.{stem}", 80, 90, 100)
+
+
+PRELUDE = """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def double(x):
+        return x * 2
+
+    @triton.jit
+    def normalise(x, out, BT: tl.constexpr):
+        o_t = tl.arange(0, BT)
+        b_x = tl.load(x + o_t)
+        tl.store(out + o_t, double(b_x) / tl.sum(b_x))
+
+    @triton.jit
+    def product(x, out, BT: tl.constexpr):
+        o_t = tl.arange(0, BT)
+        b_x = tl.load(x + o_t[:, None] * BT + o_t)
+        tl.store(out + o_t[:, None] * BT + o_t, tl.dot(b_x, b_x, input_precision="ieee"))
+
+    def normalise_entry(block, wants_dot=False):
+        return normalise, {"x": "*fp32", "out": "*fp32"}, {"BT": block}, 1, wants_dot
+
+    def product_entry(dtype):
+        return product, {"x": dtype, "out": "*fp32"}, {"BT": 32}, 4, True
+"""
+
+
+@pytest.mark.parametrize(
+    ("aot", "complaint"),
+    [
+        ("[normalise_entry(128), product_entry('*bf16')]", None),
+        ("[normalise_entry(128)]", r"does not list \['product'\]"),
+        ("[normalise_entry(8192), product_entry('*bf16')]", "spills: .*normalise"),
+        ("[normalise_entry(128), product_entry('*fp32')]", "no tensor-core instruction: .*product"),
+    ],
+    ids=["good", "unlisted", "spills", "no-tensor-cores"],
+)
+def test_the_triton_proof_can_fail(tmp_path, aot, complaint):
+    module = tmp_path / "kernels.py"
+    module.write_text(f"{textwrap.dedent(PRELUDE)}\n\nAOT = {aot}\n")
+    if complaint is None:
+        check_triton(str(module), 80, 90, 100)
+    else:
+        with pytest.raises(AssertionError, match=complaint):
+            check_triton(str(module), 80)
+
+
+# CUDA sources
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+
+
+def check_cuda(source: Path, folder: Path) -> None:
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    command = ["nvcc", "-c", source, "-o", folder / "kernel.o", "-Xptxas", "-v", "--threads", "2"]
+    command += [*COMMON_NVCC_FLAGS, *setup.NVCC, "-Xcompiler", "-fPIC", *includes]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = done.stdout + done.stderr
+    stores = [int(number) for number in re.findall(r"(\d+) bytes spill stores", report)]
+    assert len(stores) >= len(setup.CUDA_ARCHITECTURES), f"no kernel compiled for every architecture:\n{report}"
+    assert not any(stores), f"spills:\n{report}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("stem", sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")))
+def test_cuda_sources_compile_without_spills(stem, tmp_path):
+    check_cuda(ROOT / f"csrc/cuda/{stem}.cu", tmp_path)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("values", "spilled"), [(8, False), (96, True)])
+def test_the_cuda_proof_can_fail(tmp_path, values, spilled):
+    source = tmp_path / "kernel.cu"
+    source.write_text(f"""
+__global__ void __launch_bounds__(1024) normalise(const float* x, float* out) {{
+  float b_x[{values}], sum = 0;
+#pragma unroll
+  for (int i = 0; i < {values}; ++i) sum += b_x[i] = x[i * blockDim.x + threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < {values}; ++i) out[i * blockDim.x + threadIdx.x] = b_x[i] / sum;
+}}
+""")
+    if spilled:
+        with pytest.raises(AssertionError, match="spills"):
+            check_cuda(source, tmp_path)
+    else:
+        check_cuda(source, tmp_path)
+
+
+# Symbols and dispatch
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda path: path.name)
+def test_extensions_use_only_the_stable_interface(extension):
+    """Undefined symbols come from torch's C interface, Python, or (versioned, or in std::) the system's libraries."""
+    names = [line.split(maxsplit=1)[1] for line in run("nm", "-DuC", extension).splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    allowed = re.compile(r"aoti_torch_|torch_|_?Py|_ITM_|__gmon_start__|cuda|__cuda|(VTT for |vtable for )?std::|.*@")
+    foreign = [name for name in names if not allowed.match(name) or re.search(r"\b(at|c10|caffe2)::", name)]
+    assert not foreign
+
+
+def test_every_op_has_a_kernel_for_cpu():
+    rows = doctor.served()
+    assert "gae" in {row.op for row in rows}
+    reference_only = [row.op for row in rows if row.cpu is None]
+    assert not reference_only
+    for row in rows:
+        assert (ROOT / row.cpu).is_file() and row.cpu.startswith("csrc/cpu/")
+        assert (ROOT / row.fallback).is_file() and row.fallback.startswith("qrm_fast/ops/")
+
+
+def test_doctor_prints_who_serves_what(capsys):
+    doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r"gae +csrc/cpu/gae\.cpp +\S+ +qrm_fast/ops/gae\.py", line) for line in lines)
+    assert any(re.match(r"torch +\d", line) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def fresh_python(tmp_path_factory):
+    """The interpreter of a new environment that borrows torch from this one, but no qrm_fast."""
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment, with_pip=False)
+    python = environment / "bin/python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_a_missing_extension_names_the_fix(tmp_path, fresh_python):
+    shutil.copytree(PACKAGE, tmp_path / "qrm_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run([fresh_python, "-c", "import qrm_fast"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: the compiled extensions of qrm_fast are missing" in done.stderr
+    assert "pip install --no-build-isolation ." in done.stderr
+
+
+# Packages
+
+
+def test_the_wheel_works_elsewhere(tmp_path, fresh_python):
+    for stale in (ROOT / "build").glob("lib.*"):
+        shutil.rmtree(stale)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("qrm_fast-*.whl")
+    packed = zipfile.ZipFile(wheel).namelist()
+    assert "qrm_fast/py.typed" in packed
+    assert any(name.endswith("licenses/LICENSE") for name in packed)
+    assert not [name for name in packed if name.startswith(("csrc", "tests", "bench"))]
+
+    run(*pip, "--python", fresh_python, "install", "--no-deps", "--no-index", wheel)
+    script = """
+        import torch, qrm_fast
+        from qrm_fast import doctor
+        rewards, cu_seqlens = torch.tensor([0.0, 1.0]), torch.tensor([0, 2])
+        print(qrm_fast.__file__)
+        print(qrm_fast.gae(rewards, torch.zeros(2), cu_seqlens, gamma=1.0, lam=0.5).advantages.tolist())
+        print(next(row.cpu for row in doctor.served() if row.op == "gae"))
+    """
+    file, advantages, served = run(fresh_python, "-c", textwrap.dedent(script), cwd=tmp_path).splitlines()
+    assert Path(file).is_relative_to(fresh_python.parent.parent)
+    assert advantages == "[0.5, 1.0]"
+    assert served == "csrc/cpu/gae.cpp"
+
+
+def test_the_source_archive_holds_all_sources(tmp_path):
+    backend = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", backend, tmp_path, cwd=ROOT)
+    (archive,) = tmp_path.glob("qrm_fast-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    needed = [*(ROOT / "csrc").rglob("*.*"), *PACKAGE.rglob("*.py"), *(ROOT / f for f in ("setup.py", "LICENSE"))]
+    assert not {str(path.relative_to(ROOT)) for path in needed} - packed
