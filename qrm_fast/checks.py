@@ -39,7 +39,8 @@ class Checker:
         for axis, dim in enumerate(names):
             want = self._size(dim, x.shape[axis], name, got)
             if x.shape[axis] != want:
-                raise ValueError(f"{name} must be {expected} with {dim} = {want}, got {got}")
+                bound = "" if dim.isdigit() else f" with {dim} = {want}"
+                raise ValueError(f"{name} must be {expected}{bound}, got {got}")
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
