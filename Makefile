@@ -1,6 +1,6 @@
 # Outside a virtual environment every verb first fills .venv (torch and the pins of constraints.txt); inside one it uses
 # that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch.
-# DATA=DIR gives tests and benchmarks the folder of real data they otherwise skip.
+# DATA=DIR gives the tests the folder of real data, which they otherwise skip.
 
 ifndef VIRTUAL_ENV
 ifeq ($(origin PYTHON),undefined)
@@ -23,7 +23,7 @@ test: $(built)
 	$(PYTHON) -m pytest --durations=10 $(if $(DATA),--real-data $(DATA))
 
 bench: $(built)
-	$(PYTHON) -m bench $(if $(DATA),--real-data $(DATA))
+	$(PYTHON) -m bench
 
 gpu: $(built)
 	$(PYTHON) -m bench --device cuda --tests $(if $(DATA),--real-data $(DATA))
@@ -34,9 +34,8 @@ lint: $(environment)
 docs: $(environment)
 	$(PYTHON) -m bench --render
 
-# Filling the environment compiles too: then there is nothing newer, though make saw no $(built) when it started.
 $(built): setup.py $(shell find csrc -type f) | $(environment)
-	test -f $@ && test -z "$$(find $^ -newer $@)" || $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p $(@D) && touch $@
 
 .venv/installed: pyproject.toml constraints.txt
@@ -53,4 +52,3 @@ fill:
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
 	$(PYTHON) -m pip install -c build/constraints.txt setuptools wheel ninja numpy
 	$(PYTHON) -m pip install -c build/constraints.txt --no-build-isolation -e '.[cli,test,dev]'
-	touch $(built)

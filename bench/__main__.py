@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from qrm_fast import doctor
+
 from . import harness, render
 from .provenance import ROOT, provenance
 
@@ -24,9 +26,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run only the cases whose name contains this")
     parser.add_argument("--tests", action="store_true", help="run the tests marked gpu first and record their outcome")
     parser.add_argument("--busy", action="store_true", help="report on a busy CPU too; the record says how busy")
-    parser.add_argument(
-        "--real-data", type=Path, metavar="DIR", help="passed on to the tests and the suites that use it"
-    )
+    parser.add_argument("--real-data", type=Path, metavar="DIR", help="passed on to the tests")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(os.environ.get("OUT", ROOT / "bench/results")))
     parser.add_argument("--render", action="store_true", help="write the tables of bench/results into README and docs")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
@@ -47,30 +47,34 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"torch {torch.__version__} sees no CUDA device; name a Python that does: make gpu PYTHON=...")
         return 1
     made = provenance(arguments.device)
-    result: dict = {}
+    path = arguments.out / f"{arguments.device}-{re.sub('[^a-z0-9]+', '-', made['hardware'].lower()).strip('-')}.json"
+    write(path, {"served": [row._asdict() for row in doctor.served()]})
+    status = 0
     if arguments.tests:
-        result["tests"] = gpu_tests(arguments.real_data) | {"provenance": made}
-    records = []
+        tests = gpu_tests(arguments.real_data)
+        write(path, {"tests": tests | {"provenance": made}})
+        status |= tests["exit_status"] != 0
+    num_cases = 0
     for name, registered in harness.CASES.items():
         wanted = not arguments.suites or registered.suite in arguments.suites
         if wanted and registered.device == arguments.device and arguments.only in name:
-            records.append(harness.measure(name, allow_busy=arguments.busy) | {"provenance": made})
-            print(render.table(records[-1:]), flush=True)
-    if not records:
+            record = harness.measure(name, allow_busy=arguments.busy) | {"provenance": made}
+            print(render.table([record]), flush=True)
+            write(path, {"records": [record]})  # one by one: a run cut short keeps what it measured
+            status |= "refused" in record
+            num_cases += 1
+    if not num_cases:
         print(f"no case of {arguments.suites or 'any suite'} matches on {arguments.device}")
         return 1
-    path = arguments.out / f"{arguments.device}-{re.sub('[^a-z0-9]+', '-', made['hardware'].lower()).strip('-')}.json"
-    write(path, result | {"records": records})
     print(f"wrote {path}")
-    refused = [record["case"] for record in records if "refused" in record]
-    return int(bool(refused) or result.get("tests", {}).get("exit_status", 0) != 0)
+    return int(status)
 
 
 def write(path: Path, result: dict) -> None:
-    """Put the new records in place of those of the same case and keep the others."""
+    """Update the file: a new record takes the place of the one of its case, the others stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text()) if path.exists() else {"records": []}
-    records = {record["case"]: record for record in old["records"] + result["records"]}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    records = {record["case"]: record for each in (old, result) for record in each.get("records", [])}
     path.write_text(json.dumps(old | result | {"records": list(records.values())}, indent=1) + "\n")
 
 
@@ -81,8 +85,7 @@ def gpu_tests(real_data: Path | None) -> dict:
         data = ["--real-data", str(real_data)] if real_data else []
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}", *data]
         status = subprocess.run(command, cwd=ROOT).returncode
-        suite = ET.parse(report).getroot().find("testsuite")
-        assert suite is not None
+        suite = ET.parse(report).getroot()[0]
     failed = {
         f"{test.get('classname')}.{test.get('name')}": bad.get("message")
         for test in suite.iter("testcase")

@@ -170,28 +170,28 @@ def milliseconds(provider: Provider, flush: Tensor) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def extra_mib(name: str, provider: str) -> float:
-    """MiB that the first call of a provider adds to the memory of a fresh process, or to CUDA's allocations there."""
-    command = [sys.executable, "-m", "bench", "--memory", name, provider]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def extra_mib_here(name: str, provider: str) -> float:
-    """`extra_mib` in the fresh process: what the call adds to the high-water mark."""
-    torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the libraries' own buffers are nobody's memory
-    torch.ops.mkldnn._linear_pointwise(torch.ones(256, 256), torch.ones(256, 256), None, "none", [], "")
-    built = CASES[name].build()
+def extra_mib(name: str, way: str, provider: Provider) -> float:
+    """MiB that a call needs beyond its inputs, at its peak: of CUDA's allocations, or of a fresh process's memory."""
     if CASES[name].device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        built.providers[provider]()
+        provider()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    command = [sys.executable, "-m", "bench", "--memory", name, way]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def extra_mib_here(name: str, way: str) -> float:
+    """What the first call in this fresh process adds to its high-water mark."""
+    for provider in gemm(torch.ones(256, 256), torch.ones(256, 256)).values():
+        provider()  # the libraries' own buffers are nobody's memory
+    built = CASES[name].build()
     ctypes.CDLL(None).malloc_trim(0)
     # ru_maxrss would not do: a child starts with its parent's, and it cannot be reset.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
-    built.providers[provider]()
+    built.providers[way]()
     return (_status_kib("VmHWM") - before) / 1024
 
 
@@ -224,5 +224,5 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
         if built.flops:
             row["gflop_per_s"] = built.flops / worth / row["median_ms"] / 1e6
         if ours:
-            row["extra_mib"] = extra_mib(name, way)
+            row["extra_mib"] = extra_mib(name, way, built.providers[way])
     return record | {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}

@@ -1,7 +1,6 @@
 """What a figure needs beside it: commit, hardware, versions, date."""
 
 import datetime
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -29,7 +28,7 @@ def provenance(device: str) -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: importlib.metadata.version(name) for name in ("triton", "transformers", "numpy")},
+            **{name: doctor.version(name) for name in ("triton", "transformers", "numpy")},
             "nvcc": doctor.nvcc_version(),
             "driver": doctor.driver_version(),
         },

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 
-def as_for_linear(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def as_for_linear(*tensors: Tensor | None) -> tuple:
     """Under autocast, the floating tensors in its dtype (float64 stays), as F.linear receives them."""
-    return tuple(x if _stays(x) else x.to(torch.get_autocast_dtype(x.device.type)) for x in tensors)
+    return tuple(x if x is None or _stays(x) else x.to(torch.get_autocast_dtype(x.device.type)) for x in tensors)
 
 
-def _stays(x: Tensor | None) -> bool:
+def _stays(x: Tensor) -> bool:
     return (
         not isinstance(x, Tensor)
         or x.dtype == torch.float64

@@ -42,6 +42,13 @@ def _served(op: str) -> Served:
     return Served(op.partition("::")[2], kernel("CPU"), kernel("CUDA"), str(reference))
 
 
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def cpu_model() -> str:
     found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found[1] if found else platform.machine()
@@ -67,10 +74,10 @@ def main() -> None:
     """Print the versions, the devices and the table of ops."""
     simd = torch.backends.cpu.get_cpu_capability()
     facts = {
-        "qrm_fast": f"{importlib.metadata.version('qrm_fast')} in {PACKAGE}",
+        "qrm_fast": f"{version('qrm_fast')}, in {PACKAGE}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) for name in ("triton", "transformers", "numpy")},
+        **{name: version(name) for name in ("triton", "transformers", "numpy")},
         "nvcc": nvcc_version() or "not found",
         "cpu": f"{cpu_model()}, {torch.get_num_threads()} threads, {simd}",
     }

@@ -74,9 +74,11 @@ def test_a_new_record_replaces_its_own_and_keeps_the_rest(tmp_path):
     path = tmp_path / "results.json"
     command.write(path, {"records": [{"case": "a", "ms": 1}, {"case": "b", "ms": 2}], "tests": {"tests": 3}})
     command.write(path, {"records": [{"case": "b", "ms": 4}]})
+    command.write(path, {"served": []})
     assert json.loads(path.read_text()) == {
         "records": [{"case": "a", "ms": 1}, {"case": "b", "ms": 4}],
         "tests": {"tests": 3},
+        "served": [],
     }
 
 

@@ -88,7 +88,8 @@ def _forward(
     residual = (top - lse) + log_sum
     logprobs = logp.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
     entropy = -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
-    return tuple(x.masked_fill(ignored, 0) for x in (logprobs, entropy, lse, residual))
+    logprobs, entropy, lse, residual = (x.masked_fill(ignored, 0) for x in (logprobs, entropy, lse, residual))
+    return logprobs, entropy, lse, residual
 
 
 @_forward.register_fake
