@@ -272,6 +272,19 @@ class TestPerToken:
         per_token(x, cumulative([513]), 513).backward(torch.tensor([1.0] + [2.0**-9] * 512).bfloat16())
         assert x.grad.item() == 2.0
 
+    @pytest.mark.unpoisoned
+    def test_gradient_bits_ignore_neighbours_and_repeat(self):
+        lengths = [70_000, 1, 4097, 0, 333]
+        grad, gradients = torch.randn(sum(lengths)), []
+        for _ in range(3):
+            x = torch.zeros(len(lengths), requires_grad=True)
+            per_token(x, cumulative(lengths), sum(lengths)).backward(grad)
+            gradients.append(x.grad)
+        for part, *together in zip(grad.split(lengths), *gradients, strict=True):
+            x = torch.zeros(1, requires_grad=True)
+            per_token(x, cumulative([len(part)]), len(part)).backward(part)
+            assert [g.item() for g in together] == [x.grad.item()] * 3
+
     def test_gradcheck(self):
         x = torch.randn(4, dtype=torch.float64, requires_grad=True)
         cu_seqlens = cumulative([2, 0, 1, 4])
@@ -314,6 +327,31 @@ class TestPerToken:
 def test_bad_boundaries(use, cu_seqlens, error, message):
     with pytest.raises(error, match=message):
         use(torch.zeros(5), torch.tensor(cu_seqlens))
+
+
+@pytest.mark.unpoisoned
+def test_nothing_waits_for_the_device(device):
+    sequences, prompt_lens = [[11, 12, 13], [21, 22]], [1, 2]
+
+    def everything(device):
+        batch = pack(sequences, prompt_lens, device=device)
+        pack([], [], device=device)
+        x = torch.ones(2, requires_grad=True, device=device)
+        actions = per_token(x, batch.action_cu_seqlens, 2)
+        padded = to_padded(actions, batch.action_cu_seqlens, 3, side="left")
+        return *batch[:-1], actions, padded, *torch.autograd.grad(padded.square().sum(), x)
+
+    everything(device)  # what a first call sets up may wait
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = everything(device)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    for got, want in zip(results, everything("cpu"), strict=True):
+        assert got.device.type == device
+        assert_close(got.cpu(), want, rtol=0, atol=0)
 
 
 def token_cost(n, cost):

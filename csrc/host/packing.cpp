@@ -63,7 +63,7 @@ class Items {
 };
 
 struct Packed {
-  explicit Packed(int64_t num_sequences, int64_t num_tokens, int64_t num_actions)
+  Packed(int64_t num_sequences, int64_t num_tokens, int64_t num_actions)
       : input_ids(num_tokens),
         position_ids(num_tokens),
         cu_seqlens(num_sequences + 1),
@@ -160,7 +160,8 @@ struct Partition {
   std::vector<double> peak;     // [micro-batch] its dearest bin
 };
 
-// Puts each sequence into the bin of smallest key among those with room; nothing if one finds no room.
+// Puts each sequence into the bin of smallest key among those with room; nothing if one finds no room. Looks at every
+// bin for every sequence.
 template <typename Key>
 std::optional<Partition> place(const std::vector<Sequence>& sequences, int64_t max_tokens, double max_cost,
                                int64_t num_micro, int64_t num_ranks, Key key) {
@@ -224,6 +225,7 @@ Partition partition(const std::vector<Sequence>& sequences, int64_t max_tokens, 
     return place(sequences, max_tokens, max_cost, num_micro, num_ranks, key);
   };
 
+  // Longest first (LPT); where that breaks the budget, best fit.
   std::optional<Partition> first;
   while (!(first = try_place(kNoLimit, cheapest)) && !(first = try_place(kNoLimit, fullest))) ++num_micro;
   Partition best = *std::move(first);
