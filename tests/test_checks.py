@@ -45,7 +45,8 @@ def test_dimensions_bind_once_and_hold():
     check("x", torch.zeros(6, 3), "T D", FLOATS)
     check("cu_seqlens", torch.zeros(5, dtype=torch.int32), "2P+1", INTS)
     check("margin", torch.zeros(2), "P", FLOATS)
-    assert check.dims == {"T": 6, "D": 3, "P": 2}
+    check("boundaries", T4, "S+1", FLOATS)
+    assert check.dims == {"T": 6, "D": 3, "P": 2, "S": 3}
     with refuses(ValueError, "mask must be [T] bool with T = 6, got [5] bool"):
         check("mask", torch.zeros(5, dtype=torch.bool), "T", BOOL)
     with refuses(ValueError, "margin must be [2P+1] float32 with 2P+1 = 5, got [4] float32"):
