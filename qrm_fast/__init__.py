@@ -9,6 +9,7 @@ from .ops.loss_weights import loss_weights
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.q_token_rewards import q_token_rewards
+from .ops.token_q import token_q
 from .ops.whiten import whiten  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
@@ -45,6 +46,7 @@ __all__ = [
     "policy_loss",
     "q_token_rewards",
     "to_padded",
+    "token_q",
     "unpack",
     "whiten",
 ]
