@@ -18,7 +18,7 @@ def table(records: list[dict]) -> str:
             continue
         our_ms = next(iter(record["times"].values()))["median_ms"]
         for way, row in record["times"].items():
-            ms = f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
+            ms = f"{row['median_ms']:,.4g} ({row['p20_ms']:,.4g} to {row['p80_ms']:,.4g})"
             rates = [f"{row[key]:.4g}" if row.get(key) else "" for key in ("gb_per_s", "gflop_per_s")]
             memory = f"{row['extra_mib']:.1f}" if "extra_mib" in row else ""
             cells = [

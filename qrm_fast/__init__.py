@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from .ops.gae import Advantages, gae
 from .ops.group_advantages import group_advantages
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
+from .ops.linear_policy_loss import linear_policy_loss
 from .ops.loss_weights import loss_weights
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
@@ -38,6 +39,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "linear_logprobs",
+    "linear_policy_loss",
     "loss_weights",
     "pack",
     "pairwise_q_loss",

@@ -33,15 +33,15 @@ template <typename S>
 void check(const char* set, const HeadKernels<S>& kernels) {
   const double eps = sizeof(S) == 4 ? 2e-6 : 1e-13;
   const int64_t depth = 37;
-  const auto a = values<S>(depth * kernels.mr, 1), b = values<S>(depth * kernels.nr, 2);
-  std::vector<S> c(kernels.mr * kernels.nr, S(0.5));
+  const auto a = values<S>(depth * kernels.gemm.mr, 1), b = values<S>(depth * kernels.gemm.nr, 2);
+  std::vector<S> c(kernels.gemm.mr * kernels.gemm.nr, S(0.5));
   for (bool accumulate : {true, false}) {
-    kernels.tile(depth, a.data(), b.data(), c.data(), kernels.nr, accumulate);
-    for (int64_t i = 0; i < kernels.mr; ++i) {
-      for (int64_t j = 0; j < kernels.nr; ++j) {
+    kernels.gemm.tile(depth, a.data(), b.data(), c.data(), kernels.gemm.nr, accumulate);
+    for (int64_t i = 0; i < kernels.gemm.mr; ++i) {
+      for (int64_t j = 0; j < kernels.gemm.nr; ++j) {
         double want = accumulate ? 0.5 : 0;
-        for (int64_t k = 0; k < depth; ++k) want += double(a[k * kernels.mr + i]) * b[k * kernels.nr + j];
-        expect(set, "tile", c[i * kernels.nr + j], want, 40 * eps);
+        for (int64_t k = 0; k < depth; ++k) want += double(a[k * kernels.gemm.mr + i]) * b[k * kernels.gemm.nr + j];
+        expect(set, "tile", c[i * kernels.gemm.nr + j], want, 40 * eps);
       }
     }
   }

@@ -8,7 +8,7 @@ import torch
 from grids import NUM_ROWS
 
 import qrm_fast
-from qrm_fast.ops.policy_loss import _policy_loss, _policy_loss_backward
+from qrm_fast.ops.policy_loss import _policy_loss, scaled_derivative
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [*NUM_ROWS, 3000]  # 3000 rows are three blocks of the kernel
@@ -315,7 +315,7 @@ def test_opcheck():
     tensors = [keywords[k] for k in ("entropy", "old_logprobs", "ref_logprobs", "token_weights")]
     for kind, (h, *rest) in itertools.product(("ppo", "reinforce"), (tensors, [None] * 4)):
         torch.library.opcheck(_policy_loss, (logprobs, advantages, h, *rest, kind, 0.2, 0.2, math.inf, 0.0, "k3", 0.0))
-    torch.library.opcheck(_policy_loss_backward, (torch.tensor(2.0), torch.randn(5), logprobs.detach().bfloat16()))
+    torch.library.opcheck(scaled_derivative, (torch.tensor(2.0), torch.randn(5), logprobs.detach().bfloat16()))
 
 
 def test_compiles_forward_and_backward_with_one_graph_for_every_length():

@@ -35,7 +35,12 @@ class Scratch {
 
 // A register tile: c[mr][nr] (row stride ldc) = (accumulate ? c : 0) + a[k][mr]^T b[k][nr].
 template <typename S>
-using MicroKernel = void (*)(int64_t depth, const S* a, const S* b, S* c, int64_t ldc, bool accumulate);
+struct GemmKernel {
+  int64_t mr, nr;
+  void (*tile)(int64_t depth, const S* a, const S* b, S* c, int64_t ldc, bool accumulate);
+};
+
+inline constexpr int64_t kLargestTile = 512;  // elements
 
 template <typename S, int Bytes, int Rows, int Vectors>
 QRM_FAST_INLINE void register_tile(int64_t depth, const S* a, const S* b, S* c, int64_t ldc, bool accumulate) {
@@ -91,15 +96,32 @@ void pack_panels(const In* src, int64_t stride, int64_t depth_stride, const int6
   }
 }
 
-// C [m, n] = (accumulate ? C : 0) + A B from packed panels of full depth. C has room for whole tiles.
+// C [m, n] = (accumulate ? C : 0) + A B from packed panels of full depth. Tiles over the edge go through a small
+// buffer.
 template <typename S>
-void multiply_panels(MicroKernel<S> kernel, int64_t mr, int64_t nr, int64_t m, int64_t n, int64_t depth, const S* a,
-                     const S* b, S* c, int64_t ldc, bool accumulate) {
+void multiply_panels(const GemmKernel<S>& kernel, int64_t m, int64_t n, int64_t depth, const S* a, const S* b, S* c,
+                     int64_t ldc, bool accumulate) {
+  const int64_t mr = kernel.mr, nr = kernel.nr;
+  S edge[kLargestTile];
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t step = std::min(kDepth, depth - k);
+    const bool add = accumulate || k > 0;
     for (int64_t i = 0; i < m; i += mr) {
       for (int64_t j = 0; j < n; j += nr) {
-        kernel(step, a + i * depth + k * mr, b + j * depth + k * nr, c + i * ldc + j, ldc, accumulate || k > 0);
+        const S* a_panel = a + i * depth + k * mr;
+        const S* b_panel = b + j * depth + k * nr;
+        S* out = c + i * ldc + j;
+        if (i + mr <= m && j + nr <= n) {
+          kernel.tile(step, a_panel, b_panel, out, ldc, add);
+          continue;
+        }
+        kernel.tile(step, a_panel, b_panel, edge, nr, false);
+        for (int64_t r = 0; r < std::min(mr, m - i); ++r) {
+          for (int64_t q = 0; q < std::min(nr, n - j); ++q) {
+            S& element = out[r * ldc + q];
+            element = add ? element + edge[r * nr + q] : edge[r * nr + q];
+          }
+        }
       }
     }
   }

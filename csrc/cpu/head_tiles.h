@@ -107,8 +107,7 @@ struct HeadTile {
 // The kernels of one instruction set, for float or double.
 template <typename S>
 struct HeadKernels {
-  int64_t mr, nr;
-  MicroKernel<S> tile;
+  GemmKernel<S> gemm;
   void (*finish)(S* z, int64_t n, const LogitTransform<S>& t);
   SoftmaxStats<S> (*fold)(const S* z, int64_t n);
   void (*gradient)(S* z, int64_t n, const LogitTransform<S>& t, const RowGradient<S>& g);
@@ -126,7 +125,7 @@ struct HeadKernels {
       HeadTile<S, BYTES>::gradient(z, n, t, g);                                                                     \
     }                                                                                                               \
     static constexpr HeadKernels<S> kernels() {                                                                     \
-      return {ROWS, VECTORS * BYTES / int(sizeof(S)), tile, finish, fold, gradient};                                \
+      return {{ROWS, VECTORS * BYTES / int(sizeof(S)), tile}, finish, fold, gradient};                              \
     }                                                                                                               \
   };
 

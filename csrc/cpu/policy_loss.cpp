@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "policy_terms.h"
+#include "policy_sums.h"
 
 namespace qrm_fast {
 namespace {
@@ -19,20 +19,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;
-constexpr int64_t kMetrics = 7;
-
-struct Sums {
-  double loss = 0;
-  double metrics[kMetrics] = {};  // the fields of PolicyMetrics in qrm_fast/ops/policy_loss.py; the last is a maximum
-
-  void add(const Sums& x, double weight) {
-    loss += weight * x.loss;
-    for (int64_t i = 0; i < kMetrics - 1; ++i) metrics[i] += weight * x.metrics[i];
-    double& top = metrics[kMetrics - 1];
-    if (!(x.metrics[kMetrics - 1] <= top)) top = x.metrics[kMetrics - 1];  // a NaN stays
-  }
-};
-
 template <typename T>
 struct Rows {
   const T* logprobs;
@@ -47,10 +33,10 @@ struct Rows {
 };
 
 template <typename T>
-Sums policy_block(const Rows<T>& rows, const PolicyOptions<acc_t<T>>& options, acc_t<T> entropy_coef, int64_t begin,
-                  int64_t end) {
+PolicySums policy_block(const Rows<T>& rows, const PolicyOptions<acc_t<T>>& options, acc_t<T> entropy_coef,
+                        int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  Sums sums;
+  PolicySums sums;
   for (int64_t t = begin; t < end; ++t) {
     const A weight = rows.token_weights ? rows.token_weights[t] : rows.mean_weight;
     if (weight == 0) {
@@ -66,10 +52,7 @@ Sums policy_block(const Rows<T>& rows, const PolicyOptions<acc_t<T>>& options, a
         policy_terms<A>(logprob, old, rows.ref_logprobs ? &ref : nullptr, rows.advantages[t], options);
     rows.dlogprobs[t] = weight * x.dlogprob;
     if (rows.entropy) rows.dentropy[t] = -entropy_coef * weight;
-    const A bonus = entropy_coef != 0 ? entropy_coef * entropy : A(0);
-    sums.add({x.loss - bonus,
-              {double(x.clipped_low), double(x.clipped_high), x.approx_kl, x.ref_kl, x.ratio, entropy, x.ratio}},
-             weight);
+    sums.add_token(x, entropy, entropy_coef, weight);
   }
   return sums;
 }
@@ -82,22 +65,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const int64_t num_tokens = logprobs.size(0);
   const auto dtype = acc_dtype(logprobs.scalar_type());
   Tensor loss = torch::stable::new_empty(logprobs, {}, dtype);
-  Tensor metrics = torch::stable::new_empty(logprobs, {kMetrics}, dtype);
+  Tensor metrics = torch::stable::new_empty(logprobs, {kPolicyMetrics}, dtype);
   Tensor dlogprobs = torch::stable::new_empty(logprobs, {num_tokens}, dtype);
   Tensor dentropy = torch::stable::new_empty(logprobs, {entropy.has_value() ? num_tokens : 0}, dtype);
   dispatch_floating(logprobs.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const PolicyOptions<A> options{
-        kind == "ppo" ? PolicyKind::kPpo : PolicyKind::kReinforce,
-        static_cast<A>(1 - clip_low),
-        static_cast<A>(1 + clip_high),
-        static_cast<A>(dual_clip),
-        static_cast<A>(kl_coef),
-        kl_estimator == "k1"   ? KlEstimator::kK1
-        : kl_estimator == "k2" ? KlEstimator::kK2
-                               : KlEstimator::kK3,
-    };
+    const auto options = policy_options<A>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
     const Rows<T> rows{
         static_cast<const T*>(logprobs.const_data_ptr()),
         static_cast<const A*>(advantages.const_data_ptr()),
@@ -109,29 +83,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         static_cast<A*>(dlogprobs.mutable_data_ptr()),
         static_cast<A*>(dentropy.mutable_data_ptr()),
     };
-    std::vector<Sums> blocks((num_tokens + kBlock - 1) / kBlock);
+    std::vector<PolicySums> blocks((num_tokens + kBlock - 1) / kBlock);
     torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         blocks[i] = policy_block<T>(rows, options, entropy_coef, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
       }
     });
-    Sums sums;
-    for (const Sums& block : blocks) sums.add(block, 1);
+    PolicySums sums;
+    for (const PolicySums& block : blocks) sums.add(block, 1);
     *static_cast<A*>(loss.mutable_data_ptr()) = sums.loss;
-    std::copy_n(sums.metrics, kMetrics, static_cast<A*>(metrics.mutable_data_ptr()));
+    std::copy_n(sums.metrics, kPolicyMetrics, static_cast<A*>(metrics.mutable_data_ptr()));
   });
   return {loss, metrics, dlogprobs, dentropy};
 }
 
-Tensor policy_loss_backward(const Tensor& grad_loss, const Tensor& derivative, const Tensor& x) {
-  Tensor grad = torch::stable::new_empty(x, {x.size(0)});
+Tensor scaled_derivative(const Tensor& grad_loss, const Tensor& derivative, const Tensor& x) {
+  Tensor grad = torch::stable::new_empty(x, x.sizes());
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const A scale = *static_cast<const A*>(grad_loss.const_data_ptr());
     const A* d = static_cast<const A*>(derivative.const_data_ptr());
     T* g = static_cast<T*>(grad.mutable_data_ptr());
-    torch::stable::parallel_for(0, x.size(0), 32768, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) g[t] = static_cast<T>(scale * d[t]);
     });
   });
@@ -143,5 +117,5 @@ Tensor policy_loss_backward(const Tensor& grad_loss, const Tensor& derivative, c
 
 STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) {
   m.impl("policy_loss", TORCH_BOX(&qrm_fast::policy_loss));
-  m.impl("policy_loss_backward", TORCH_BOX(&qrm_fast::policy_loss_backward));
+  m.impl("scaled_derivative", TORCH_BOX(&qrm_fast::scaled_derivative));
 }

@@ -48,7 +48,21 @@ def linear_logprobs(
     outside [0, V); on CUDA such a row is NaN.
     """
     hidden, weight, bias = as_for_linear(hidden, weight, bias)
-    check = Checker()
+    number, per_row = check_head(Checker(), hidden, weight, targets, bias, temperature, softcap)
+    logprobs, entropy, lse, _ = _forward(hidden, weight, targets, bias, number, per_row, softcap, ignore_index)
+    return TokenLogprobs(logprobs, entropy, lse)
+
+
+def check_head(
+    check: Checker,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> tuple[float, Tensor | None]:
+    """Raise for a bad head; returns the temperature as a number and, where it is a tensor, per row."""
     check("hidden", hidden, "T D", FLOATS, strided=True)
     check("weight", weight, "V D", (hidden.dtype,), strided=True)
     check("targets", targets, "T", INT64)
@@ -62,9 +76,7 @@ def linear_logprobs(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    number, per_row = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
-    logprobs, entropy, lse, _ = _forward(hidden, weight, targets, bias, number, per_row, softcap, ignore_index)
-    return TokenLogprobs(logprobs, entropy, lse)
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
 
 
 @torch.library.custom_op("qrm_fast::linear_logprobs", mutates_args=())

@@ -82,19 +82,9 @@ def policy_loss(
         if x is not None:
             check(name, x, "T", (dtype,))
     constants = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    for name, x in {**constants, "token_weights": token_weights}.items():
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{name} must not require grad, it is a constant of the loss: pass {name}.detach()")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}")
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
-    if dual_clip is not None and not (dual_clip > 1 and kind == "ppo"):
-        raise ValueError(f"dual_clip must be > 1 and belongs to kind 'ppo', got {dual_clip} with kind {kind!r}")
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef needs ref_logprobs, got kl_coef {kl_coef} without them")
+    check_options(
+        {**constants, "token_weights": token_weights}, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator
+    )
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy_coef needs entropy, got entropy_coef {entropy_coef} without it")
     loss, metrics, _, _ = _policy_loss(
@@ -113,6 +103,31 @@ def policy_loss(
         float(entropy_coef),
     )
     return PolicyLoss(loss, logprobs, entropy, PolicyMetrics(*metrics.unbind()))
+
+
+def check_options(
+    constants: dict[str, Tensor | None],
+    kind: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+) -> None:
+    """Raise ValueError for a constant that requires grad and for options that are unknown or do not go together."""
+    for name, x in constants.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} must not require grad, it is a constant of the loss: pass {name}.detach()")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}")
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
+    if dual_clip is not None and not (dual_clip > 1 and kind == "ppo"):
+        raise ValueError(f"dual_clip must be > 1 and belongs to kind 'ppo', got {dual_clip} with kind {kind!r}")
+    if kl_coef != 0 and constants["ref_logprobs"] is None:
+        raise ValueError(f"kl_coef needs ref_logprobs, got kl_coef {kl_coef} without them")
 
 
 @torch.library.custom_op("qrm_fast::policy_loss", mutates_args=())
@@ -184,15 +199,18 @@ def _(logprobs, advantages, entropy, *_):
     return dlogprobs.new_empty(()), dlogprobs.new_empty(len(PolicyMetrics._fields)), dlogprobs, dentropy
 
 
-@torch.library.custom_op("qrm_fast::policy_loss_backward", mutates_args=())
-def _policy_loss_backward(grad_loss: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `x`, in its dtype. Taking `x` makes a second derivative raise: `derivative` depends on it."""
+@torch.library.custom_op("qrm_fast::scaled_derivative", mutates_args=())
+def scaled_derivative(grad_loss: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `x`, in its dtype, from the derivative that the forward pass formed.
+
+    Taking `x` makes a second derivative raise: `derivative` depends on it.
+    """
     return (grad_loss * derivative).to(x.dtype)
 
 
-@_policy_loss_backward.register_fake
+@scaled_derivative.register_fake
 def _(grad_loss, derivative, x):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -207,9 +225,9 @@ def _backward(ctx, grad_loss, *_):
     dlogprobs, logprobs, dentropy, entropy = ctx.saved_tensors
     grads = [None] * 13
     if grad_loss is not None and ctx.needs_input_grad[0]:
-        grads[0] = _policy_loss_backward(grad_loss, dlogprobs, logprobs)
+        grads[0] = scaled_derivative(grad_loss, dlogprobs, logprobs)
     if grad_loss is not None and ctx.needs_input_grad[2]:
-        grads[2] = _policy_loss_backward(grad_loss, dentropy, entropy)
+        grads[2] = scaled_derivative(grad_loss, dentropy, entropy)
     return tuple(grads)
 
 

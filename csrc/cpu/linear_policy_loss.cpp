@@ -1,0 +1,159 @@
+// linear_policy_loss: the policy-gradient loss of hidden states and its gradients in three GEMMs instead of four.
+//
+// The coefficient of a row's gradient depends on that row's log-probability alone, so it is known as soon as the row's
+// fold is complete. A block of rows keeps its logits [rows, V] in float32 meanwhile; they become dZ in place and are
+// multiplied into dX and dW before the next block overwrites them. 6 T D V FLOP with both gradients; the block is about
+// an eleventh of [T, V], at least kFewestRows and at most kRows rows. Rows that are ignored or weigh 0 are never read.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "head.h"
+#include "policy_sums.h"
+
+namespace qrm_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kFewestRows = 192;  // fewer, and the traffic of dW, once per block of rows, dominates
+constexpr int64_t kBlocks = 11;
+
+// Logits of `height` rows from `row` on over all of V, and the statistics of each row.
+template <typename In, typename S>
+std::vector<RowResult<S>> logits_of_rows(const Head<In, S>& head, int64_t row, int64_t height, const S* x, S* z) {
+  const int64_t splits = ceil_div(head.vocab, kSplit);
+  std::vector<SoftmaxStats<S>> stats(splits * height, SoftmaxStats<S>::empty());
+  std::vector<S> target_logits(height);
+  torch::stable::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
+    Scratch<S> w(kChunk * head.dim);
+    for (int64_t column = begin * kSplit; column < std::min(head.vocab, end * kSplit); column += kChunk) {
+      const int64_t width = std::min(kChunk, head.vocab - column), split = column / kSplit;
+      head.pack_weight(column, width, w.get());
+      for (int64_t i = 0; i < height; i += kBlock) {
+        const int64_t block = std::min(kBlock, height - i);
+        S* tile = z + i * head.vocab + column;
+        head.logits(row + i, block, column, width, x + i * head.dim, w.get(), tile, head.vocab);
+        head.fold(row + i, block, column, width, tile, head.vocab, stats.data() + split * height + i,
+                  target_logits.data() + i);
+      }
+    }
+  });
+  std::vector<RowResult<S>> results;
+  results.reserve(height);
+  for (int64_t i = 0; i < height; ++i) {
+    SoftmaxStats<S> total = stats[i];
+    for (int64_t split = 1; split < splits; ++split) total.merge(stats[split * height + i]);
+    results.emplace_back(total, target_logits[i]);
+  }
+  return results;
+}
+
+template <typename In>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const HeadOptions& head_options,
+    const PolicyOptions<acc_t<In>>& policy, double entropy_coef, const Tensor& advantages,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& token_weights, bool need_hidden, bool need_weight, bool need_bias) {
+  using S = acc_t<In>;
+  Head<In, S> head(hidden, weight, targets, head_options);
+  const S* a = static_cast<const S*>(advantages.const_data_ptr());
+  const S *old = data_or_null<S>(old_logprobs), *ref = data_or_null<S>(ref_logprobs);
+  const S* weights = data_or_null<S>(token_weights);
+  head.select_rows([&](int64_t t) { return weights == nullptr || weights[t] != S(0); });
+  const int64_t count = head.rows.size(), dim = head.dim, vocab = head.vocab;
+  const GemmKernel<S>& gemm = head.kernels.gemm;
+
+  const auto dtype = acc_dtype(hidden.scalar_type());
+  const auto zeros = [&](bool needed, int64_t rows, int64_t columns) {
+    return needed ? torch::stable::new_zeros(hidden, {rows, columns}, dtype)
+                  : torch::stable::new_empty(hidden, {0}, dtype);
+  };
+  Tensor loss = torch::stable::new_empty(hidden, {}, dtype);
+  Tensor metrics = torch::stable::new_empty(hidden, {kPolicyMetrics}, dtype);
+  Tensor logprobs = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
+  Tensor entropy = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
+  Tensor hidden_grad = zeros(need_hidden, hidden.size(0), dim);
+  Tensor weight_grad = zeros(need_weight, vocab, dim);
+  Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0}, dtype);
+  S* logprobs_out = static_cast<S*>(logprobs.mutable_data_ptr());
+  S* entropy_out = static_cast<S*>(entropy.mutable_data_ptr());
+  S* hidden_out = static_cast<S*>(hidden_grad.mutable_data_ptr());
+  S* weight_out = static_cast<S*>(weight_grad.mutable_data_ptr());
+
+  const int64_t rows_per_block =
+      std::min(std::max(ceil_div(count, kBlocks * kFewestRows / 4) * kFewestRows / 4, kFewestRows), kRows);
+  const int64_t wide = ceil_div(dim, gemm.nr) * gemm.nr;
+  const bool gradients_needed = need_hidden || need_weight || need_bias;
+  Scratch<S> x(ceil_div(rows_per_block, kBlock) * kBlock * dim), z(std::min(count, rows_per_block) * vocab);
+  Scratch<S> x_by_dim(need_weight ? rows_per_block * wide : 0), w_by_dim(need_hidden ? kSlab * wide : 0);
+  Scratch<S> dx(need_hidden ? rows_per_block * dim : 0);
+  std::vector<double> db(need_bias ? vocab : 0, 0.0);
+  std::vector<RowGradient<S>> gradients(rows_per_block);
+  PolicySums sums;
+
+  for (int64_t row = 0; row < count; row += rows_per_block) {
+    const int64_t height = std::min(rows_per_block, count - row);
+    head.pack_hidden(row, height, x.get());
+    const std::vector<RowResult<S>> results = logits_of_rows(head, row, height, x.get(), z.get());
+    for (int64_t i = 0; i < height; ++i) {
+      const int64_t t = head.rows[row + i];
+      const RowResult<S>& r = results[i];
+      const S token_weight = weights ? weights[t] : S(1.0 / count);
+      const PolicyTerms<S> terms =
+          policy_terms<S>(r.logprob, old ? old[t] : r.logprob, ref ? ref + t : nullptr, a[t], policy);
+      sums.add_token(terms, r.entropy, S(entropy_coef), token_weight);
+      gradients[i] = {token_weight * terms.dlogprob, -S(entropy_coef) * token_weight, r.lse, r.lse_residual, r.entropy};
+      logprobs_out[t] = r.logprob;
+      entropy_out[t] = r.entropy;
+    }
+    if (!gradients_needed) continue;
+    if (need_weight) head.pack_hidden_by_dim(row, height, x_by_dim.get());
+    for (int64_t column = 0; column < vocab; column += kSlab) {
+      const int64_t columns = std::min(kSlab, vocab - column);
+      const int64_t blocks = ceil_div(height, kBlock), chunks = ceil_div(columns, kChunk);
+      S* dz = z.get() + column;
+      parallel(blocks * chunks, [&](int64_t unit) {
+        const int64_t i = unit % blocks * kBlock, j = unit / blocks * kChunk;
+        head.to_gradient(row + i, std::min(kBlock, height - i), column + j, std::min(kChunk, columns - j),
+                         dz + i * vocab + j, vocab, gradients.data() + i);
+      });
+      if (need_hidden) {
+        head.pack_weight_by_dim(column, columns, w_by_dim.get());
+        add_hidden_gradient(gemm, dz, vocab, height, columns, w_by_dim.get(), dim, dx.get(), column > 0);
+      }
+      if (need_weight) {
+        add_weight_gradient(gemm, dz, vocab, height, columns, x_by_dim.get(), dim, weight_out + column * dim, row > 0);
+      }
+      if (need_bias) add_bias_gradient(dz, vocab, height, columns, db.data() + column);
+    }
+    if (need_hidden) {
+      parallel(height, [&](int64_t i) { round_into(hidden_out + head.rows[row + i] * dim, dx.get() + i * dim, dim); });
+    }
+  }
+  round_into(static_cast<S*>(bias_grad.mutable_data_ptr()), db.data(), db.size());
+  *static_cast<S*>(loss.mutable_data_ptr()) = static_cast<S>(sums.loss);
+  round_into(static_cast<S*>(metrics.mutable_data_ptr()), sums.metrics, kPolicyMetrics);
+  return {loss, metrics, logprobs, entropy, hidden_grad, weight_grad, bias_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Tensor& advantages,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& token_weights, const std::optional<Tensor>& bias, double temperature,
+    const std::optional<Tensor>& temperatures, std::optional<double> softcap, int64_t ignore_index,
+    const std::string& kind, double clip_low, double clip_high, double dual_clip, double kl_coef,
+    const std::string& kl_estimator, double entropy_coef, bool need_hidden, bool need_weight, bool need_bias) {
+  const HeadOptions head_options{bias, temperature, temperatures, softcap, ignore_index};
+  return dispatch_floating(hidden.scalar_type(), [&](auto zero) {
+    using In = decltype(zero);
+    const auto policy = policy_options<acc_t<In>>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
+    return three_gemms<In>(hidden, weight, targets, head_options, policy, entropy_coef, advantages, old_logprobs,
+                           ref_logprobs, token_weights, need_hidden, need_weight, need_bias);
+  });
+}
+
+}  // namespace
+}  // namespace qrm_fast
+
+STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) { m.impl("linear_policy_loss", TORCH_BOX(&qrm_fast::linear_policy_loss)); }

@@ -1,0 +1,252 @@
+"""linear_policy_loss against log_softmax and policy_loss through autograd, and its promises about masks and bits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
+from qrm_fast.ops.linear_policy_loss import _forward
+
+# One shape beyond each block size of the CPU kernel: rows per block, columns per slab and per split, depth per pass.
+SHAPES = [(0, 5, 7), (1, 3, 1), (2, 8, 17), (63, 20, 127), (450, 13, 1000), (9, 520, 2500)]
+OPTIONS = {
+    "on-policy": {"old": False},
+    "ppo": {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5},
+    "reinforce": {"kind": "reinforce", "entropy_coef": 0.02},
+    "everything": {"kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.05, "softcap": 6.0, "extra": True},
+    "k1": {"kl_coef": 0.1, "kl_estimator": "k1"},
+    "k2": {"kl_coef": 0.1, "kl_estimator": "k2", "kind": "reinforce"},
+}
+
+
+def make(t: int, d: int, v: int, dtype: torch.dtype, *, old=True, extra=False, **options) -> tuple[dict, dict, dict]:
+    """Inputs that require grad, constants [T] in float64, and options."""
+    generator = torch.Generator().manual_seed(t + d + v)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"hidden": randn(t, d), "weight": randn(v, d) * 3 / d**0.5}
+    if extra:
+        inputs["bias"] = randn(v)
+    inputs = {k: x.to(dtype) for k, x in inputs.items()}
+    targets = torch.randint(v, (t,), generator=generator)
+    targets[4::9] = -100
+    wide = [x.double() for x in inputs.values()]
+    near = torch.nn.functional.linear(*wide).log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    constants = {"advantages": randn(t), "ref_logprobs": near + 0.3 * randn(t)}
+    if old:
+        constants["old_logprobs"] = near + 0.3 * randn(t)
+    if extra:
+        constants["token_weights"] = torch.rand(t, generator=generator, dtype=torch.float64)
+        constants["token_weights"][::5] = 0
+        constants["temperature"] = torch.rand(t, generator=generator, dtype=torch.float64) + 0.5
+    return inputs, constants, {"targets": targets, **options}
+
+
+def ours(inputs, constants, options):
+    out = linear_policy_loss(**inputs, **constants, **options)
+    return out.loss, out.metrics
+
+
+def naive(inputs, constants, options):
+    """log_softmax over materialised logits and policy_loss, in the inputs' dtype. Ignored rows weigh 0."""
+    options, constants = dict(options), dict(constants)
+    targets, softcap, temperature = (
+        options.pop("targets"),
+        options.pop("softcap", None),
+        constants.pop("temperature", 1),
+    )
+    z = torch.nn.functional.linear(inputs["hidden"], inputs["weight"], inputs.get("bias"))
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logp = (z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)).log_softmax(-1)
+    keep = targets != -100
+    weights = constants.pop("token_weights", keep.to(z.dtype) / max(1, int(keep.sum())))
+    out = policy_loss(
+        logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0],
+        entropy=-(logp.exp() * logp).sum(-1),
+        token_weights=weights.where(keep, 0),
+        **constants,
+        **options,
+    )
+    return out.loss, out.metrics
+
+
+def run(function, inputs, constants, options, dtype):
+    """Loss, metrics and gradients of 2 * loss, everything in `dtype`."""
+    acc = torch.promote_types(dtype, torch.float32)
+    inputs = {k: x.to(dtype).requires_grad_() for k, x in inputs.items()}
+    loss, metrics = function(inputs, {k: x.to(acc) for k, x in constants.items()}, options)
+    return [loss.detach(), torch.stack(metrics), *torch.autograd.grad(2 * loss, list(inputs.values()))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_autograd_in_float32(shape, options, dtype):
+    """float64 agrees to 1e-11. Otherwise loss and metrics are within the 2e-5 that the head promises, and gradients, in
+    the mean square, as close to float64 as PyTorch's float32 path on the same values: a log-probability's rounding is
+    a relative error of its row's coefficient, so a few roundings of the result are granted."""
+    inputs, constants, options = make(*shape, dtype, **options)
+    result = run(ours, inputs, constants, options, dtype)
+    exact = run(naive, inputs, constants, options, torch.float64)
+    peer = run(naive, inputs, constants, options, torch.promote_types(dtype, torch.float32))
+    for i, (got, want, other) in enumerate(zip(result, exact, peer, strict=True)):
+        assert got.shape == want.shape and torch.isfinite(got).all()
+        if dtype == torch.float64:
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        elif i < 2:
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+        else:
+            error, peer_error = ((x.to(got.dtype).double() - want).norm() for x in (got, other))
+            scale = max(want.norm(), want.numel() ** 0.5 / max(1, shape[0]))
+            assert error <= 1.1 * peer_error + 8 * torch.finfo(got.dtype).eps * scale, f"{error:.3g}, {peer_error:.3g}"
+
+
+def test_same_as_its_two_parts():
+    """The very bits of linear_logprobs in logprobs and entropy; loss and metrics as policy_loss gives them."""
+    inputs, constants, options = make(300, 24, 700, torch.float32, kl_coef=0.1, entropy_coef=0.01)
+    constants = {k: x.float() for k, x in constants.items()}
+    out = linear_policy_loss(**inputs, **constants, **options)
+    head = linear_logprobs(**inputs, targets=options.pop("targets"))
+    keep = (out.logprobs != 0).float()
+    parts = policy_loss(head.logprobs, entropy=head.entropy, token_weights=keep / keep.sum(), **constants, **options)
+    assert torch.equal(out.logprobs, head.logprobs) and torch.equal(out.entropy, head.entropy)
+    torch.testing.assert_close(out.loss, parts.loss)
+    torch.testing.assert_close(torch.stack(out.metrics), torch.stack(parts.metrics))
+
+
+def test_micro_batches_add_up():
+    """Weights with a global denominator: the parts' losses, gradients and metrics sum to the whole's."""
+    inputs, constants, options = make(200, 16, 90, torch.float64, extra=True)
+    targets = options.pop("targets")
+
+    def step(rows):
+        leaves = {k: x.clone().requires_grad_() for k, x in inputs.items()}
+        chosen = {**leaves, "hidden": leaves["hidden"][rows]}
+        out = linear_policy_loss(
+            **chosen, targets=targets[rows], **{k: x[rows] for k, x in constants.items()}, **options
+        )
+        return [out.loss, torch.stack(out.metrics[:-1]), *torch.autograd.grad(out.loss, list(leaves.values()))]
+
+    whole = step(slice(None))
+    parts = [step(slice(0, 70)), step(slice(70, 71)), step(slice(71, 200))]
+    for x, *pieces in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(x, sum(pieces))
+
+
+def test_idle_rows_are_never_read():
+    """Rows that are ignored or weigh 0 may hold NaN anywhere; their logprobs, entropy and gradients are 0."""
+    inputs, constants, options = make(12, 8, 50, torch.float32)
+    constants = {k: x.float() for k, x in constants.items()}
+    constants["token_weights"] = torch.full((12,), 0.1)
+    idle = torch.tensor([0, 4, 7])
+    options["targets"][4] = -100
+    constants["token_weights"][[0, 7]] = 0
+    clean = run(ours, {k: x.clone() for k, x in inputs.items()}, constants, options, torch.float32)
+    poisoned = [inputs["hidden"], constants["advantages"], constants["old_logprobs"], constants["ref_logprobs"]]
+    for x in poisoned:
+        x[idle] = torch.nan
+    for x, y in zip(clean, run(ours, inputs, constants, options, torch.float32), strict=True):
+        assert torch.equal(x, y)
+    out = linear_policy_loss(**inputs, **constants, **options)
+    assert torch.equal(out.logprobs[idle], torch.zeros(3)) and torch.equal(out.entropy[idle], torch.zeros(3))
+
+
+@pytest.mark.unpoisoned
+def test_bits():
+    """Twice the same bits; a row's logprob and hidden gradient do not depend on its neighbours or the threads."""
+    inputs, constants, options = make(700, 24, 1500, torch.float32)
+    constants = {k: x.float() for k, x in constants.items()} | {"token_weights": torch.full((700,), 0.01)}
+    targets = options.pop("targets")
+
+    def rows(index):
+        hidden = inputs["hidden"][index].clone().requires_grad_()
+        weight = inputs["weight"].clone().requires_grad_()
+        out = linear_policy_loss(hidden, weight, targets[index], **{k: x[index] for k, x in constants.items()})
+        return out.loss, out.logprobs, *torch.autograd.grad(out.loss, [hidden, weight])
+
+    everything = rows(torch.arange(700))
+    assert all(torch.equal(x, y) for x, y in zip(everything, rows(torch.arange(700)), strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for index in (torch.randperm(700), torch.arange(333, 400)):
+        _, logprobs, hidden_grad, _ = rows(index)
+        assert torch.equal(logprobs, everything[1][index]) and torch.equal(hidden_grad, everything[2][index])
+    torch.set_num_threads(threads)
+
+
+def test_only_needed_gradients_are_formed():
+    inputs, constants, options = make(20, 8, 30, torch.float32)
+    constants = {k: x.float() for k, x in constants.items()}
+    frozen = linear_policy_loss(inputs["hidden"].requires_grad_(), inputs["weight"], **constants, **options)
+    frozen.loss.backward()
+    assert inputs["weight"].grad is None and (inputs["hidden"].grad != 0).any()
+    with torch.no_grad():
+        assert not linear_policy_loss(**inputs, **constants, **options).loss.requires_grad
+    out = linear_policy_loss(**inputs, **constants, **options)
+    assert not (out.logprobs.requires_grad or out.entropy.requires_grad or out.metrics.ratio.requires_grad)
+
+
+def test_registration():
+    inputs, constants, options = make(7, 5, 11, torch.float32, extra=True)
+    hidden, weight, bias = (x.requires_grad_() for x in inputs.values())
+    old, ref, a, w = (constants[k].float() for k in ("old_logprobs", "ref_logprobs", "advantages", "token_weights"))
+    head = (bias, 0.7, None, 3.0, -100)
+    for needs in [(True, True, True), (True, False, False)]:
+        leaves = [x if need else x.detach() for x, need in zip((hidden, weight, bias), needs, strict=True)]
+        arguments = (*leaves[:2], options["targets"], a, old, ref, w, leaves[2], *head[1:], "ppo", 0.2, 0.2, 3.0, 0.1)
+        torch.library.opcheck(_forward, (*arguments, "k3", 0.01, *needs))
+
+
+def test_gradcheck():
+    inputs, constants, options = make(
+        6, 4, 9, torch.float64, extra=True, kl_coef=0.2, kl_estimator="k2", entropy_coef=0.1, softcap=5.0
+    )
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def loss(*leaves):
+        return linear_policy_loss(**dict(zip(inputs, leaves, strict=True)), **constants, **options).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_compiles_without_breaks_for_any_length():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def step(hidden, weight, targets, advantages, old_logprobs):
+        return linear_policy_loss(hidden, weight, targets, advantages, old_logprobs=old_logprobs, entropy_coef=0.1).loss
+
+    for t in (12, 30):
+        inputs, constants, options = make(t, 8, 40, torch.float32)
+        arguments = options["targets"], constants["advantages"].float(), constants["old_logprobs"].float()
+        eager, compiled = (inputs["hidden"].clone().requires_grad_() for _ in range(2))
+        linear_policy_loss(
+            eager, inputs["weight"], *arguments[:2], old_logprobs=arguments[2], entropy_coef=0.1
+        ).loss.backward()
+        step(compiled, inputs["weight"], *arguments).backward()
+        torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(4, 3, 1)}, ValueError, r"hidden must be \[T, D\]"),
+        ({"targets": torch.tensor([0, 1, 9, 2])}, ValueError, r"targets must be in \[0, 5\) or -100, got 9 at row 2"),
+        ({"advantages": torch.zeros(3)}, ValueError, r"advantages must be \[T\] float32 with T = 4, got \[3\]"),
+        ({"advantages": None}, TypeError, "advantages must be a tensor"),
+        ({"old_logprobs": torch.zeros(4).bfloat16()}, TypeError, "old_logprobs must be .*float32"),
+        ({"advantages": torch.zeros(4, requires_grad=True)}, ValueError, "advantages must not require grad"),
+        ({"kind": "trpo"}, ValueError, "kind must be one of ppo, reinforce, got 'trpo'"),
+        ({"kl_coef": 0.1}, ValueError, "kl_coef needs ref_logprobs"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {
+        "hidden": torch.zeros(4, 3),
+        "weight": torch.zeros(5, 3),
+        "targets": torch.tensor([0, 1, 2, -100]),
+        "advantages": torch.zeros(4),
+    }
+    with pytest.raises(error, match=message):
+        linear_policy_loss(**(arguments | change))
