@@ -129,7 +129,8 @@ def interleaved(
         provider()
     timings = {name: Timing() for name in providers}
     names, flush = list(providers), torch.empty(flush_bytes(device), dtype=torch.uint8, device=device)
-    other_cpu, shares, start = OtherCpu(), [], time.perf_counter()
+    other_cpu = OtherCpu() if device.type == "cpu" else lambda: 0.0
+    shares, start = [], time.perf_counter()
     while min(len(t.ms) for t in timings.values()) < repeats:
         window: dict[str, list[float]] = {name: [] for name in names}
         window_start = time.perf_counter()
@@ -138,7 +139,7 @@ def interleaved(
                 window[name].append(milliseconds(providers[name], flush))
             names.append(names.pop(0))  # nobody always follows the same neighbour
         share = other_cpu()
-        if device.type == "cuda" or allow_busy or share <= 0.1:
+        if allow_busy or share <= 0.1:
             shares.append(share)
             for name in names:
                 timings[name].ms += window[name]
