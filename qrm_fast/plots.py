@@ -1,0 +1,237 @@
+"""Figures: the curves of training runs, and answers with every token coloured by its Q."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from textwrap import wrap
+from typing import NamedTuple
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+# ---- curves
+
+
+class Panel(NamedTuple):
+    title: str
+    y: str
+    limits: tuple[float | None, float | None]  # of the vertical axis
+    keys: dict[str, str]  # key of metrics.jsonl: its name in the legend; one line style each
+    x: str = "iteration"
+
+
+SHARE = (-0.02, 1.02)
+PANELS = [
+    Panel("Pass@1", "right answers (share)", SHARE, {"eval/pass@1_sampled": "sampled", "eval/pass@1_greedy": "greedy"}),
+    Panel("Reward: Q of sampled tokens", "mean Q (raw)", (None, None), {"reward/q_mean": "mean"}),
+    Panel("Reward: verifier", "right answers (share)", SHARE, {"reward/mean": "mean"}),
+    Panel(
+        "KL per token",
+        "nats",
+        (None, None),
+        {"policy/ref_kl": "from the starting policy", "policy/approx_kl": "from the sampling policy"},
+    ),
+    Panel("Entropy per token", "nats", (0, None), {"policy/entropy": "policy"}),
+    Panel("Answer length", "tokens", (0, None), {"response/length": "mean"}),
+    Panel("SFT loss per token", "nats", (0, None), {"sft/loss": "training batch"}, "optimiser step"),
+    Panel(
+        "Q-RM",
+        "pair accuracy (share)",
+        SHARE,
+        {"qrm/accuracy": "training batch", "qrm/heldout_accuracy": "held out, after training"},
+        "optimiser step",
+    ),
+    Panel(
+        "Throughput",
+        "tokens/s",
+        (0, None),
+        {f"perf/{phase}_tokens_per_s": phase for phase in ("update", "rollout", "score")},
+        "iteration or step",
+    ),
+]
+LINE_STYLES = ("-", "--", ":")
+
+
+def read_runs(directory: str | Path) -> dict[str, list[dict[str, float]]]:
+    """The rows of every metrics.jsonl in `directory` and below, by its folder's path from there.
+
+    Raises FileNotFoundError where there is none, ValueError naming file and line for a line that is not JSON.
+    """
+    runs = {}
+    for path in sorted(Path(directory).rglob("metrics.jsonl")):
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: expected one JSON object per line, got {error}") from None
+        runs[str(path.parent.relative_to(directory))] = rows
+    if not runs:
+        raise FileNotFoundError(f"expected a metrics.jsonl in {directory} or below it, found none")
+    return runs
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """All `runs` (name: rows of its metrics.jsonl) overlaid, in one panel per kind of metric that occurs in them.
+
+    Runs whose names end in the same folder, such as seed0/policy and seed1/policy, share a colour.
+    """
+    present = {key for rows in runs.values() for row in rows for key in row}
+    panels = [panel for panel in PANELS if present & panel.keys.keys()]
+    if not panels:
+        raise ValueError(f"runs must hold metrics of a training, got only {', '.join(sorted(present)) or 'no rows'}")
+    colours = {leaf: f"C{i}" for i, leaf in enumerate(dict.fromkeys(Path(name).name for name in runs))}
+    width = min(3, len(panels))
+    height = -(-len(panels) // width)
+    figure = Figure(figsize=(4.4 * width, 3.1 * height), layout="constrained", dpi=130)
+    grid = figure.subplots(height, width, squeeze=False).flatten()
+    for panel, axes in zip(panels, grid, strict=False):
+        _draw_panel(axes, panel, runs, colours)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _draw_panel(
+    axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]
+) -> None:
+    runs_in_legend, keys_in_legend = {}, {}
+    for name, rows in runs.items():
+        leaf = Path(name).name
+        for style, (key, label) in zip(LINE_STYLES, panel.keys.items(), strict=False):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if not points or (key == "policy/ref_kl" and not any(value for _, value in points)):  # no reference model
+                continue
+            look = dict(linestyle=style, linewidth=1.3, marker="o" if len(points) < 20 else None, markersize=3)
+            axes.plot(*zip(*points, strict=True), color=colours[leaf], **look)
+            runs_in_legend[leaf] = Line2D([], [], color=colours[leaf], label=leaf)
+            keys_in_legend[label] = Line2D([], [], color="0.3", label=label, **look)
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.set_xlabel(panel.x, fontsize=9)
+    axes.set_ylabel(panel.y, fontsize=9)
+    axes.set_ylim(*panel.limits)
+    axes.tick_params(labelsize=8)
+    if panel.y == "tokens/s":
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [*keys_in_legend.values(), *(runs_in_legend.values() if len(runs_in_legend) > 1 else ())]
+    axes.legend(handles=handles, fontsize=7, framealpha=0.7)
+
+
+# ---- heat maps
+
+
+class Answer(NamedTuple):
+    title: str
+    tokens: list[str]
+    q: list[float]
+
+
+WIDE, NARROW = 96, 60  # characters across the page: of running text, and of short answers, set large and side by side
+PAGE, MARGIN = 6.4, 0.5  # inches
+ADVANCE = 0.602  # of DejaVu Sans Mono, which matplotlib ships, as a share of the font size
+BAR, CHART = 0.13, 1.9  # inches
+
+
+def first_difference(answers: Sequence[Answer]) -> int | None:
+    """Index of the first token in which the answers differ; None for one answer, or for equal ones."""
+    columns = enumerate(zip(*(answer.tokens for answer in answers), strict=False))
+    return next((t for t, column in columns if len(set(column)) > 1), None)
+
+
+def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
+    """Answers to one prompt with every token coloured by its Q, all on one scale, and Q by position below them.
+
+    The first token in which they differ is framed: before it the Q-RM has seen the same text, and Q is the same.
+    """
+    fork = first_difference(answers)
+    q = [x for answer in answers for x in answer.q]
+    centre, spread = fmean(q), 2.5 * pstdev(q) or 1.0
+    # Q is known up to an offset per prompt, so white is the mean of what is shown, not zero.
+    colour = ScalarMappable(Normalize(centre - spread, centre + spread), _pale("RdBu"))
+
+    layouts = [_lay_out(answer.tokens, WIDE) for answer in answers]
+    longest = max(token.column + len(token.text) for layout in layouts for token in layout)
+    num_characters, abreast = (NARROW, True) if len(answers) * (longest + 4) <= NARROW else (WIDE, False)
+    depths = [layout[-1].line + 1 for layout in layouts]
+    asked = wrap(f"Prompt: {prompt}", num_characters)
+    num_lines = len(asked) + (max(depths) + 1.5 if abreast else sum(depths) + 1.5 * len(depths))
+
+    font_size = 72 * PAGE / num_characters / ADVANCE  # points
+    line = 1.9 * font_size / 72  # inches
+    width, height = PAGE + 2 * MARGIN, (num_lines + 1) * line + 0.9 + CHART + 0.6
+    figure = Figure(figsize=(width, height), dpi=150)
+
+    def place(top: float, tall: float) -> Axes:
+        """Axes between the margins; both measures in inches."""
+        return figure.add_axes((MARGIN / width, 1 - (top + tall) / height, PAGE / width, tall / height))
+
+    page = place(line / 2, num_lines * line)
+    page.set(xlim=(0, num_characters), ylim=(num_lines, 0))
+    page.set_axis_off()
+    text = dict(family="DejaVu Sans Mono", fontsize=font_size, va="center", parse_math=False)
+    for i, row in enumerate(asked):
+        page.text(0, i + 0.5, row, **text)
+    left, top = 0.0, float(len(asked))
+    for answer, layout, depth in zip(answers, layouts, depths, strict=True):
+        page.text(left, top + 1, answer.title, fontweight="bold", **text)
+        for t, (token, value) in enumerate(zip(layout, answer.q, strict=True)):
+            x, y = left + token.column, top + 1.5 + token.line
+            frame = dict(edgecolor="black", linewidth=1.2, zorder=2) if t == fork else dict(edgecolor="white", lw=0.6)
+            page.add_patch(Rectangle((x, y + 0.06), len(token.text), 0.88, facecolor=colour.to_rgba(value), **frame))
+            blanks = len(token.text) - len(token.text.lstrip(" "))
+            page.text(x + blanks, y + 0.5, token.text[blanks:], zorder=3, **text)
+        left, top = (left + num_characters / len(answers), top) if abreast else (left, top + depth + 1.5)
+
+    below = (num_lines + 1) * line
+    bar = figure.colorbar(colour, place(below, BAR), orientation="horizontal", extend="both")
+    bar.set_label("Q of a token (raw); white: the mean of the tokens shown", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+    chart = place(below + 0.9, CHART)
+    for answer in answers:
+        chart.plot(answer.q, marker="o", markersize=2.5, linewidth=1, label=answer.title)
+    if fork is not None:
+        chart.axvline(fork, color="black", linestyle="--", linewidth=1, label="first different token")
+    chart.set_xlabel("token of the answer", fontsize=8)
+    chart.set_ylabel("Q (raw)", fontsize=8)
+    chart.tick_params(labelsize=7)
+    chart.grid(alpha=0.25)
+    chart.spines[["top", "right"]].set_visible(False)
+    chart.legend(fontsize=7, framealpha=0.7)
+    return figure
+
+
+class Placed(NamedTuple):
+    text: str
+    line: int
+    column: int
+
+
+def _lay_out(tokens: Sequence[str], num_characters: int) -> list[Placed]:
+    """Tokens side by side in lines of `num_characters`; a line break in a token is shown, and taken."""
+    placed = []
+    line = column = 0
+    for token in tokens:
+        text = token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("\t", "\N{RIGHTWARDS ARROW}")
+        text = text or "\N{EMPTY SET}"
+        if column and column + len(text) > num_characters:
+            line, column = line + 1, 0
+        placed.append(Placed(text, line, column))
+        column += len(text)
+        if "\n" in token:
+            line, column = line + 1, 0
+    return placed
+
+
+def _pale(name: str) -> Colormap:
+    """A colour map without its dark ends, on which black text cannot be read."""
+    colours = colormaps[name]
+    return LinearSegmentedColormap.from_list(f"pale {name}", [colours(0.15 + 0.7 * i / 255) for i in range(256)])
