@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qrm_fast import linear_logprobs
+from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
 
 from .harness import Case, case, gemm
 
@@ -73,4 +73,41 @@ def linear_logprobs_forward_backward(device: torch.device, dtype: str, **shape: 
         limits_worth=4,
         bytes=2 * (t * d + v * d) * hidden.element_size() + 24 * t,
         flops=8 * t * d * v,
+    )
+
+
+@case(cpu=[{"dtype": "float32", **SHAPE}])
+def linear_policy_loss_forward_backward(device: torch.device, dtype: str, **shape: int) -> Case:
+    """The clipped PPO loss with an entropy bonus and its gradients of hidden and weight, in three GEMMs."""
+    hidden, weight, targets = inputs(device, getattr(torch, dtype), **shape)
+    t, d, v = shape.values()
+    generator = torch.Generator().manual_seed(1)
+    advantages, noise = (torch.randn(t, generator=generator).to(device) for _ in range(2))
+    old = linear_logprobs(hidden, weight, targets).logprobs + 0.1 * noise
+    options = {"old_logprobs": old, "entropy_coef": 0.01}
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+
+    def ours() -> tuple[Tensor, ...]:
+        loss = linear_policy_loss(hidden, weight, targets, advantages, **options).loss
+        return torch.autograd.grad(loss, leaves)
+
+    def two_ops(head) -> tuple[Tensor, ...]:
+        logprobs, entropy, *_ = head(hidden, weight, targets)
+        return torch.autograd.grad(policy_loss(logprobs, advantages, entropy=entropy, **options).loss, leaves)
+
+    def gate() -> None:
+        for got, want in zip(ours(), two_ops(naive), strict=True):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+
+    return Case(
+        {
+            "qrm_fast": ours,
+            "qrm_fast, linear_logprobs and policy_loss": lambda: two_ops(linear_logprobs),
+            "autograd through log_softmax": lambda: two_ops(naive),
+        },
+        gate,
+        limit=gemm(hidden.detach(), weight.detach()),
+        limits_worth=3,
+        bytes=2 * (t * d + v * d) * hidden.element_size() + 24 * t,
+        flops=6 * t * d * v,
     )
