@@ -16,7 +16,8 @@ if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrap
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
-CXX = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", *STABLE_ABI]
+CXX = ["-O3", "-g0", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+CXX += STABLE_ABI
 CUDA_ARCHITECTURES = ["80", "90", "100"]
 NVCC = [
     *("-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI),
@@ -44,7 +45,7 @@ def extensions() -> list[Extension]:
             sources("host", ".cpp"),
             depends=headers,
             include_dirs=include_paths(),
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"],
         ),
     ]
     if torch.version.cuda and shutil.which("nvcc"):
@@ -60,7 +61,13 @@ def extensions() -> list[Extension]:
     return built
 
 
+class Build(BuildExtension):
+    """One folder of objects for wheels, editable installs and in-place builds: what one compiled, the next reuses."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/objects"
+
+
 if __name__ == "__main__":
-    # One folder of objects for wheels, editable installs and in-place builds: what one compiled, the next reuses.
-    options = {"build_ext": {"build_temp": "build/objects"}}
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, options=options)
+    setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
