@@ -58,11 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     for name, registered in harness.CASES.items():
         wanted = not arguments.suites or registered.suite in arguments.suites
         if wanted and registered.device == arguments.device and arguments.only in name:
-            record = harness.measure(name, allow_busy=arguments.busy) | {"provenance": made}
+            num_cases += 1
+            try:
+                record = harness.measure(name, allow_busy=arguments.busy) | {"provenance": made}
+            except harness.Busy as busy:
+                print(f"{name}: not measured, {busy}", flush=True)
+                status = 1
+                continue
             print(render.table([record]), flush=True)
             write(path, {"records": [record]})  # one by one: a run cut short keeps what it measured
             status |= "refused" in record
-            num_cases += 1
     if not num_cases:
         print(f"no case of {arguments.suites or 'any suite'} matches on {arguments.device}")
         return 1

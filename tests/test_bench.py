@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -37,6 +38,26 @@ def test_a_busy_machine_is_refused(monkeypatch):
     timings, other = harness.interleaved({"ours": lambda: time.sleep(0.01)}, CPU, repeats=3, allow_busy=True)
     assert len(timings["ours"].ms) >= 3
     assert other == pytest.approx(0.3)
+
+
+def test_a_busy_machine_leaves_the_last_record(monkeypatch, tmp_path, capsys):
+    name = case_of(monkeypatch)
+    monkeypatch.setattr(harness, "CASES", {name: harness.CASES[name]})
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+    monkeypatch.setattr(sys, "argv", ["bench", "suite", "--only", name, "--out", str(tmp_path)])
+    monkeypatch.setattr(harness.OtherCpu, "__call__", lambda self: 0.0)
+    assert command.main() == 0
+    (path,) = tmp_path.glob("cpu-*.json")
+    measured = json.loads(path.read_text())["records"]
+    assert measured[0]["times"]["ours"]["extra_mib"] == 7.0
+
+    def busy(*_, **__):
+        raise harness.Busy("other processes took 30% of the CPU; kept 0 of 15")
+
+    monkeypatch.setattr(harness, "interleaved", busy)
+    assert command.main() == 1
+    assert "a case: not measured, other processes took 30% of the CPU" in capsys.readouterr().out
+    assert json.loads(path.read_text())["records"] == measured
 
 
 def test_own_work_is_not_other_work():
