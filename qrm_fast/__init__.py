@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+import torch
+
 from .ops.gae import Advantages, gae
 from .ops.group_advantages import group_advantages
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
@@ -25,6 +27,9 @@ except ImportError as error:
         "`pip install --no-build-isolation .` beside the torch in use, or `python setup.py build_ext --inplace` in a "
         f"source tree ({error})"
     ) from error
+
+if torch.version.cuda:
+    from .triton import token_q as _token_q_triton  # noqa: F401  the Triton kernels register themselves for CUDA
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 

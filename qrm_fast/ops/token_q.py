@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autocast import as_for_linear
 from ..checks import FLOATS, INT64, Checker
 
 IGNORE_INDEX = -100
@@ -37,13 +38,9 @@ def token_q(
     Raises TypeError or ValueError for a wrong dtype, shape or device, and, on CPU, ValueError for a target outside
     [0, V); on CUDA such a row is NaN.
     """
+    hidden, head, bias, norm_weight = as_for_linear(hidden, head, bias, norm_weight)
     check = Checker()
     check("hidden", hidden, "T D", FLOATS, strided=True)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, head = hidden.to(dtype), head.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        norm_weight = None if norm_weight is None else norm_weight.to(dtype)
     if isinstance(head, Tensor) and head.ndim == 1:
         check("head", head, "D", (hidden.dtype,))
         head = head[None]
