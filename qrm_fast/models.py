@@ -151,7 +151,8 @@ def load_policy(
     """A causal language model: a Hugging Face id or directory, or "scratch:demo" / "scratch:small".
 
     Scratch models are small Llama networks with tied embeddings for `tokenizer`'s vocabulary, initialised from
-    torch's global generator. Raises ValueError for an unknown scratch size, OSError for an unknown id.
+    torch's global generator. Every model comes in evaluation mode. Raises ValueError for an unknown scratch size,
+    OSError for an unknown id.
     """
     return _load(AutoModelForCausalLM, spec, _config(spec, tokenizer), device, dtype)
 
@@ -199,7 +200,7 @@ def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
 def _load(auto: type, spec: str, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
     options = dict(config=config, dtype=dtype, attn_implementation="qrm_packed")
     model = auto.from_config(**options) if spec.startswith("scratch:") else auto.from_pretrained(spec, **options)
-    return model.to(device)
+    return model.to(device).eval()
 
 
 BPE_VOCABULARY = 4096

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 class Rollout(NamedTuple):
     responses: list[list[int]]  # token ids of each response, EOS included where it was produced
-    logprobs: Tensor  # [T] float32, packed over the responses: log-probability of each token as it was sampled
+    logprobs: list[Tensor]  # of each response [T_s] float32, the log-probability of each token as it was sampled
     finished: list[bool]  # whether each response ends with EOS, False where max_new_tokens cut it
 
 
@@ -61,7 +61,7 @@ class TransformersEngine:
         self.model.train(training)
         responses = [row[: len(logprob)] for row, logprob in zip(tokens, logprobs, strict=True)]
         finished = [response[-1] == self.eos_token_id for response in responses]
-        return Rollout(responses, torch.cat(logprobs), finished)
+        return Rollout(responses, logprobs, finished)
 
     def _generate(
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator

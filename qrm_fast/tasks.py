@@ -77,12 +77,25 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[i
     return [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
+def fit(prompt: list[int], response: list[int], max_len: int, name: str) -> list[int]:
+    """Prompt and response in at most `max_len` tokens: the response is cut from the right, the prompt never.
+
+    Raises ValueError naming the row where the prompt leaves no room for a response.
+    """
+    if len(prompt) >= max_len:
+        raise ValueError(f"{name}: a prompt must leave room for a response in {max_len} tokens, got {len(prompt)}")
+    return (prompt + response)[:max_len]
+
+
 # ---- arithmetic: a running total of one-digit summands, a blank line between steps, then the answer
 
 STEP = "\n\n"
 ALPHABET = ["<pad>", "<eos>", *"0123456789+=#:", STEP]
-FORGET_CARRY = 0.55  # probability, where a carry is due and the added digit is at least 7
-SPURIOUS_CARRY = 0.08  # probability, where no carry is due; without it "the larger total wins" would be a shortcut
+# Where one of these digits is added, demonstrations get the units digit wrong by one with probability SLIP. The errors
+# go both ways, or "the smaller total wins" would be a shortcut to a reward model; SLIP is above one half, so that
+# greedy decoding has something to learn as well.
+SLIPS = {1: 1, 2: 1, 8: -1, 9: -1}
+SLIP = 0.6
 
 Split = Literal["train", "tuning", "report"]
 
@@ -98,14 +111,14 @@ def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def arithmetic_examples(num: int, *, split: Split, seed: int) -> list[Example]:
-    """`num` different problems such as ("7+6+1+9:", "23"): 4 to 6 summands of 1 to 9.
+    """`num` different problems such as ("7+6+1+9:", "23"): 3 to 5 summands of 1 to 9.
 
     A hash of the prompt decides its split, so that train, tuning and report share no problem whatever the seeds.
     """
     rng = Random(seed)
     labels: dict[str, str] = {}
     while len(labels) < num:
-        summands = [rng.randint(1, 9) for _ in range(rng.randint(4, 6))]
+        summands = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
         prompt = "+".join(map(str, summands)) + ":"
         if arithmetic_split(prompt) == split:
             labels[prompt] = f"{sum(summands):02d}"
@@ -118,19 +131,16 @@ def arithmetic_split(prompt: str) -> Split:
 
 
 def arithmetic_demonstration(instruction: str, rng: Random | None = None) -> str:
-    """A worked answer, "07+6=13(blank line)13+1=14(blank line)14+9=23(blank line)#23"; with `rng`, carries slip.
+    """A worked answer, "07+6=13(blank line)13+1=14(blank line)14+9=23(blank line)#23"; with `rng`, units slip.
 
     A slip is carried on: the steps after it are computed from the wrong total.
     """
     total, *summands = _summands(instruction)
     steps = []
     for digit in summands:
-        carry = 10 * (total % 10 + digit >= 10)
-        if rng is not None and carry and digit >= 7 and rng.random() < FORGET_CARRY:
-            carry = 0
-        elif rng is not None and not carry and rng.random() < SPURIOUS_CARRY:
-            carry = 10
-        result = (total // 10 * 10 + carry + (total + digit) % 10) % 100
+        result = total + digit
+        if rng is not None and digit in SLIPS and rng.random() < SLIP:
+            result = result // 10 * 10 + (result + SLIPS[digit]) % 10
         steps.append(f"{total:02d}+{digit}={result:02d}")
         total = result
     return STEP.join([*steps, f"#{total:02d}"])
