@@ -153,7 +153,8 @@ def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
     """
     fork = first_difference(answers)
     q = [x for answer in answers for x in answer.q]
-    centre, spread = fmean(q), 2.5 * pstdev(q) or 1.0
+    centre = fmean(q)
+    spread = min(2.5 * pstdev(q), max(abs(x - centre) for x in q)) or 1.0
     # Q is known up to an offset per prompt, so white is the mean of what is shown, not zero.
     colour = ScalarMappable(Normalize(centre - spread, centre + spread), _pale("RdBu"))
 

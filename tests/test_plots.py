@@ -104,11 +104,11 @@ def test_colour_is_q_and_the_first_different_token_is_framed():
 
 
 def test_texts_are_the_prompt_the_titles_and_the_tokens(tmp_path):
-    figure = heat_map("what is $1 + $2", [RIGHT, WRONG])
+    figure = heat_map(r"what is $1 + \frac$", [RIGHT, WRONG])
     texts = [text.get_text() for text in figure.axes[0].texts]
     tokens = ["1", "+", "2", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}" * 2]
     assert texts == [
-        "Prompt: what is $1 + $2",
+        r"Prompt: what is $1 + \frac$",
         *["right", *tokens, "$3", "<eos>"],
         *["wrong", *tokens, "$4", "<eos>"],
     ]
