@@ -1,0 +1,333 @@
+"""The command line: one function per command, which reads its options, calls the library and prints what came out."""
+
+import json
+import re
+import sys
+import time
+from argparse import ArgumentError
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from inspect import getdoc
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, TypeVar
+
+import torch
+from jsonargparse import ArgumentParser, set_parsing_settings
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# ---- commands
+
+
+def sft(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Fine-tune a policy on demonstrations."""
+    from .sft import SFTConfig, train_sft
+
+    _add_options(parser, SFTConfig, out="runs/sft")
+    config = _parse(parser, arguments, SFTConfig)
+    with _newest_row_shown(config.out):
+        result = train_sft(config)
+    _save_options(config)
+    rows = [
+        ("loss per token, last tenth of the steps", f"{result.loss:.4f}"),
+        ("tokens/s", f"{result.tokens_per_s:,.0f}"),
+    ]
+    _print_table("Fine-tuning", ("", ""), rows)
+    print(f"policy  {result.directory}")
+
+
+# The library's defaults are for pretrained networks; one that starts from nothing needs larger steps, and more of them.
+FROM_SCRATCH = dict(lr=3e-4, num_epochs=2, batch_size=32, warmup_steps=8, decay=0.8)
+
+
+def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Train a Q-RM on preference pairs."""
+    from .reward_training import QRMConfig, train_q_rm
+
+    parser.epilog = (
+        f"Defaults for scratch models: {', '.join(f'{key} {value}' for key, value in FROM_SCRATCH.items())}."
+    )
+    _add_options(parser, QRMConfig, out="runs/q_rm")
+    config = _parse(parser, arguments, QRMConfig)
+    if config.model.startswith("scratch:"):
+        parser.set_defaults(**FROM_SCRATCH)
+        config = _parse(parser, arguments, QRMConfig)
+    with _newest_row_shown(config.out):
+        result = train_q_rm(config)
+    _save_options(config)
+    sides = (("trained on", result.train, result.num_train), ("held out", result.heldout, result.num_heldout))
+    rows = []
+    for name, side, num in sides:
+        accuracies = (_share(share, num) for share in (side.accuracy, side.action_accuracy))
+        rows.append((f"{num} pairs {name}", *accuracies, f"{side.margin:.3f}", f"{side.loss:.4f}"))
+    _print_table("Q-RM", ("", "pair accuracy", "at the first difference", "Q margin", "loss"), rows)
+    print(f"{result.tokens_per_s:,.0f} tokens/s\nQ-RM  {result.directory}")
+
+
+def train(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Train a policy by reinforcement learning, credited token by token by a Q-RM or answer by answer by a verifier."""
+    from .train import Config
+    from .train import train as run
+
+    _add_options(parser, Config, out="runs/train")
+    config = _parse(parser, arguments, Config)
+    with _newest_row_shown(config.out):
+        result = run(config)
+    _save_options(config)
+    if result.before is not None and result.after is not None:
+        rows = [
+            (name, f"{a:.3f}", f"{b:.3f}")
+            for name, a, b in zip(result.before._fields, result.before, result.after, strict=True)
+        ]
+        _print_table("Pass@1", ("", "before", "after"), rows)
+    _print_table("Phases", ("", "s", "tokens/s"), _phases(result.metrics))
+    print(f"policy  {result.directory}")
+
+
+def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Greedy and sampled Pass@1 of a policy on the problems of a file."""
+    from .models import load_policy, load_tokenizer
+    from .rollout import TransformersEngine
+    from .tasks import Example, read_jsonl
+    from .train import Config
+    from .train import evaluate as run
+
+    only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
+    _add_options(parser, Config, only=only)
+    config = _parse(parser, arguments, Config, out="")
+    examples = read_jsonl(config.data, Example)
+    tokenizer = load_tokenizer(config.model)
+    policy = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    result = run(TransformersEngine(policy, tokenizer.eos_token_id), tokenizer, examples, config)
+    rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
+    _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
+
+
+def score(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Q of every token of an answer; of two answers, also the difference up to the first token in which they differ."""
+    parser.add_argument("--model", type=str, required=True, help="The Q-RM: Hugging Face id or directory.")
+    parser.add_argument("--prompt", type=str, required=True)
+    parser.add_argument(
+        "--response", type=str, action="append", required=True, help="An answer; give it twice for two."
+    )
+    parser.add_argument("--plot", type=str, help="PNG file to draw: the tokens coloured by their Q.")
+    parser.add_argument("--device", type=str, default="cpu")
+    options = parser.parse_args(arguments)
+    if len(options.response) > 2:
+        raise ValueError(f"response must be given once or twice, got {len(options.response)}")
+    _before_models(options.device)
+    from .plots import Answer, first_difference, heat_map
+    from .score import score as run
+
+    scores = run(options.model, options.prompt, options.response, device=options.device)
+    answers = [Answer(f"response {i}", x.tokens, x.q) for i, x in enumerate(scores, start=1)]
+    fork = first_difference(answers)
+    rows = []
+    for t in range(max(len(answer.tokens) for answer in answers)):
+        row = [str(t)]
+        for tokens, q, normalized in scores:
+            row += [repr(tokens[t]), f"{q[t]:.4f}", f"{normalized[t]:+.2f}"] if t < len(tokens) else ["", "", ""]
+        if fork is not None and t <= fork:
+            row.append(f"{scores[0].q[t] - scores[1].q[t]:+.4f}")
+        rows.append(row)
+    header = ["", *len(scores) * ["token", "Q", "scaled"], *(len(scores) - 1) * ["difference"]]
+    _print_table("Q of every token; scaled: (Q - mean) / std over all of them", header, rows)
+    if options.plot:
+        heat_map(options.prompt, answers).savefig(options.plot)
+        print(f"heat map  {options.plot}")
+
+
+def plot(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Draw the metrics of every training in a directory and below it into curves.png there."""
+    parser.add_argument("directory", type=str, help="Where a command wrote: runs/demo, runs/train, ...")
+    directory = parser.parse_args(arguments).directory
+    from .plots import curves, read_runs
+
+    curves(read_runs(directory)).savefig(f"{directory}/curves.png")
+    print(f"curves  {directory}/curves.png")
+
+
+def doctor(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Versions, devices, and which file serves each op on each of them."""
+    parser.parse_args(arguments)
+    from .doctor import main
+
+    main()
+
+
+COMMANDS: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
+    "sft": sft,
+    "train-rm": train_rm,
+    "train": train,
+    "eval": evaluate,
+    "score": score,
+    "plot": plot,
+    "doctor": doctor,
+}
+USAGE = "\n".join(
+    [
+        "usage: qrm-fast COMMAND [options]",
+        "",
+        *(f"  {name:10}{getdoc(command)}" for name, command in COMMANDS.items()),
+        "",
+        "qrm-fast COMMAND --help lists the options; those of a training may stand in a YAML file, --config FILE.",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, or 2 after one line that says what was wrong with the input."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if name == "--version":
+        print(f"qrm-fast {version('qrm_fast')}")
+        return 0
+    if name not in COMMANDS:
+        print(f"qrm-fast: error: command must be one of {', '.join(COMMANDS)}, got {name}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    # no abbreviations: the next option that is added would change what they mean
+    parser = ArgumentParser(
+        prog=f"qrm-fast {name}", description=getdoc(command), exit_on_error=False, allow_abbrev=False
+    )
+    try:
+        command(parser, rest)
+    except Exception as error:
+        # A bare Exception is how tokenizers refuses a text outside a fixed alphabet. All else is a fault of ours.
+        if not isinstance(error, ArgumentError | ValueError | OSError) and type(error) is not Exception:
+            raise
+        print(f"qrm-fast {name}: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- options
+
+Config = TypeVar("Config")
+
+
+def _add_options(parser: ArgumentParser, config: type, *, only: Sequence[str] = (), **defaults: object) -> None:
+    """An option for every field of a configuration (or for `only` some) and --config, a file of them."""
+    parser.add_argument("--config", action="config", help="YAML file of the options below; those given here win.")
+    skip = {field.name for field in fields(config) if only and field.name not in only}
+    parser.add_class_arguments(config, as_group=False, skip=skip)
+    parser.set_defaults(**defaults)
+    flags = {field.name for field in fields(config) if field.type in (bool, bool | None)}
+    for action in parser._actions:
+        action.required &= action.dest not in defaults
+        if action.dest in flags:
+            action.nargs, action.const = "?", True  # "--resume" says as much as "--resume true"
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str], config: type[Config], **fixed: object) -> Config:
+    options = parser.parse_args(arguments).as_dict()
+    _before_models(options["device"])
+    return config(**{field.name: options[field.name] for field in fields(config) if field.name in options} | fixed)
+
+
+def _before_models(device: str) -> None:
+    """Refuse a device that is not there, and keep transformers' progress bars out of what a command prints."""
+    from transformers.utils import logging
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
+        raise ValueError(f"device must be one that torch can use here, got {device}: {error}") from None
+    logging.disable_progress_bar()
+
+
+def _save_options(config: Any) -> None:
+    """Leave `config` beside what it made, as a file for --config."""
+    Path(config.out, "options.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line; those of the option parser in the words of ours."""
+    text = " ".join(str(error).split()).replace('"<unicode string>"', "the file")
+    text = re.sub(r"<class '(?:builtins\.)?(\w+)'>", r"\1", text).replace("typing.", "").replace("NoneType", "None")
+    text = re.sub(r'^Parser key "(\S+)": Expected an? (.*)\. Got value: (.*)$', r"\1 must be \2, got \3", text)
+    return re.sub(
+        r'^Parser key "(\S+)": Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)$',
+        r"\1 must be one of \2, got \3",
+        text,
+    )
+
+
+# ---- what people see
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text, or square brackets would be read as markup
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)  # a file has no edge to fold tokens at
+
+
+def _share(share: float, num: int) -> str:
+    """A share of `num` with its standard error."""
+    return f"{share:.3f} ± {(share * (1 - share) / num) ** 0.5:.3f}"
+
+
+def _phases(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, str]]:
+    """Seconds and, where tokens were counted, tokens per second of every phase of a training."""
+    seconds: dict[str, float] = defaultdict(float)
+    num_tokens: dict[str, float] = defaultdict(float)
+    for row in rows:
+        for key in row:
+            if key.startswith("time/"):
+                phase = key.removeprefix("time/").removesuffix("_s")
+                seconds[phase] += row[key]
+                num_tokens[phase] += row[key] * row.get(f"perf/{phase}_tokens_per_s", 0)
+    return [
+        (phase, f"{s:.1f}", f"{num_tokens[phase] / s:,.0f}" if num_tokens[phase] else "")
+        for phase, s in seconds.items()
+    ]
+
+
+@contextmanager
+def _newest_row_shown(directory: str) -> Iterator[None]:
+    """While a training writes below `directory`, show a terminal the newest row of its metrics."""
+    console = Console()
+    if not console.is_terminal:
+        yield
+        return
+    start, done = time.time(), Event()
+
+    def follow() -> None:
+        while not done.wait(1.0):
+            written = [(path.stat().st_mtime, path) for path in Path(directory).rglob("metrics.jsonl")]
+            if written and max(written)[0] >= start:
+                path = max(written)[1]
+                row = path.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]  # the last whole line
+                status.update(Text(_in_short(path.parent, json.loads(row or "{}"))))
+
+    with console.status("starting") as status:
+        thread = Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _in_short(directory: Path, row: Mapping[str, float]) -> str:
+    values = [f"{key} {value:.4g}" for key, value in row.items() if not key.startswith(("time/", "perf/"))]
+    return f"{directory}: {'  '.join(values[:6])}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

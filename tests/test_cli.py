@@ -1,0 +1,337 @@
+"""Every command from its arguments to its files, and what a user reads when an input is wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+from random import Random
+from threading import Event
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from qrm_fast import cli
+from qrm_fast.cli import COMMANDS, main
+from qrm_fast.metrics import MetricsLog
+from qrm_fast.models import load_policy, load_token_model, load_tokenizer, save_checkpoint
+from qrm_fast.tasks import Demonstration, Pair, arithmetic_demonstration, arithmetic_examples, write_jsonl
+from qrm_fast.train import Config
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Fresh models of the arithmetic vocabulary, and one file of every kind."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = load_tokenizer("arithmetic")
+    torch.manual_seed(0)
+    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, folder / "policy")
+    save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, folder / "q_rm")
+    examples = arithmetic_examples(16, split="train", seed=0)
+    right = {e.instruction: arithmetic_demonstration(e.instruction) for e in examples}
+    slips = Random(0)
+    wrong = {prompt: arithmetic_demonstration(prompt, slips) + "0" for prompt in right}
+    write_jsonl(folder / "prompts.jsonl", examples)
+    write_jsonl(folder / "demonstrations.jsonl", [Demonstration(*item) for item in right.items()])
+    write_jsonl(folder / "pairs.jsonl", [Pair(prompt, right[prompt], wrong[prompt]) for prompt in right])
+    return folder
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty directory; gives back its exit status, output and error text."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+TRAIN = ["--num_iterations", 2, "--num_prompts", 4, "--group_size", 2, "--max_new_tokens", 6, "--lr", 1e-3]
+
+
+def train_arguments(inputs):
+    arguments = ["train", "--model", inputs / "policy", "--q_rm", inputs / "q_rm", "--data", inputs / "prompts.jsonl"]
+    return [*arguments, "--verifier", "arithmetic", *TRAIN]
+
+
+def rows_of(directory):
+    return [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- commands
+
+
+def test_sft_then_eval(inputs, run):
+    arguments = ["--model", "scratch:demo", "--tokenizer", "arithmetic", "--num_steps", 2, "--batch_size", 4]
+    status, out, err = run("sft", "--data", inputs / "demonstrations.jsonl", *arguments)
+    assert (status, err) == (0, "")
+    assert "tokens/s" in out and "policy  runs/sft" in out
+    model = AutoModelForCausalLM.from_pretrained("runs/sft")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained("runs/sft"))
+    assert [row["step"] for row in rows_of("runs/sft")] == [0, 1]
+
+    arguments = ["--verifier", "arithmetic", "--max_new_tokens", 4]
+    status, out, err = run("eval", "--model", "runs/sft", "--data", inputs / "prompts.jsonl", *arguments)
+    assert (status, err) == (0, "")
+    assert "Pass@1 on 16 problems" in out and ["greedy", "0.000", "±", "0.000"] in map(str.split, out.splitlines())
+
+
+def test_train_rm_saves_what_plain_transformers_loads(inputs, run):
+    arguments = ["--model", "scratch:demo", "--tokenizer", "arithmetic", "--batch_size", 4, "--out", "q"]
+    status, out, err = run("train-rm", "--data", inputs / "pairs.jsonl", *arguments)
+    assert (status, err) == (0, "")
+    assert "14 pairs trained on" in out and "2 pairs held out" in out and "tokens/s" in out and "Q-RM  q" in out
+    model = AutoModelForTokenClassification.from_pretrained("q")
+    assert model.config.num_labels == 1 and model.score.weight.shape == (1, 128)
+    options = json.loads(Path("q/options.json").read_text())
+    assert options["batch_size"] == 4
+    # what starts from nothing has defaults of its own, what is trained further has the library's
+    assert {key: options[key] for key in cli.FROM_SCRATCH if key != "batch_size"} == {
+        key: value for key, value in cli.FROM_SCRATCH.items() if key != "batch_size"
+    }
+    assert len(rows_of("q")) == 4 * cli.FROM_SCRATCH["num_epochs"] + 1
+    status, out, err = run(
+        "train-rm", "--data", inputs / "pairs.jsonl", "--model", inputs / "policy", "--out", "further"
+    )
+    assert json.loads(Path("further/options.json").read_text())["lr"] == 1e-5
+
+
+def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):
+    model, q_rm, data = (json.dumps(str(inputs / name)) for name in ("policy", "q_rm", "prompts.jsonl"))
+    Path("run.yaml").write_text(
+        f"model: {model}\nq_rm: {q_rm}\ndata: {data}\nverifier: arithmetic\npreset: qrm-paper\nnum_iterations: 5\n"
+        "num_prompts: 4\ngroup_size: 2\nmax_new_tokens: 6\nlr: 1e-3\n"
+    )
+    evaluation = ["--eval_data", inputs / "prompts.jsonl", "--tensorboard"]
+    status, out, err = run("train", "--config", "run.yaml", "--num_iterations", 2, *evaluation)
+    assert (status, err) == (0, "")
+    assert "Pass@1" in out and "before" in out and "rollout" in out and "policy  runs/train" in out
+    options = json.loads(Path("runs/train/options.json").read_text())
+    assert asdict(Config(**options)) == options
+    assert (options["num_iterations"], options["preset"], options["lr"]) == (2, "qrm-paper", 1e-3)
+    assert options["tensorboard"] and list(Path("runs/train").glob("events.*"))
+    rows = rows_of("runs/train")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+
+    status, out, err = run("train", "--config", "runs/train/options.json", "--out", "again", "--tensorboard", "false")
+    assert (status, err) == (0, "")
+    for row, again in zip(rows, rows_of("again"), strict=True):
+        assert {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} == {
+            k: v for k, v in again.items() if not k.startswith(("time/", "perf/"))
+        }
+
+    status, out, err = run("plot", ".")
+    assert (status, err, out) == (0, "", "curves  ./curves.png\n")
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def cells(out):
+    """The rows of a printed table that begin with a position, split at runs of blanks."""
+    return [line.split() for line in out.splitlines() if line.split() and line.split()[0].isdigit()]
+
+
+def test_score_prints_q_and_the_difference_up_to_the_first_different_token(inputs, run):
+    prompt, responses = "7+6:", ["07+6=13", "07+6=03"]
+    both = [argument for response in responses for argument in ("--response", response)]
+    status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", prompt, *both, "--plot", "q.png")
+    assert (status, err) == (0, "")
+    assert Path("q.png").read_bytes().startswith(b"\x89PNG")
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "q_rm")
+    model = AutoModelForTokenClassification.from_pretrained(inputs / "q_rm").double().eval()
+    ids = [[*tokenizer(prompt + response).input_ids, tokenizer.eos_token_id] for response in responses]
+    with torch.no_grad():
+        q = model(torch.tensor(ids), use_cache=False).logits[:, len(prompt) :, 0]  # [2, T]
+    normalized = (q - q.mean()) / q.std(correction=0)
+    table = cells(out)
+    assert len(table) == q.shape[1] == 8
+    for t, row in enumerate(table):
+        assert int(row[0]) == t
+        assert [row[1], row[4]] == [repr([*response, "<eos>"][t]) for response in responses]
+        for i, (column, expected) in enumerate(((2, q[0]), (5, q[1]))):
+            assert abs(float(row[column]) - expected[t]) < 1e-4
+            assert abs(float(row[column + 1]) - normalized[i, t]) < 1e-2
+        assert len(row) == (8 if t <= 5 else 7)
+        if t <= 5:  # "1" against "0" is the sixth token; before it, both answers are one text
+            assert abs(float(row[7]) - (q[0, t] - q[1, t] if t == 5 else 0)) < 1e-4
+
+    status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", prompt, "--response", responses[0])
+    assert (status, err) == (0, "")
+    assert [row[:3] for row in cells(out)] == [row[:3] for row in table]
+
+
+def test_score_shows_brackets_and_blanks_as_they_are(run, tmp_path):
+    tokenizer = load_tokenizer("bpe", ["a [b] c"])
+    save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, tmp_path / "q_rm")
+    status, out, err = run("score", "--model", "q_rm", "--prompt", "a", "--response", "[b]\n c", "--response", "[b]")
+    assert (status, err) == (0, "")
+    assert [row[1] for row in cells(out)] == ["'['", "'b'", "']'", "'\\n'", "'", "'<eos>'"]
+
+
+def test_doctor_names_the_file_of_every_op(run):
+    status, out, err = run("doctor")
+    assert (status, err) == (0, "")
+    assert "csrc/cpu/token_q.cpp" in out
+
+
+def test_a_terminal_sees_the_newest_row(tmp_path, monkeypatch):
+    terminal, seen = StringIO(), Event()
+    monkeypatch.setattr(cli, "Console", lambda: Console(file=terminal, force_terminal=True, width=200))
+    in_short = cli._in_short
+
+    def watched(directory, row):
+        text = in_short(directory, row)
+        if "sft/loss 0.25" in text:
+            seen.set()
+        return text
+
+    monkeypatch.setattr(cli, "_in_short", watched)
+    with cli._newest_row_shown(tmp_path):
+        log = MetricsLog(tmp_path / "sft")
+        log(0, {"sft/loss": 0.5})
+        log(1, {"sft/loss": 0.25, "time/update_s": 1.0})
+        assert seen.wait(30)
+    assert in_short(Path("sft"), {"step": 1, "sft/loss": 0.25, "time/update_s": 1.0}) == "sft: step 1  sft/loss 0.25"
+
+
+# ---- help
+
+
+def test_help_lists_the_commands_and_their_options(capsys):
+    assert main([]) == main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+        with pytest.raises(SystemExit) as exit:
+            main([name, "--help"])
+        assert exit.value.code == 0
+        assert f"usage: qrm-fast {name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "Answers sampled to each prompt." in " ".join(capsys.readouterr().out.split())
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("qrm-fast ")
+
+
+# ---- bad input: one line, exit status 2, and nothing left behind
+
+
+TRAIN_MD = ["train", "--model", "m", "--data", "d"]
+SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["learn"], "error: command must be one of sft, train-rm, train, eval, score, plot, doctor, got learn"),
+        (["sft"], "qrm-fast sft: error: the following arguments are required: data"),
+        (["train-rm", "--data", "d", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
+        (["train-rm", "--data", "d", "--num_ep", "1"], "unrecognized arguments: --num_ep 1"),
+        (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
+        (
+            [*TRAIN_MD, "--reward", "fame"],
+            "reward must be one of Literal['q-rm', 'verifier', 'random'], None, got fame",
+        ),
+        ([*TRAIN_MD, "--preset", "grpo"], "preset must be one of qrm-released, qrm-paper, rloo and"),
+        ([*TRAIN_MD, "--config", "no.yaml"], "no.yaml"),
+        ([*TRAIN_MD, "--device", "toaster"], "device must be one that torch can use here, got toaster"),
+        (["train-rm", "--data", "no.jsonl", "--tokenizer", "bpe"], "No such file or directory: 'no.jsonl'"),
+        (["plot", "no"], "expected a metrics.jsonl in no or below it, found none"),
+        ([*SCORE_MP, "--response", "r", "--response", "r"], "response must be given once or twice, got 3"),
+        (SCORE_MP, "./no"),
+    ],
+)
+def test_wrong_arguments(run, tmp_path, arguments, sentence):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert sentence in err and err.startswith("qrm-fast") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_key_in_a_file(inputs, run):
+    Path("run.yaml").write_text("learning_rate: 1\n")
+    status, _, err = run("train-rm", "--data", inputs / "pairs.jsonl", "--config", "run.yaml")
+    assert status == 2 and "'learning_rate' is not accepted" in err and err.count("\n") == 1
+    Path("run.yaml").write_text("lr: [1\n")
+    status, _, err = run("train-rm", "--data", inputs / "pairs.jsonl", "--config", "run.yaml")
+    assert status == 2 and "Problems parsing config" in err and "line 1" in err and err.count("\n") == 1
+
+
+def test_a_malformed_line_stops_every_training_before_it_writes(inputs, run):
+    for command, name in (("sft", "demonstrations"), ("train-rm", "pairs"), ("train", "prompts")):
+        lines = (inputs / f"{name}.jsonl").read_text().splitlines()
+        Path("rows.jsonl").write_text("\n".join([*lines[:3], lines[3][:-1]]))
+        arguments = train_arguments(inputs) if command == "train" else [command, "--tokenizer", "arithmetic"]
+        status, out, err = run(*arguments, "--data", "rows.jsonl", "--out", "out")
+        assert (status, out) == (2, "")
+        assert f"qrm-fast {command}: error: rows.jsonl:4: expected one JSON object per line, got" in err
+        assert not Path("out").exists()
+    status, _, err = run("eval", "--model", inputs / "policy", "--data", "rows.jsonl")
+    assert status == 2 and "rows.jsonl:4: expected one JSON object per line" in err
+
+
+def test_a_sequence_over_the_token_budget(inputs, run):
+    for arguments in (
+        ["sft", "--data", inputs / "demonstrations.jsonl", "--tokenizer", "arithmetic", "--max_tokens", 20],
+        ["train-rm", "--data", inputs / "pairs.jsonl", "--tokenizer", "arithmetic", "--max_tokens", 20],
+        [*train_arguments(inputs), "--max_tokens", 10],
+    ):
+        status, out, err = run(*arguments, "--out", "out")
+        assert (status, out) == (2, "") and "max_tokens" in err and err.count("\n") == 1
+        assert not Path("out").exists()
+
+
+def test_a_q_rm_of_another_vocabulary(inputs, run):
+    other = load_tokenizer("bpe", ["1+1"])
+    save_checkpoint(load_token_model("scratch:demo", other), other, "other")
+    status, out, err = run(*train_arguments(inputs), "--q_rm", "other", "--out", "out")
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert "policy and reward model must share one vocabulary, got 17 and" in err
+    assert not Path("out").exists()
+
+
+def test_only_a_trained_q_rm_scores(inputs, run):
+    """A policy has no score head: a fresh one would print noise."""
+    status, out, err = run("score", "--model", inputs / "policy", "--prompt", "1+1:", "--response", "01+1=02")
+    assert (status, out) == (2, "")
+    assert "must be a Q-RM, a token classifier with one label, got LlamaForCausalLM" in err
+    tokenizer = load_tokenizer("arithmetic")
+    save_checkpoint(load_token_model("scratch:demo", tokenizer, num_labels=2), tokenizer, "prm")
+    status, out, err = run("score", "--model", "prm", "--prompt", "1+1:", "--response", "01+1=02")
+    assert (status, out) == (2, "") and "got LlamaForTokenClassification, 2" in err
+    status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", "one", "--response", "01+1=02")
+    assert (status, out) == (2, "") and "WordLevel error" in err
+    status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", "", "--response", "01+1=02")
+    assert (status, out) == (2, "") and "prompt" in err
+
+
+def test_the_program_exits_with_the_status(tmp_path):
+    command = [sys.executable, "-m", "qrm_fast.cli", "plot", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == f"qrm-fast plot: error: expected a metrics.jsonl in {tmp_path} or below it, found none\n"
+
+
+# ---- real pairs
+
+
+def test_real_pairs_from_the_file_to_a_heat_map(real_data, run):
+    lines = (real_data / "gsm8k_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:10]
+    Path("pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model = ["--model", "scratch:small", "--tokenizer", "bpe", "--num_epochs", 1, "--batch_size", 4, "--heldout", 0.2]
+    status, out, err = run("train-rm", "--data", "pairs.jsonl", *model)
+    assert (status, err) == (0, "")
+    assert "8 pairs trained on" in out and "2 pairs held out" in out
+    pair = Pair(**json.loads(lines[0]))
+    answers = ["--response", pair.chosen, "--response", pair.rejected, "--plot", "q.png"]
+    status, out, err = run("score", "--model", "runs/q_rm", "--prompt", pair.instruction, *answers)
+    assert (status, err) == (0, "")
+    assert Path("q.png").read_bytes().startswith(b"\x89PNG")
+    tokenizer = AutoTokenizer.from_pretrained("runs/q_rm")
+    lengths = [len(tokenizer(text).input_ids) + 1 for text in (pair.chosen, pair.rejected)]
+    assert len(cells(out)) == max(lengths)
