@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import profile
 from transformers import AutoModelForCausalLM
 
-from qrm_fast import group_advantages
-from qrm_fast.models import load_policy, load_token_model, load_tokenizer, save_checkpoint
-from qrm_fast.optimizer import step
+from qrm_fast import group_advantages, pack, policy_loss
+from qrm_fast.models import load_policy, load_token_model, load_tokenizer, packed_hidden, save_checkpoint
+from qrm_fast.optimizer import adamw, step
 from qrm_fast.tasks import VERIFIERS, Example, arithmetic_examples, write_jsonl
-from qrm_fast.train import PRESETS, Config, resolve, train
+from qrm_fast.train import PRESETS, Config, logprobs_of, resolve, train
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,36 @@ def test_gradient_does_not_depend_on_the_microbatches(config, monkeypatch, loss_
     assert len(whole) == len(pieces) == 2  # policy and critic
     for a, b in zip(whole, pieces, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+def largest_allocation(function):
+    with profile(profile_memory=True) as record:
+        function()
+    return max(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_an_update_never_holds_logits(config, checkpoints):
+    """The demo model with 32,768 tokens: no allocation as large as its logits of the action rows in 16 bits."""
+    num_words = 32768
+    policy = load_policy(str(checkpoints / "policy"), load_tokenizer("arithmetic"))
+    policy.resize_token_embeddings(num_words, mean_resizing=False)
+    optimizer = adamw(policy.parameters())
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(num_words, (30, 48), generator=generator).tolist()
+    batch = pack(rows, [8] * len(rows))
+    num_actions = len(batch.action_index)
+
+    def update():
+        logprobs, entropy, _ = logprobs_of(policy, batch, config)
+        policy_loss(logprobs, torch.ones(num_actions), entropy=entropy, entropy_coef=0.1).loss.backward()
+        step(optimizer, 1e-3, 1.0)
+
+    def naive():
+        packed_hidden(policy, batch)[batch.action_index] @ policy.lm_head.weight.T
+
+    assert largest_allocation(update) < num_actions * num_words * 2
+    with torch.no_grad():
+        assert largest_allocation(naive) >= num_actions * num_words * 2
 
 
 def test_answers_without_an_advantage_change_nothing(config, monkeypatch):
