@@ -82,10 +82,10 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
     Runs whose names end in the same folder, such as seed0/policy and seed1/policy, share a colour.
     """
-    present = {key for rows in runs.values() for row in rows for key in row}
-    panels = [panel for panel in PANELS if present & panel.keys.keys()]
+    panels = [panel for panel in PANELS if any(_points(rows, key) for rows in runs.values() for key in panel.keys)]
     if not panels:
-        raise ValueError(f"runs must hold metrics of a training, got only {', '.join(sorted(present)) or 'no rows'}")
+        keys = sorted({key for rows in runs.values() for row in rows for key in row})
+        raise ValueError(f"runs must hold metrics of a training, got only {', '.join(keys) or 'no rows'}")
     colours = {leaf: f"C{i}" for i, leaf in enumerate(dict.fromkeys(Path(name).name for name in runs))}
     width = min(3, len(panels))
     height = -(-len(panels) // width)
@@ -105,8 +105,8 @@ def _draw_panel(
     for name, rows in runs.items():
         leaf = Path(name).name
         for style, (key, label) in zip(LINE_STYLES, panel.keys.items(), strict=False):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if not points or (key == "policy/ref_kl" and not any(value for _, value in points)):  # no reference model
+            points = _points(rows, key)
+            if not points:
                 continue
             look = dict(linestyle=style, linewidth=1.3, marker="o" if len(points) < 20 else None, markersize=3)
             axes.plot(*zip(*points, strict=True), color=colours[leaf], **look)
@@ -117,12 +117,18 @@ def _draw_panel(
     axes.set_ylabel(panel.y, fontsize=9)
     axes.set_ylim(*panel.limits)
     axes.tick_params(labelsize=8)
-    if panel.y == "tokens/s":
-        axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.6g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [*keys_in_legend.values(), *(runs_in_legend.values() if len(runs_in_legend) > 1 else ())]
     axes.legend(handles=handles, fontsize=7, framealpha=0.7)
+
+
+def _points(rows: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    # A KL of zero is one to no reference or, up to rounding, to the policy itself: on-policy, there is nothing to see.
+    nothing = key in ("policy/ref_kl", "policy/approx_kl") and all(abs(value) < 1e-9 for _, value in points)
+    return [] if nothing else points
 
 
 # ---- heat maps

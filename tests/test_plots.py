@@ -44,6 +44,8 @@ def test_every_metric_that_occurs_is_drawn_and_no_other():
         ("C0", "--"): [(1, 0.0), (2, 0.1)]
     }  # without a reference, no distance to it
     assert lines(drawn["SFT loss per token"]) == {("C1", "-"): [(0, 3.0), (1, 2.0), (2, 1.0)]}
+    on_policy = [row | {"policy/approx_kl": 1e-14} if "policy/approx_kl" in row else row for row in POLICY]
+    assert "KL per token" not in panels(curves({"policy": on_policy}))
     for axes in drawn.values():
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_legend().get_texts()
 
