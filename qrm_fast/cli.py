@@ -27,6 +27,28 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # ---- commands
 
 
+def demo(parser: ArgumentParser, arguments: list[str]) -> None:
+    """The whole method on the embedded arithmetic task: fine-tuning, pairs, Q-RM, reinforcement learning, figures."""
+    parser.add_argument("--seeds", type=int, default=1, help="Train everything for the seeds 0, 1, ...")
+    parser.add_argument(
+        "--controls", action="store_true", help="Also learn from the verifier, a random reward and shuffled labels."
+    )
+    parser.add_argument("--out", type=str, default="runs/demo", help="Directory for everything that is written.")
+    options = parser.parse_args(arguments)
+    from .demo import demo as run
+    from .plots import Answer, curves, heat_map, read_runs
+
+    with _newest_row_shown(options.out):
+        result = run(seeds=options.seeds, controls=options.controls, out=options.out)
+    curves(read_runs(options.out)).savefig(f"{options.out}/curves.png")
+    answers = [
+        Answer("right", result.right.tokens, result.right.q),
+        Answer("wrong", result.wrong.tokens, result.wrong.q),
+    ]
+    heat_map(result.prompt, answers).savefig(f"{options.out}/heat_map.png")
+    print(f"\ncurves    {options.out}/curves.png\nheat map  {options.out}/heat_map.png")
+
+
 def sft(parser: ArgumentParser, arguments: list[str]) -> None:
     """Fine-tune a policy on demonstrations."""
     from .sft import SFTConfig, train_sft
@@ -123,7 +145,7 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if len(options.response) > 2:
         raise ValueError(f"response must be given once or twice, got {len(options.response)}")
-    _before_models(options.device)
+    _before_models(options.device, "float32")
     from .plots import Answer, first_difference, heat_map
     from .score import score as run
 
@@ -164,6 +186,7 @@ def doctor(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
+    "demo": demo,
     "sft": sft,
     "train-rm": train_rm,
     "train": train,
@@ -231,14 +254,16 @@ def _add_options(parser: ArgumentParser, config: type, *, only: Sequence[str] = 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str], config: type[Config], **fixed: object) -> Config:
     options = parser.parse_args(arguments).as_dict()
-    _before_models(options["device"])
+    _before_models(options["device"], options["dtype"])
     return config(**{field.name: options[field.name] for field in fields(config) if field.name in options} | fixed)
 
 
-def _before_models(device: str) -> None:
-    """Refuse a device that is not there, and keep transformers' progress bars out of what a command prints."""
+def _before_models(device: str, dtype: str) -> None:
+    """Refuse what torch does not have here, and keep transformers' progress bars out of what a command prints."""
     from transformers.utils import logging
 
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be one of torch, such as float32 or bfloat16, got {dtype}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from random import Random
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,26 @@ def test_score_shows_brackets_and_blanks_as_they_are(run, tmp_path):
     assert [row[1] for row in cells(out)] == ["'['", "'b'", "']'", "'\\n'", "'", "'<eos>'"]
 
 
+def test_demo_draws_what_the_library_returns(run, monkeypatch):
+    calls = []
+
+    def library(seeds, controls, out):
+        calls.append((seeds, controls, out))
+        MetricsLog(f"{out}/seed0/policy")(0, {"eval/pass@1_sampled": 0.5})
+        right = SimpleNamespace(tokens=["1", "2", "<eos>"], q=[0.0, 1.0, 2.0])
+        wrong = SimpleNamespace(tokens=["1", "3", "<eos>"], q=[0.0, -1.0, -2.0])
+        return SimpleNamespace(prompt="1+1:", right=right, wrong=wrong)
+
+    monkeypatch.setitem(sys.modules, "qrm_fast.demo", SimpleNamespace(demo=library))
+    status, out, err = run("demo")
+    assert (status, err) == (0, "")
+    for name in ("curves", "heat_map"):
+        assert f"runs/demo/{name}.png" in out
+        assert Path(f"runs/demo/{name}.png").read_bytes().startswith(b"\x89PNG")
+    run("demo", "--seeds", 3, "--controls", "--out", "three")
+    assert calls == [(1, False, "runs/demo"), (3, True, "three")]
+
+
 def test_doctor_names_the_file_of_every_op(run):
     status, out, err = run("doctor")
     assert (status, err) == (0, "")
@@ -228,8 +249,9 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["learn"], "error: command must be one of sft, train-rm, train, eval, score, plot, doctor, got learn"),
+        (["learn"], "error: command must be one of demo, sft, train-rm, train, eval, score, plot, doctor, got learn"),
         (["sft"], "qrm-fast sft: error: the following arguments are required: data"),
+        (["demo", "--seeds", "many"], "seeds must be int, got many"),
         (["train-rm", "--data", "d", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["train-rm", "--data", "d", "--num_ep", "1"], "unrecognized arguments: --num_ep 1"),
         (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
@@ -240,6 +262,7 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
         ([*TRAIN_MD, "--preset", "grpo"], "preset must be one of qrm-released, qrm-paper, rloo and"),
         ([*TRAIN_MD, "--config", "no.yaml"], "no.yaml"),
         ([*TRAIN_MD, "--device", "toaster"], "device must be one that torch can use here, got toaster"),
+        ([*TRAIN_MD, "--dtype", "float31"], "dtype must be one of torch, such as float32 or bfloat16, got float31"),
         (["train-rm", "--data", "no.jsonl", "--tokenizer", "bpe"], "No such file or directory: 'no.jsonl'"),
         (["plot", "no"], "expected a metrics.jsonl in no or below it, found none"),
         ([*SCORE_MP, "--response", "r", "--response", "r"], "response must be given once or twice, got 3"),
