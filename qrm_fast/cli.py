@@ -35,6 +35,8 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=str, default="runs/demo", help="Directory for everything that is written.")
     options = parser.parse_args(arguments)
+    _before_models("cpu", "float32")
+    _expect_a_new_head()
     from .demo import demo as run
     from .plots import Answer, curves, heat_map, read_runs
 
@@ -82,6 +84,7 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
     if config.model.startswith("scratch:"):
         parser.set_defaults(**FROM_SCRATCH)
         config = _parse(parser, arguments, QRMConfig)
+    _expect_a_new_head()
     with _newest_row_shown(config.out):
         result = train_q_rm(config)
     _save_options(config)
@@ -269,6 +272,13 @@ def _before_models(device: str, dtype: str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
         raise ValueError(f"device must be one that torch can use here, got {device}: {error}") from None
     logging.disable_progress_bar()
+
+
+def _expect_a_new_head() -> None:
+    """Keep transformers from reporting that a policy has no score head: that is where a Q-RM starts."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def _save_options(config: Any) -> None:

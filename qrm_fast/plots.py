@@ -37,7 +37,7 @@ PANELS = [
         (None, None),
         {"policy/ref_kl": "from the starting policy", "policy/approx_kl": "from the sampling policy"},
     ),
-    Panel("Entropy per token", "nats", (0, None), {"policy/entropy": "policy"}),
+    Panel("Entropy per token", "nats", (0, None), {"policy/entropy": "mean"}),
     Panel("Answer length", "tokens", (0, None), {"response/length": "mean"}),
     Panel("SFT loss per token", "nats", (0, None), {"sft/loss": "training batch"}, "optimiser step"),
     Panel(
@@ -118,6 +118,7 @@ def _draw_panel(
     axes.set_ylim(*panel.limits)
     axes.tick_params(labelsize=8)
     axes.yaxis.set_major_formatter("{x:,.6g}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [*keys_in_legend.values(), *(runs_in_legend.values() if len(runs_in_legend) > 1 else ())]

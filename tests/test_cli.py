@@ -100,6 +100,7 @@ def test_train_rm_saves_what_plain_transformers_loads(inputs, run):
     status, out, err = run(
         "train-rm", "--data", inputs / "pairs.jsonl", "--model", inputs / "policy", "--out", "further"
     )
+    assert (status, err) == (0, "")
     assert json.loads(Path("further/options.json").read_text())["lr"] == 1e-5
 
 
