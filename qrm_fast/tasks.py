@@ -91,11 +91,9 @@ def fit(prompt: list[int], response: list[int], max_len: int, name: str) -> list
 
 STEP = "\n\n"
 ALPHABET = ["<pad>", "<eos>", *"0123456789+=#:", STEP]
-# Where one of these digits is added, demonstrations get the units digit wrong by one with probability SLIP. The errors
-# go both ways, or "the smaller total wins" would be a shortcut to a reward model; SLIP is above one half, so that
-# greedy decoding has something to learn as well.
-SLIPS = {1: 1, 2: 1, 8: -1, 9: -1}
-SLIP = 0.6
+# How demonstrations go wrong: a carry that is due is forgotten where a large digit is added, and, more rarely, one is
+# made that is not due. Were carries only forgotten, "the larger total wins" would be a shortcut to a reward model.
+LARGE_DIGIT, FORGOTTEN_CARRY, SPURIOUS_CARRY = 7, 0.55, 0.08
 
 Split = Literal["train", "tuning", "report"]
 
@@ -111,14 +109,14 @@ def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def arithmetic_examples(num: int, *, split: Split, seed: int) -> list[Example]:
-    """`num` different problems such as ("7+6+1+9:", "23"): 3 to 5 summands of 1 to 9.
+    """`num` different problems such as ("7+6+1+9:", "23"): 4 to 6 summands of 1 to 9.
 
     A hash of the prompt decides its split, so that train, tuning and report share no problem whatever the seeds.
     """
     rng = Random(seed)
     labels: dict[str, str] = {}
     while len(labels) < num:
-        summands = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
+        summands = [rng.randint(1, 9) for _ in range(rng.randint(4, 6))]
         prompt = "+".join(map(str, summands)) + ":"
         if arithmetic_split(prompt) == split:
             labels[prompt] = f"{sum(summands):02d}"
@@ -131,7 +129,7 @@ def arithmetic_split(prompt: str) -> Split:
 
 
 def arithmetic_demonstration(instruction: str, rng: Random | None = None) -> str:
-    """A worked answer, "07+6=13(blank line)13+1=14(blank line)14+9=23(blank line)#23"; with `rng`, units slip.
+    """A worked answer, "07+6=13(blank line)13+1=14(blank line)14+9=23(blank line)#23"; with `rng`, carries go wrong.
 
     A slip is carried on: the steps after it are computed from the wrong total.
     """
@@ -139,8 +137,11 @@ def arithmetic_demonstration(instruction: str, rng: Random | None = None) -> str
     steps = []
     for digit in summands:
         result = total + digit
-        if rng is not None and digit in SLIPS and rng.random() < SLIP:
-            result = result // 10 * 10 + (result + SLIPS[digit]) % 10
+        if rng is not None:
+            due = total % 10 + digit >= 10
+            slip = (FORGOTTEN_CARRY if digit >= LARGE_DIGIT else 0.0) if due else SPURIOUS_CARRY
+            if rng.random() < slip:
+                result += -10 if due else 10
         steps.append(f"{total:02d}+{digit}={result:02d}")
         total = result
     return STEP.join([*steps, f"#{total:02d}"])

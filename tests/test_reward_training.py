@@ -16,7 +16,7 @@ from qrm_fast.tasks import Pair, arithmetic_demonstration, arithmetic_examples, 
 
 
 def write_pairs(path, num_prompts):
-    """Right answers against answers with a slip, two pairs for every third prompt where there are two."""
+    """Right answers against answers with a slip, two pairs for every third prompt."""
     rng = Random(0)
     rows = []
     for i, (instruction, label) in enumerate(arithmetic_examples(num_prompts, split="train", seed=0)):
@@ -30,7 +30,7 @@ def write_pairs(path, num_prompts):
 
 @pytest.fixture
 def config(tmp_path):
-    assert len(write_pairs(tmp_path / "pairs.jsonl", 60)) == 62  # not all prompts can slip
+    assert len(write_pairs(tmp_path / "pairs.jsonl", 60)) == 80
     return QRMConfig(
         data=str(tmp_path / "pairs.jsonl"),
         out=str(tmp_path / "q_rm"),
@@ -60,8 +60,8 @@ def test_q_is_the_head_on_the_state_that_has_consumed_the_action():
 
 
 def test_pairs_are_learned_and_the_checkpoint_is_plain(config):
-    result = train_q_rm(replace(config, num_epochs=12))
-    assert result.num_heldout == 9 and result.num_train + result.num_heldout == 62
+    result = train_q_rm(replace(config, num_epochs=24))
+    assert result.num_heldout >= 9 and result.num_train + result.num_heldout == 80
     assert result.train.accuracy > 0.75 and result.train.margin > 0
     assert result.train.loss < 2.1269  # softplus(gamma), where every score is equal
     model = AutoModelForTokenClassification.from_pretrained(result.directory)

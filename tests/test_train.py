@@ -200,7 +200,7 @@ def test_bad_input(config, tmp_path):
     with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, got judge"):
         train(replace(config, preset="rloo", verifier="judge"))
     with pytest.raises(
-        ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 18 tokens, got 17"
+        ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 20 tokens, got 17"
     ):
         train(replace(config, max_tokens=17))
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl"):
