@@ -106,7 +106,7 @@ def test_bad_input(config, tmp_path):
         train_q_rm(replace(config, heldout=1.0))
     with open(config.data, "a") as lines:
         lines.write('{"instruction": "1+1:"}\n')
-    with pytest.raises(ValueError, match=r"pairs.jsonl:63: expected a string field 'chosen', got only"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:81: expected a string field 'chosen', got only"):
         train_q_rm(config)
     with pytest.raises(FileNotFoundError):
         train_q_rm(replace(config, data=str(tmp_path / "missing.jsonl")))
