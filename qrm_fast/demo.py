@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import pack, unpack
-from .models import load_policy, load_token_model, load_tokenizer
+from .models import load_policy, load_tokenizer
 from .reward_training import QRMConfig, QRMResult, train_q_rm
-from .rewards import q_scores, verified
+from .rewards import verified
 from .rollout import TransformersEngine
+from .score import TokenScores, score
 from .sft import SFTConfig, train_sft
 from .tasks import (
     Demonstration,
@@ -27,7 +27,6 @@ from .tasks import (
     arithmetic_demonstration,
     arithmetic_examples,
     encode_prompt,
-    encode_response,
     write_jsonl,
 )
 from .train import Config, PassAt1, train
@@ -65,11 +64,6 @@ RL = Config(
     eval_every=8,
     eval_samples=4,
 )
-
-
-class TokenScores(NamedTuple):
-    tokens: list[str]
-    q: list[float]
 
 
 class Run(NamedTuple):
@@ -141,8 +135,9 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
         print(f"  seed {seed} took {time.perf_counter() - start:.0f} s")
     print_table(runs)
     examples = arithmetic_examples(NUM_REPORT_PROMPTS, split="report", seed=0)
-    prompt, right, wrong = token_scores(f"{out}/seed0/sft", f"{out}/seed0/q_rm", examples)
-    return DemoResult(out, runs, q_rms, prompt, right, wrong)
+    pair = sample_pairs(f"{out}/seed0/sft", examples[:32], seed=0)[0][0]
+    right, wrong = score(f"{out}/seed0/q_rm", pair.instruction, [pair.chosen, pair.rejected])
+    return DemoResult(out, runs, q_rms, pair.instruction, right, wrong)
 
 
 def sample_pairs(directory: str, examples: list[Example], seed: int) -> tuple[list[Pair], float]:
@@ -183,21 +178,6 @@ def run(reward: str, config: Config) -> Run:
         f"{after.greedy:.3f}; tokens/s: {', '.join(f'{n} {x:,.0f}' for n, x in zip(names, speeds, strict=True))}"
     )
     return Run(reward, config.seed, before, after, result.metrics)
-
-
-def token_scores(policy: str, q_rm: str, examples: list[Example]) -> tuple[str, TokenScores, TokenScores]:
-    """Q of every token of a right and of a wrong answer to the first prompt to which the policy gives both."""
-    tokenizer = load_tokenizer(q_rm)
-    pair = sample_pairs(policy, examples[:32], seed=0)[0][0]
-    prompt = encode_prompt(tokenizer, pair.instruction)
-    responses = [encode_response(tokenizer, text) for text in (pair.chosen, pair.rejected)]
-    batch = pack([prompt + response for response in responses], [len(prompt)] * 2)
-    with torch.no_grad():
-        q = unpack(q_scores(load_token_model(q_rm, tokenizer), batch), batch.action_cu_seqlens)
-    scores = [
-        TokenScores([tokenizer.decode([i]) for i in ids], x.tolist()) for ids, x in zip(responses, q, strict=True)
-    ]
-    return pair.instruction, *scores
 
 
 def print_table(runs: list[Run]) -> None:

@@ -177,6 +177,21 @@ def load_token_model(
     return _load(AutoModelForTokenClassification, spec, config, device, dtype)
 
 
+def load_q_rm(
+    spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A trained Q-RM, to score with: evaluation mode, no gradients.
+
+    Raises ValueError where the checkpoint has no trained scalar head, which transformers would make up at random,
+    OSError where there is no checkpoint.
+    """
+    config = AutoConfig.from_pretrained(spec)
+    name = (config.architectures or ["a model of unknown architecture"])[0]
+    if not name.endswith("ForTokenClassification") or config.num_labels != 1:
+        raise ValueError(f"{spec} must be a Q-RM, a token classifier with one label, got {name}, {config.num_labels}")
+    return load_token_model(spec, tokenizer, device=device, dtype=dtype).eval().requires_grad_(False)
+
+
 def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     if not spec.startswith("scratch:"):
         return AutoConfig.from_pretrained(spec)

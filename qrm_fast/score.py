@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig
 
 from . import pack, q_token_rewards, unpack
-from .models import load_token_model, load_tokenizer
+from .models import load_q_rm, load_tokenizer
 from .rewards import q_scores
 from .tasks import encode_prompt, encode_response
 
@@ -26,17 +25,12 @@ def score(
     prompt mean something: `normalized` removes the mean. Raises ValueError where `q_rm` has no trained scalar head or
     the prompt is empty, OSError where there is no such checkpoint.
     """
-    config = AutoConfig.from_pretrained(q_rm)
-    name = (config.architectures or ["a model of unknown architecture"])[0]
-    if not name.endswith("ForTokenClassification") or config.num_labels != 1:
-        raise ValueError(f"{q_rm} must be a Q-RM, a token classifier with one label, got {name}, {config.num_labels}")
     tokenizer = load_tokenizer(q_rm)
-    model = load_token_model(q_rm, tokenizer, device=device, dtype=dtype).eval()
+    model = load_q_rm(q_rm, tokenizer, device=device, dtype=dtype)
     prompt_ids = encode_prompt(tokenizer, prompt)
     answers = [encode_response(tokenizer, response) for response in responses]
     batch = pack([prompt_ids + answer for answer in answers], [len(prompt_ids)] * len(answers), device=device)
-    with torch.no_grad():
-        q = q_scores(model, batch)  # [T]
+    q = q_scores(model, batch)  # [T]
     columns = (q, q_token_rewards(q, batch.action_cu_seqlens, center=True))
     per_answer = zip(answers, *(unpack(x.cpu(), batch.action_cu_seqlens.cpu()) for x in columns), strict=True)
     return [

@@ -35,6 +35,7 @@ from .models import (
     check_no_leak,
     check_same_vocabulary,
     load_policy,
+    load_q_rm,
     load_token_model,
     load_tokenizer,
     packed_hidden,
@@ -180,8 +181,9 @@ def resolve(config: Config) -> Config:
 def train(config: Config) -> TrainResult:
     """Run the loop of `config`. Same config, same bits, also through a resumed checkpoint.
 
-    Raises ValueError for an unknown preset or option, malformed data, policy and Q-RM of different vocabularies, and
-    an answer longer than max_tokens; RuntimeError where the attention leaks between packed sequences.
+    Raises ValueError for an unknown preset or option, malformed data, policy and Q-RM of different vocabularies, a
+    Q-RM without a trained head, and an answer longer than max_tokens; RuntimeError where the attention leaks between
+    packed sequences.
     """
     config = resolve(config)
     reward_kl = config.kl_coef if config.kl_in == "reward" else 0.0
@@ -203,7 +205,7 @@ def train(config: Config) -> TrainResult:
     q_rm = reference = critic = critic_optimizer = None
     if config.reward == "q-rm":
         check_same_vocabulary(tokenizer, load_tokenizer(config.q_rm))
-        q_rm = load_token_model(config.q_rm, tokenizer, device=config.device, dtype=dtype).requires_grad_(False)
+        q_rm = load_q_rm(config.q_rm, tokenizer, device=config.device, dtype=dtype)
         models.append(q_rm)
     if config.kl_coef:
         reference = load_policy(config.model, tokenizer, device=config.device, dtype=dtype).requires_grad_(False)

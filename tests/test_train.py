@@ -195,6 +195,8 @@ def test_bad_input(config, tmp_path):
         Config(model="m", data="d", out="o", learning_rate=1.0)
     with pytest.raises(ValueError, match='reward "q-rm" needs q_rm, the directory of a trained Q-RM, got None'):
         train(replace(config, q_rm=None))
+    with pytest.raises(ValueError, match="must be a Q-RM, a token classifier with one label, got LlamaForCausalLM"):
+        train(replace(config, q_rm=config.model))
     with pytest.raises(ValueError, match='expected kl_in "loss" with reward "verifier"'):
         train(replace(config, preset="rloo", kl_coef=0.1, kl_in="reward"))
     with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, got judge"):
