@@ -5,33 +5,39 @@ import re
 
 from .provenance import ROOT
 
+COLUMNS = {  # heading: key of a row, how it is written
+    "ms": ("median_ms", "{:,.4g}"),
+    "GB/s": ("gb_per_s", "{:,.4g}"),
+    "GFLOP/s": ("gflop_per_s", "{:,.4g}"),
+    "of the limit": ("of_limit", "{:.1%}"),
+    "extra MiB": ("extra_mib", "{:,.1f}"),
+}
+
 
 def table(records: list[dict]) -> str:
-    """Markdown: one row per way of each case, and one line per provenance."""
-    lines = [
-        "| case | provider | ms (p20 to p80) | our time | GB/s | GFLOP/s | of the limit | extra MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        if "refused" in record:
-            lines.append(f"| {record['case']} | refused: {record['refused']} | | | | | | |")
-            continue
-        our_ms = next(iter(record["times"].values()))["median_ms"]
-        for way, row in record["times"].items():
-            ms = f"{row['median_ms']:,.4g} ({row['p20_ms']:,.4g} to {row['p80_ms']:,.4g})"
-            rates = [f"{row[key]:.4g}" if row.get(key) else "" for key in ("gb_per_s", "gflop_per_s")]
-            memory = f"{row['extra_mib']:.1f}" if "extra_mib" in row else ""
-            cells = [
-                record["case"],
-                way,
-                ms,
-                f"x {row['median_ms'] / our_ms:.3g}",
-                *rates,
-                f"{row['of_limit']:.1%}",
-                memory,
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *dict.fromkeys(map(_provenance, records))])
+    """Markdown: one table per case with a row per way, then one line per provenance."""
+    return "\n\n".join([*map(_case, records), *dict.fromkeys(map(_provenance, records))])
+
+
+def _case(record: dict) -> str:
+    title = f"`{record['case']}`"
+    if "refused" in record:
+        return f"{title} refused: {record['refused']}"
+    rows = record["times"]
+    our_ms = next(iter(rows.values()))["median_ms"]
+    # GB/s say little of a kernel whose limit is counted in FLOP.
+    unused = {"GB/s"} if record.get("flops") else set()
+    columns = {
+        heading: column
+        for heading, column in COLUMNS.items()
+        if heading not in unused and any(row.get(column[0]) is not None for row in rows.values())
+    }
+    lines = [["", *columns, "time, ours = 1", "ms, p20 to p80"], ["---"] * (len(columns) + 3)]
+    for way, row in rows.items():
+        cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
+        spread = f"{row['p20_ms']:,.4g} to {row['p80_ms']:,.4g}"
+        lines.append([way, *cells, f"{row['median_ms'] / our_ms:.3g}", spread])
+    return "\n".join([f"{title}:", "", *("| " + " | ".join(cells) + " |" for cells in lines)])
 
 
 def _provenance(record: dict) -> str:
