@@ -1,5 +1,7 @@
 """linear_policy_loss against log_softmax and policy_loss through autograd, and its promises about masks and bits."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ OPTIONS = {
     "everything": {"kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.05, "softcap": 6.0, "extra": True},
     "k1": {"kl_coef": 0.1, "kl_estimator": "k1"},
     "k2": {"kl_coef": 0.1, "kl_estimator": "k2", "kind": "reinforce"},
+    "cispo": {"kind": "cispo", "clip_high": 0.1},
+    "gspo": {"kind": "gspo", "clip_low": 0.05, "clip_high": 0.05, "extra": True},
+    "gspo-on-policy": {"kind": "gspo", "old": False},
 }
 
 
@@ -41,6 +46,9 @@ def make(t: int, d: int, v: int, dtype: torch.dtype, *, old=True, extra=False, *
         constants["token_weights"] = torch.rand(t, generator=generator, dtype=torch.float64)
         constants["token_weights"][::5] = 0
         constants["temperature"] = torch.rand(t, generator=generator, dtype=torch.float64) + 0.5
+    if options.get("kind") == "gspo":  # empty, many to a block, and longer than a block
+        bounds = [0, 0, t // 20, t // 10, t // 10, t // 3, t]
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     return inputs, constants, {"targets": targets, **options}
 
 
@@ -103,9 +111,27 @@ def test_as_accurate_as_autograd_in_float32(shape, options, dtype):
             assert error <= 1.1 * peer_error + 8 * torch.finfo(got.dtype).eps * scale, f"{error:.3g}, {peer_error:.3g}"
 
 
-def test_same_as_its_two_parts():
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_reference_agrees(options):
+    """What serves a device without a kernel of its own."""
+    inputs, constants, options = make(63, 20, 127, torch.float64, **options)
+    temperature = constants.pop("temperature", None)
+    rows = [constants.get(k) for k in ("advantages", "old_logprobs", "ref_logprobs", "token_weights")]
+    arguments = (
+        *(inputs["hidden"], inputs["weight"], options["targets"], *rows, options.get("cu_seqlens")),
+        *(inputs.get("bias"), 1.0, temperature, options.get("softcap"), -100, options.get("kind", "ppo")),
+        *(options.get("clip_low", 0.2), options.get("clip_high", 0.2), options.get("dual_clip", float("inf"))),
+        *(options.get("kl_coef", 0.0), options.get("kl_estimator", "k3"), options.get("entropy_coef", 0.0)),
+        *(True, True, "bias" in inputs),
+    )
+    for got, want in zip(_forward(*arguments), _forward._init_fn(*arguments), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo"])
+def test_same_as_its_two_parts(kind):
     """The very bits of linear_logprobs in logprobs and entropy; loss and metrics as policy_loss gives them."""
-    inputs, constants, options = make(300, 24, 700, torch.float32, kl_coef=0.1, entropy_coef=0.01)
+    inputs, constants, options = make(300, 24, 700, torch.float32, kind=kind, kl_coef=0.1, entropy_coef=0.01)
     constants = {k: x.float() for k, x in constants.items()}
     out = linear_policy_loss(**inputs, **constants, **options)
     head = linear_logprobs(**inputs, targets=options.pop("targets"))
@@ -176,6 +202,27 @@ def test_bits():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.unpoisoned
+def test_bits_of_gspo_depend_on_the_sequence_alone():
+    """Packed or one by one; longer than a block of rows, whose logits are formed twice, or shorter."""
+    inputs, constants, options = make(700, 8, 100, torch.float32, kind="gspo")
+    constants = {k: x.float() for k, x in constants.items()} | {"token_weights": torch.full((700,), 0.01)}
+    targets = options.pop("targets")
+
+    def gradient(bos, eos, bounds):
+        hidden = inputs["hidden"][bos:eos].clone().requires_grad_()
+        rows = {k: x[bos:eos] for k, x in constants.items()}
+        out = linear_policy_loss(
+            hidden, inputs["weight"], targets[bos:eos], **rows, kind="gspo", cu_seqlens=torch.tensor(bounds)
+        )
+        return torch.autograd.grad(out.loss, hidden)[0]
+
+    bounds = options["cu_seqlens"].tolist()
+    whole = gradient(0, 700, bounds)
+    for bos, eos in itertools.pairwise(bounds):
+        assert torch.equal(gradient(bos, eos, [0, eos - bos]), whole[bos:eos])
+
+
 def test_only_needed_gradients_are_formed():
     inputs, constants, options = make(20, 8, 30, torch.float32)
     constants = {k: x.float() for k, x in constants.items()}
@@ -195,8 +242,8 @@ def test_registration():
     head = (bias, 0.7, None, 3.0, -100)
     for needs in [(True, True, True), (True, False, False)]:
         leaves = [x if need else x.detach() for x, need in zip((hidden, weight, bias), needs, strict=True)]
-        arguments = (*leaves[:2], options["targets"], a, old, ref, w, leaves[2], *head[1:], "ppo", 0.2, 0.2, 3.0, 0.1)
-        torch.library.opcheck(_forward, (*arguments, "k3", 0.01, *needs))
+        arguments = (*leaves[:2], options["targets"], a, old, ref, w, None, leaves[2], *head[1:], "ppo", 0.2, 0.2, 3.0)
+        torch.library.opcheck(_forward, (*arguments, 0.1, "k3", 0.01, *needs))
 
 
 def test_gradcheck():
@@ -236,7 +283,10 @@ def test_compiles_without_breaks_for_any_length():
         ({"advantages": None}, TypeError, "advantages must be a tensor"),
         ({"old_logprobs": torch.zeros(4).bfloat16()}, TypeError, "old_logprobs must be .*float32"),
         ({"advantages": torch.zeros(4, requires_grad=True)}, ValueError, "advantages must not require grad"),
-        ({"kind": "trpo"}, ValueError, "kind must be one of ppo, reinforce, got 'trpo'"),
+        ({"kind": "trpo"}, ValueError, "kind must be one of ppo, reinforce, cispo, gspo, got 'trpo'"),
+        ({"kind": "gspo"}, ValueError, "cu_seqlens belong to kind 'gspo' .*, got kind 'gspo' without them"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "got kind 'ppo' with them"),
+        ({"kind": "gspo", "cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens must end at .* 4, got 3"),
         ({"kl_coef": 0.1}, ValueError, "kl_coef needs ref_logprobs"),
         ({"temperature": -1.0}, ValueError, "temperature must be positive"),
     ],

@@ -21,6 +21,9 @@ OPTIONS = {
     "ppo-k3": dict(kind="ppo", kl_coef=0.3, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.1),
     "reinforce": dict(kind="reinforce", old=False, ref=False, weights=False, entropy=False),
     "reinforce-k3": dict(kind="reinforce", kl_coef=0.3, entropy_coef=-0.1),
+    "cispo": dict(kind="cispo", clip_high=0.3),
+    "gspo": dict(kind="gspo", clip_low=0.1, clip_high=0.1, kl_coef=0.3),
+    "gspo-on-policy": dict(kind="gspo", old=False, ref=False, weights=False, entropy=False),
 }
 
 
@@ -40,6 +43,9 @@ def problem(num_tokens, dtype, *, old=True, ref=True, weights=True, entropy=True
         "ref_logprobs": (logprobs + 0.2 * normal()).to(dtype) if ref else None,
         "token_weights": weight.masked_fill(normal() < -0.4, 0).to(acc) if weights else None,
     }
+    if options.get("kind") == "gspo":
+        cuts = torch.randint(num_tokens + 1, (num_tokens // 9,), generator=g).sort().values
+        keywords["cu_seqlens"] = torch.tensor([0, *cuts, num_tokens], dtype=torch.int32)
     return logprobs, advantages, {**keywords, **options}
 
 
@@ -48,6 +54,7 @@ def oracle(
     advantages,
     *,
     entropy=None,
+    cu_seqlens=None,
     old_logprobs=None,
     ref_logprobs=None,
     token_weights=None,
@@ -64,12 +71,21 @@ def oracle(
     rows = w != 0
     w, logp, a = w[rows], logprobs[rows], advantages[rows]
     old = logp.detach() if old_logprobs is None else old_logprobs[rows]
-    ratio = (logp - old).exp()
-    if kind == "ppo":
+    own = ratio = (logp - old).exp()
+    if kind == "gspo":
+        for mask in sequence_masks(cu_seqlens, len(rows)):
+            mask = mask[rows]
+            if not mask.any():
+                continue
+            s = (logp - old)[mask].mean().exp().detach()
+            ratio = torch.where(mask, s * (logp - logp.detach()).exp(), ratio)
+    if kind in ("ppo", "gspo"):
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
         loss = torch.max(-a * ratio, -a * clipped)
         if dual_clip is not None:
             loss = torch.where(a < 0, torch.min(loss, -a * dual_clip), loss)
+    elif kind == "cispo":
+        loss = -ratio.clamp(max=1 + clip_high).detach() * a * logp
     else:
         loss = -a * logp
     kl = torch.zeros_like(logp)
@@ -81,7 +97,7 @@ def oracle(
     metrics = [
         (w * ((ratio < 1 - clip_low) & (a < 0))).sum(),
         (w * ((ratio > 1 + clip_high) & (a > 0))).sum(),
-        (w * (ratio - 1 - ratio.log())).sum(),
+        (w * (own - 1 - own.log())).sum(),
         (w * kl).sum(),
         (w * ratio).sum(),
         (w * h).sum(),
@@ -90,10 +106,16 @@ def oracle(
     return (w * loss).sum(), [m.detach() for m in metrics]
 
 
+def sequence_masks(cu_seqlens, num_tokens):
+    """A mask [T] for each sequence."""
+    rows = torch.arange(num_tokens)
+    return [(bos <= rows) & (rows < eos) for bos, eos in itertools.pairwise(cu_seqlens.tolist())]
+
+
 def leaves(arguments, dtype=None):
     """The arguments, in another dtype where one is given, logprobs and entropy as leaves that collect gradients."""
     logprobs, advantages, keywords = arguments
-    keywords = {k: v.to(dtype or v.dtype) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    keywords = {k: v.to(dtype or v.dtype) if is_floating(v) else v for k, v in keywords.items()}
     if keywords["entropy"] is not None:
         keywords["entropy"] = keywords["entropy"].clone().requires_grad_()
     return (
@@ -101,6 +123,10 @@ def leaves(arguments, dtype=None):
         advantages.to(dtype or advantages.dtype),
         keywords,
     )
+
+
+def is_floating(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def values(loss, metrics, logprobs, entropy):
@@ -149,6 +175,24 @@ def test_no_further_from_float64_than_autograd(dtype, options):
             assert rms(got - exact) <= max(rms(eager - exact), torch.finfo(got.dtype).eps * rms(exact))
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_reference_agrees(options, monkeypatch):
+    """What serves a device without a kernel of its own."""
+    arguments = problem(257, torch.float64, **options)
+    expected = ours(arguments)
+    monkeypatch.setattr("qrm_fast.ops.policy_loss._policy_loss", through_reference)
+    for got, want in zip(ours(arguments), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def through_reference(logprobs, advantages, entropy, *rest):
+    """The op's reference as a differentiable function of logprobs and entropy."""
+    with torch.no_grad():
+        loss, metrics, dlogprobs, dentropy = _policy_loss._init_fn(logprobs, advantages, entropy, *rest)
+    linear = (dlogprobs * logprobs).sum() + (0 if entropy is None else (dentropy * entropy).sum())
+    return loss + linear - linear.detach(), metrics, dlogprobs, dentropy
+
+
 def test_table():
     """Six rows by hand: clipped above, clipped below, on the policy, bounded by dual_clip, unclipped, masked."""
     nan = math.nan
@@ -171,6 +215,42 @@ def test_table():
     assert out.metrics.ratio.item() == pytest.approx(3.875)
     assert out.metrics.ratio_max.item() == pytest.approx(4)
     assert out.metrics.entropy.item() == out.metrics.ref_kl.item() == 0
+
+
+def test_table_of_cispo():
+    """Ratios 2 (clipped to 1.2) and 1/2 (never clipped from below); the scale has no gradient of its own."""
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    old = logprobs.detach() - torch.tensor([2.0, 0.5]).log()
+    out = qrm_fast.policy_loss(logprobs, torch.tensor([1.0, -1.0]), old_logprobs=old, kind="cispo")
+    # rows: 1.2, -1
+    assert out.loss.item() == pytest.approx(0.1)
+    out.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-0.6, 0.25]))
+    assert out.metrics.clip_low.item() == out.metrics.clip_high.item() == 0.5
+    assert out.metrics.ratio_max.item() == pytest.approx(2)
+
+
+def test_table_of_gspo():
+    """Sequences of ratios (4, 1), none and (1/4, masked, 1): s is 2 and 1/2 in every row."""
+    nan = math.nan
+    ratio = torch.tensor([4.0, 1.0, 0.25, nan, 1.0])
+    logprobs = torch.full((5,), -1.0).masked_fill(ratio.isnan(), nan).requires_grad_()
+    out = qrm_fast.policy_loss(
+        logprobs,
+        torch.tensor([1.0, -1.0, 1.0, nan, -1.0]),
+        cu_seqlens=torch.tensor([0, 2, 2, 5]),
+        old_logprobs=logprobs.detach() - ratio.log(),
+        token_weights=torch.tensor([0.5, 0.5, 0.25, 0.0, 0.25]),
+        kind="gspo",
+    )
+    # rows: -1.2, 2, -0.5, masked, 0.8
+    assert out.loss.item() == pytest.approx(0.475)
+    out.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0, 1, -0.125, 0, 0]))
+    assert out.metrics.clip_high.item() == 0.5 and out.metrics.clip_low.item() == 0.25
+    assert out.metrics.ratio.item() == pytest.approx(2.25) and out.metrics.ratio_max.item() == pytest.approx(2)
+    # a token's own r: 4, 1, 1/4, 1
+    assert out.metrics.approx_kl.item() == pytest.approx(0.5 * (3 - math.log(4)) + 0.25 * (math.log(4) - 0.75))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +299,12 @@ def test_gradcheck(options):
 
     if keywords["old_logprobs"] is None and keywords["kind"] == "ppo":
         keywords["old_logprobs"] = logprobs.detach().clone()  # what None stands for; finite differences move the ratio
+    if keywords["kind"] == "cispo":  # beyond the clip the scale is constant; else finite differences move it too
+        keywords["old_logprobs"] = logprobs.detach() - 1
+    if keywords["kind"] == "gspo":  # where A is constant, the token form has the gradient of the sequence form
+        keywords["token_weights"] = None
+        keywords["old_logprobs"] = logprobs.detach() - 0.01
+        advantages.fill_(0.7)
     assert torch.autograd.gradcheck(loss, (logprobs, entropy))
 
 
@@ -293,6 +379,17 @@ def test_bits_do_not_depend_on_threads_or_on_other_rows():
         assert torch.equal(a, b[order])
 
 
+@pytest.mark.unpoisoned
+def test_bits_of_gspo_depend_on_the_sequence_alone():
+    logprobs, advantages, keywords = problem(3000, torch.float32, **OPTIONS["gspo"])
+    whole = ours((logprobs, advantages, keywords))[-2]
+    bounds = keywords["cu_seqlens"].tolist()
+    for bos, eos in list(itertools.pairwise(bounds))[::20]:
+        part = {k: v[bos:eos] if is_floating(v) else v for k, v in keywords.items()}
+        part["cu_seqlens"] = torch.tensor([0, eos - bos])
+        assert torch.equal(ours((logprobs[bos:eos], advantages[bos:eos], part))[-2], whole[bos:eos])
+
+
 def test_passes_its_inputs_through():
     logprobs, advantages, keywords = problem(4, torch.float32)
     out = qrm_fast.policy_loss(logprobs, advantages, **keywords)
@@ -313,8 +410,11 @@ def test_only_the_loss_is_differentiable_and_once():
 def test_opcheck():
     logprobs, advantages, keywords = leaves(problem(5, torch.float32))
     tensors = [keywords[k] for k in ("entropy", "old_logprobs", "ref_logprobs", "token_weights")]
-    for kind, (h, *rest) in itertools.product(("ppo", "reinforce"), (tensors, [None] * 4)):
-        torch.library.opcheck(_policy_loss, (logprobs, advantages, h, *rest, kind, 0.2, 0.2, math.inf, 0.0, "k3", 0.0))
+    for kind, (h, *rest) in itertools.product(("ppo", "gspo"), (tensors, [None] * 4)):
+        cu_seqlens = torch.tensor([0, 2, 5]) if kind == "gspo" else None
+        torch.library.opcheck(
+            _policy_loss, (logprobs, advantages, h, *rest, cu_seqlens, kind, 0.2, 0.2, math.inf, 0.0, "k3", 0.0)
+        )
     torch.library.opcheck(scaled_derivative, (torch.tensor(2.0), torch.randn(5), logprobs.detach().bfloat16()))
 
 
@@ -359,7 +459,11 @@ def test_bad_input():
         (TypeError, "entropy must be .* float32, got .* float16", dict(entropy=x.half())),
         (ValueError, "advantages must not require grad", dict(advantages=x.clone().requires_grad_())),
         (ValueError, "old_logprobs must not require grad", dict(old_logprobs=x.clone().requires_grad_())),
-        (ValueError, "kind must be one of ppo, reinforce, got 'gspo'", dict(kind="gspo")),
+        (ValueError, "kind must be one of ppo, reinforce, cispo, gspo, got 'dpo'", dict(kind="dpo")),
+        (ValueError, "cu_seqlens belong to kind 'gspo' .*, got kind 'gspo' without them", dict(kind="gspo")),
+        (ValueError, "got kind 'ppo' with them", dict(cu_seqlens=torch.tensor([0, 3]))),
+        (TypeError, r"cu_seqlens must be \[S\+1\] int32 or int64", dict(kind="gspo", cu_seqlens=x)),
+        (ValueError, "cu_seqlens must end .* 3, got 2", dict(kind="gspo", cu_seqlens=torch.tensor([0, 2]))),
         (ValueError, "kl_estimator must be one of k1, k2, k3, got 'abs'", dict(kl_estimator="abs")),
         (ValueError, "clip_low and clip_high must be >= 0, got -0.1 and 0.2", dict(clip_low=-0.1)),
         (ValueError, "clip_low and clip_high must be >= 0, got 0.2 and nan", dict(clip_high=math.nan)),

@@ -4,10 +4,16 @@
 // fold is complete. A block of rows keeps its logits [rows, V] in float32 meanwhile; they become dZ in place and are
 // multiplied into dX and dW before the next block overwrites them. 6 T D V FLOP with both gradients; the block is about
 // an eleventh of [T, V], at least kFewestRows and at most kRows rows. Rows that are ignored or weigh 0 are never read.
+//
+// gspo's coefficient needs every row of the sequence: its blocks end between sequences, and only the logits of a
+// sequence longer than a block are computed twice.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
 
+#include "cu_seqlens.h"
 #include "head.h"
 #include "policy_sums.h"
 
@@ -49,12 +55,24 @@ std::vector<RowResult<S>> logits_of_rows(const Head<In, S>& head, int64_t row, i
   return results;
 }
 
+// Where the selected rows may be cut into blocks: anywhere, so at every `most` rows; for gspo between sequences.
+std::vector<int64_t> cuts(const std::vector<int64_t>& rows, int64_t most, const CuSeqlens* cu) {
+  std::vector<int64_t> cuts{0};
+  for (int64_t s = 1; cu && s <= cu->num_sequences(); ++s) {
+    cuts.push_back(std::lower_bound(rows.begin(), rows.end(), (*cu)[s]) - rows.begin());
+  }
+  const int64_t count = rows.size();
+  while (cuts.back() < count) cuts.push_back(std::min(count, cuts.back() + most));
+  return cuts;
+}
+
 template <typename In>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const HeadOptions& head_options,
     const PolicyOptions<acc_t<In>>& policy, double entropy_coef, const Tensor& advantages,
     const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
-    const std::optional<Tensor>& token_weights, bool need_hidden, bool need_weight, bool need_bias) {
+    const std::optional<Tensor>& token_weights, const std::optional<Tensor>& cu_seqlens, bool need_hidden,
+    bool need_weight, bool need_bias) {
   using S = acc_t<In>;
   Head<In, S> head(hidden, weight, targets, head_options);
   const S* a = static_cast<const S*>(advantages.const_data_ptr());
@@ -92,22 +110,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   std::vector<RowGradient<S>> gradients(rows_per_block);
   PolicySums sums;
 
-  for (int64_t row = 0; row < count; row += rows_per_block) {
-    const int64_t height = std::min(rows_per_block, count - row);
+  std::optional<CuSeqlens> cu;
+  if (cu_seqlens) cu.emplace(*cu_seqlens, hidden.size(0));
+  std::vector<S> log_ratios(count);
+  using Results = std::vector<RowResult<S>>;
+
+  const auto score = [&](int64_t row, int64_t height) -> Results {
     head.pack_hidden(row, height, x.get());
-    const std::vector<RowResult<S>> results = logits_of_rows(head, row, height, x.get(), z.get());
+    return logits_of_rows(head, row, height, x.get(), z.get());
+  };
+  const auto log_ratio = [&](int64_t i, const RowResult<S>& r) {
+    return r.logprob - (old ? old[head.rows[i]] : r.logprob);
+  };
+
+  // Loss and gradients of scored rows, whose logits lie in z.
+  const auto differentiate = [&](int64_t row, int64_t height, const Results& results) {
     for (int64_t i = 0; i < height; ++i) {
       const int64_t t = head.rows[row + i];
       const RowResult<S>& r = results[i];
       const S token_weight = weights ? weights[t] : S(1.0 / count);
-      const PolicyTerms<S> terms =
-          policy_terms<S>(r.logprob, old ? old[t] : r.logprob, ref ? ref + t : nullptr, a[t], policy);
+      const PolicyTerms<S> terms = policy_terms<S>(r.logprob, old ? old[t] : r.logprob, log_ratios[row + i],
+                                                   ref ? ref + t : nullptr, a[t], policy);
       sums.add_token(terms, r.entropy, S(entropy_coef), token_weight);
       gradients[i] = {token_weight * terms.dlogprob, -S(entropy_coef) * token_weight, r.lse, r.lse_residual, r.entropy};
       logprobs_out[t] = r.logprob;
       entropy_out[t] = r.entropy;
     }
-    if (!gradients_needed) continue;
+    if (!gradients_needed) return;
     if (need_weight) head.pack_hidden_by_dim(row, height, x_by_dim.get());
     for (int64_t column = 0; column < vocab; column += kSlab) {
       const int64_t columns = std::min(kSlab, vocab - column);
@@ -130,6 +159,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     if (need_hidden) {
       parallel(height, [&](int64_t i) { round_into(hidden_out + head.rows[row + i] * dim, dx.get() + i * dim, dim); });
     }
+  };
+
+  // Whole sequences while they fit into a block; a longer one is scored once more before, for its mean.
+  const std::vector<int64_t> bounds = cuts(head.rows, rows_per_block, cu ? &*cu : nullptr);
+  for (size_t first = 0, last; first + 1 < bounds.size(); first = last) {
+    last = first + 1;
+    while (last + 1 < bounds.size() && bounds[last + 1] - bounds[first] <= rows_per_block) ++last;
+    const int64_t begin = bounds[first], end = bounds[last];
+    const auto share_mean = [&](int64_t from, int64_t to, const MeanLogRatio& mean) {
+      std::fill(log_ratios.begin() + from, log_ratios.begin() + to, static_cast<S>(mean.value()));
+    };
+    const bool fits = end - begin <= rows_per_block;
+    const bool twice = cu && !fits && old;  // on-policy every ratio is 1
+    if (twice) {
+      MeanLogRatio mean;
+      for (int64_t row = begin; row < end; row += rows_per_block) {
+        const Results results = score(row, std::min(rows_per_block, end - row));
+        for (size_t i = 0; i < results.size(); ++i) mean.add(log_ratio(row + i, results[i]));
+      }
+      share_mean(begin, end, mean);
+    }
+    for (int64_t row = begin; row < end; row += rows_per_block) {
+      const int64_t height = std::min(rows_per_block, end - row);
+      const Results results = score(row, height);
+      for (int64_t i = 0; i < height && !twice; ++i) log_ratios[row + i] = log_ratio(row + i, results[i]);
+      for (size_t s = first; s < last && cu && fits; ++s) {
+        MeanLogRatio mean;
+        for (int64_t i = bounds[s]; i < bounds[s + 1]; ++i) mean.add(log_ratios[i]);
+        share_mean(bounds[s], bounds[s + 1], mean);
+      }
+      differentiate(row, height, results);
+    }
   }
   round_into(static_cast<S*>(bias_grad.mutable_data_ptr()), db.data(), db.size());
   *static_cast<S*>(loss.mutable_data_ptr()) = static_cast<S>(sums.loss);
@@ -140,16 +201,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Tensor& advantages,
     const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
-    const std::optional<Tensor>& token_weights, const std::optional<Tensor>& bias, double temperature,
-    const std::optional<Tensor>& temperatures, std::optional<double> softcap, int64_t ignore_index,
-    const std::string& kind, double clip_low, double clip_high, double dual_clip, double kl_coef,
-    const std::string& kl_estimator, double entropy_coef, bool need_hidden, bool need_weight, bool need_bias) {
+    const std::optional<Tensor>& token_weights, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& bias, double temperature, const std::optional<Tensor>& temperatures,
+    std::optional<double> softcap, int64_t ignore_index, const std::string& kind, double clip_low, double clip_high,
+    double dual_clip, double kl_coef, const std::string& kl_estimator, double entropy_coef, bool need_hidden,
+    bool need_weight, bool need_bias) {
   const HeadOptions head_options{bias, temperature, temperatures, softcap, ignore_index};
   return dispatch_floating(hidden.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
     const auto policy = policy_options<acc_t<In>>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
     return three_gemms<In>(hidden, weight, targets, head_options, policy, entropy_coef, advantages, old_logprobs,
-                           ref_logprobs, token_weights, need_hidden, need_weight, need_bias);
+                           ref_logprobs, token_weights, cu_seqlens, need_hidden, need_weight, need_bias);
   });
 }
 

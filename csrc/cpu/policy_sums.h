@@ -31,11 +31,26 @@ struct PolicySums {
   }
 };
 
+// gspo's log s: the mean of logp - old over those rows of a sequence that count, summed in double in their order.
+struct MeanLogRatio {
+  double sum = 0;
+  int64_t count = 0;
+
+  void add(double log_ratio) {
+    sum += log_ratio;
+    ++count;
+  }
+  double value() const { return count > 0 ? sum / count : 0; }
+};
+
 template <typename T>
 PolicyOptions<T> policy_options(const std::string& kind, double clip_low, double clip_high, double dual_clip,
                                 double kl_coef, const std::string& kl_estimator) {
   return {
-      kind == "ppo" ? PolicyKind::kPpo : PolicyKind::kReinforce,
+      kind == "ppo"     ? PolicyKind::kPpo
+      : kind == "cispo" ? PolicyKind::kCispo
+      : kind == "gspo"  ? PolicyKind::kGspo
+                        : PolicyKind::kReinforce,
       static_cast<T>(1 - clip_low),
       static_cast<T>(1 + clip_high),
       static_cast<T>(dual_clip),

@@ -11,7 +11,7 @@
 
 namespace qrm_fast {
 
-enum class PolicyKind { kPpo, kReinforce };
+enum class PolicyKind { kPpo, kReinforce, kCispo, kGspo };
 enum class KlEstimator { kK1, kK2, kK3 };
 
 template <typename T>
@@ -28,7 +28,7 @@ template <typename T>
 struct PolicyTerms {
   T loss;      // before the token weight and the entropy bonus
   T dlogprob;  // d loss / d logprob
-  T ratio;
+  T ratio;     // of the loss: gspo's is its sequence's
   T approx_kl;
   T ref_kl;
   bool clipped_low;
@@ -60,18 +60,20 @@ QRM_HOST_DEVICE T kl_derivative(T d, KlEstimator estimator) {
   }
 }
 
-// `ref` is null without a reference policy. Comparisons are written so that a NaN reaches both loss and derivative.
+// `log_ratio`: of the ratio that the loss uses, logprob - old or, for gspo, its mean over the sequence. `ref` is null
+// without a reference policy. Comparisons are written so that a NaN reaches both loss and derivative.
 template <typename T>
-QRM_HOST_DEVICE PolicyTerms<T> policy_terms(T logprob, T old, const T* ref, T advantage, const PolicyOptions<T>& o) {
+QRM_HOST_DEVICE PolicyTerms<T> policy_terms(T logprob, T old, T log_ratio, const T* ref, T advantage,
+                                            const PolicyOptions<T>& o) {
   PolicyTerms<T> out;
-  const T log_ratio = logprob - old;
   out.ratio = std::exp(log_ratio);
-  out.approx_kl = std::expm1(log_ratio) - log_ratio;
+  out.approx_kl = std::expm1(logprob - old) - (logprob - old);
   const bool below = out.ratio<o.ratio_low, above = out.ratio> o.ratio_high;
   out.clipped_low = below && advantage < T(0);
   out.clipped_high = above && advantage > T(0);
-  if (o.kind == PolicyKind::kPpo) {
-    // max(-A r, -A clip(r, 1 - low, 1 + high)); where A < 0, at most -A dual_clip
+  if (o.kind == PolicyKind::kPpo || o.kind == PolicyKind::kGspo) {
+    // max(-A r, -A clip(r, 1 - low, 1 + high)); where A < 0, at most -A dual_clip. Of gspo's ratio s exp(logp - sg
+    // logp) value and derivative are s, as those of exp are one.
     const T surrogate = -advantage * out.ratio;
     const T clipped = -advantage * (below ? o.ratio_low : above ? o.ratio_high : out.ratio);
     out.loss = surrogate < clipped ? clipped : surrogate;
@@ -81,8 +83,10 @@ QRM_HOST_DEVICE PolicyTerms<T> policy_terms(T logprob, T old, const T* ref, T ad
       out.dlogprob = T(0);
     }
   } else {
-    out.loss = -advantage * logprob;
-    out.dlogprob = -advantage;
+    // -scale A logp: the scale is 1, or cispo's min(r, 1 + high) without a gradient of its own
+    const T scale = o.kind == PolicyKind::kCispo ? (above ? o.ratio_high : out.ratio) : T(1);
+    out.dlogprob = -scale * advantage;
+    out.loss = out.dlogprob * logprob;
   }
   out.ref_kl = T(0);
   if (ref != nullptr) {

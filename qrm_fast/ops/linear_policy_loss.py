@@ -10,7 +10,7 @@ from ..checks import Checker
 from .linear_logprobs import _backward as linear_logprobs_backward
 from .linear_logprobs import _forward as linear_logprobs_forward
 from .linear_logprobs import check_head
-from .policy_loss import PolicyLoss, PolicyMetrics, check_options, scaled_derivative
+from .policy_loss import PolicyLoss, PolicyMetrics, check_options, check_sequences, scaled_derivative
 from .policy_loss import _policy_loss as policy_loss_forward
 
 
@@ -20,6 +20,7 @@ def linear_policy_loss(
     targets: Tensor,
     advantages: Tensor,
     *,
+    cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -39,8 +40,8 @@ def linear_policy_loss(
 
     `hidden`: [T, D] floating, rows may be strided. `weight`: [V, D], `bias`: [V], same dtype. `targets`: [T] int64 in
     [0, V) or `ignore_index`. `advantages`, `old_logprobs`, `ref_logprobs`, `token_weights`: [T] float32 (float64 for
-    float64). The head's options are those of `linear_logprobs`, the loss's those of `policy_loss`; None weights: the
-    mean over the rows that are not ignored.
+    float64). `cu_seqlens`: [S+1] int32 or int64, for gspo. The head's options are those of `linear_logprobs`, the
+    loss's those of `policy_loss`; None weights: the mean over the rows that are not ignored.
 
     A row's coefficient g = d loss / d logp depends on its own log-probability alone, known once its row is folded, so
 
@@ -48,9 +49,12 @@ def linear_policy_loss(
         dX = dZ W        dW = dZ^T X        db = sum_t dZ_t
 
     are formed from the logits of a block of rows before the next block overwrites them; `linear_logprobs` has to
-    compute them a second time. Only `loss` is differentiable, once; gradients are formed in the forward pass, only for
-    inputs that require them, in float32 (float64), and rounded to the input's dtype in the backward pass. `logprobs`
-    and `entropy` are [T] float32, 0 in rows that are ignored or weigh 0: those rows are never read.
+    compute them a second time. gspo's g depends on every row of its sequence: blocks end between sequences, and for
+    a sequence longer than a block the logits are computed twice (4 GEMMs for its rows).
+
+    Only `loss` is differentiable, once; gradients are formed in the forward pass, only for inputs that require them, in
+    float32 (float64), and rounded to the input's dtype in the backward pass. `logprobs` and `entropy` are [T] float32,
+    0 in rows that are ignored or weigh 0: those rows are never read.
 
     Raises what `linear_logprobs` and `policy_loss` raise.
     """
@@ -68,6 +72,7 @@ def linear_policy_loss(
     for name, x in constants.items():
         if x is not None:
             check(name, x, "T", (acc,))
+    check_sequences(check, cu_seqlens, kind)
     check_options(constants, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, metrics, logprobs, entropy, *_ = _forward(
@@ -78,6 +83,7 @@ def linear_policy_loss(
         old_logprobs,
         ref_logprobs,
         token_weights,
+        cu_seqlens,
         bias,
         number,
         per_row,
@@ -104,6 +110,7 @@ def _forward(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     bias: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
@@ -137,6 +144,7 @@ def _forward(
         old_logprobs,
         ref_logprobs,
         weights,
+        cu_seqlens,
         kind,
         clip_low,
         clip_high,
@@ -167,7 +175,7 @@ def _(hidden, weight, targets, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias = inputs[0], inputs[1], inputs[7]
+    hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     _, metrics, logprobs, entropy, *gradients = output
     ctx.mark_non_differentiable(metrics, logprobs, entropy, *gradients)
     ctx.set_materialize_grads(False)
@@ -178,7 +186,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad_loss, *_):
     inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     grads = [None] * ctx.num_inputs
-    for place, x, gradient in zip((0, 1, 7), inputs, gradients, strict=True):
+    for place, x, gradient in zip((0, 1, 8), inputs, gradients, strict=True):
         if grad_loss is not None and ctx.needs_input_grad[place]:
             grads[place] = scaled_derivative(grad_loss, gradient, x)
     return tuple(grads)

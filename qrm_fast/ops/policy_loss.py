@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, Checker
+from ..checks import FLOATS, INTS, Checker
+from ..segments import sequence_ids, sequence_sum
 
-KINDS = ("ppo", "reinforce")
+KINDS = ("ppo", "reinforce", "cispo", "gspo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -17,9 +18,9 @@ class PolicyMetrics(NamedTuple):
 
     clip_low: Tensor  # ratio < 1 - clip_low and A < 0
     clip_high: Tensor  # ratio > 1 + clip_high and A > 0
-    approx_kl: Tensor  # (ratio - 1) - log ratio
+    approx_kl: Tensor  # (r - 1) - log r of the token's own r = exp(logprobs - old_logprobs)
     ref_kl: Tensor  # kl_estimator of logprobs - ref_logprobs; 0 without them
-    ratio: Tensor  # exp(logprobs - old_logprobs); 1 without them
+    ratio: Tensor  # the loss's: r, for gspo the sequence's s; 1 without old_logprobs
     entropy: Tensor  # 0 where entropy is None
     ratio_max: Tensor  # 0 without a row of non-zero weight
 
@@ -36,6 +37,7 @@ def policy_loss(
     advantages: Tensor,
     *,
     entropy: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -50,23 +52,29 @@ def policy_loss(
     """Policy-gradient loss of packed action rows, with its metrics; differentiable in `logprobs` and `entropy`.
 
     `logprobs`: [T] floating, log pi(a_t | s_t). `entropy`, `old_logprobs`, `ref_logprobs`: [T], dtype of `logprobs`.
-    `advantages`, `token_weights`: [T] float32 (float64 beside float64). `loss` and `metrics`: 0-d float32 (float64).
+    `advantages`, `token_weights`: [T] float32 (float64 beside float64). `cu_seqlens`: [S+1] int32 or int64, for gspo.
+    `loss` and `metrics`: 0-d float32 (float64).
 
         loss = sum_t w_t (l_t + kl_coef KL_t - entropy_coef H_t)        r_t = exp(logp_t - old_t)
         ppo:        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),
                     at most -A_t dual_clip where A_t < 0
         reinforce:  l_t = -A_t logp_t
+        cispo:      l_t = -sg(min(r_t, 1 + clip_high)) A_t logp_t
+        gspo:       as ppo with sg(s) exp(logp_t - sg(logp_t)) for r_t,  s = exp(mean logp - old over the sequence)
         KL_t, d = logp_t - ref_t:        k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d
 
-    (PPO: Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729, eq. 5; KL estimators:
-    Schulman, "Approximating KL Divergence", 2020, differentiated as they stand.)
+    sg stops the gradient. (PPO: Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729,
+    eq. 5; CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4, without a lower bound; GSPO: Zheng et al., arXiv 2507.18071,
+    eq. 13, the token form; KL estimators: Schulman, "Approximating KL Divergence", 2020, differentiated as they stand.)
     `token_weights` None: the mean over all T rows, 0 where T = 0. Weight 0 masks a row: whatever it holds, NaN
-    included, reaches neither loss nor metrics and its gradients are 0. `old_logprobs` None: on-policy, the ratio is
-    1 and carries the gradient A_t; reinforce uses them in the metrics only.
+    included, reaches neither loss nor metrics nor its sequence's mean, and its gradients are 0. `old_logprobs` None:
+    on-policy, the ratio is 1 and carries the gradient A_t; reinforce uses them in the metrics only.
     Sums are deterministic for any number of threads. All tensors but `logprobs` and `entropy` are constants.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, an unknown kind or kl_estimator, a coefficient
-    whose tensor is missing, a negative clip range, dual_clip <= 1 or without ppo, and a constant that requires grad.
+    whose tensor is missing, a negative clip range, dual_clip <= 1 or without ppo, gspo without cu_seqlens or cu_seqlens
+    without gspo, a constant that requires grad, and, on CPU, ValueError where cu_seqlens do not start at 0, decrease,
+    or do not end at T.
     """
     check = Checker()
     check("logprobs", logprobs, "T", FLOATS)
@@ -81,6 +89,7 @@ def policy_loss(
     for name, (x, dtype) in optional.items():
         if x is not None:
             check(name, x, "T", (dtype,))
+    check_sequences(check, cu_seqlens, kind)
     constants = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     check_options(
         {**constants, "token_weights": token_weights}, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator
@@ -94,6 +103,7 @@ def policy_loss(
         old_logprobs,
         ref_logprobs,
         token_weights,
+        cu_seqlens,
         kind,
         float(clip_low),
         float(clip_high),
@@ -103,6 +113,15 @@ def policy_loss(
         float(entropy_coef),
     )
     return PolicyLoss(loss, logprobs, entropy, PolicyMetrics(*metrics.unbind()))
+
+
+def check_sequences(check: Checker, cu_seqlens: Tensor | None, kind: str) -> None:
+    """Raise for boundaries that are no [S+1] integers, that gspo lacks, or that another kind would not read."""
+    if cu_seqlens is not None:
+        check("cu_seqlens", cu_seqlens, "S+1", INTS)
+    if (cu_seqlens is not None) != (kind == "gspo"):
+        given = "without them" if cu_seqlens is None else "with them"
+        raise ValueError(f"cu_seqlens belong to kind 'gspo' and to no other, got kind {kind!r} {given}")
 
 
 def check_options(
@@ -138,6 +157,7 @@ def _policy_loss(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     kind: str,
     clip_low: float,
     clip_high: float,
@@ -149,16 +169,21 @@ def _policy_loss(
     acc = torch.promote_types(logprobs.dtype, torch.float32)
     logp, adv = logprobs.to(acc), advantages
     weight = torch.full_like(logp, 1 / max(len(logp), 1)) if token_weights is None else token_weights
+    keep = weight != 0
     log_ratio = logp - (logp if old_logprobs is None else old_logprobs.to(acc))
     ratio = log_ratio.exp()
-    if kind == "ppo":
+    if cu_seqlens is not None:
+        sums, counts = (sequence_sum(x.double(), cu_seqlens) for x in (log_ratio.where(keep, 0), keep))
+        ratio = (sums / counts)[sequence_ids(cu_seqlens, len(logp))].exp().to(acc)
+    if kind in ("ppo", "gspo"):
         surrogate, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
         loss = torch.maximum(surrogate, clipped)
         bounded = (adv < 0) & (loss > -adv * dual_clip)
         dlogp = surrogate.masked_fill((surrogate < clipped) | bounded, 0)
         loss = torch.where(bounded, -adv * dual_clip, loss)
     else:
-        loss, dlogp = -adv * logp, -adv
+        scale = ratio.clamp(max=1 + clip_high) if kind == "cispo" else torch.ones_like(ratio)
+        loss, dlogp = -scale * adv * logp, -scale * adv
     ref_kl = torch.zeros_like(logp)
     if ref_logprobs is not None:
         d = logp - ref_logprobs.to(acc)
@@ -183,7 +208,6 @@ def _policy_loss(
             ent,
         ]
     )
-    keep = weight != 0
     sums = (rows * weight).where(keep, 0).sum(1)
     ratio_max = torch.cat([ratio.where(keep, 0), ratio.new_zeros(1)]).amax(0, keepdim=True)
     dlogp = (weight * dlogp).where(keep, 0)
@@ -223,7 +247,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     dlogprobs, logprobs, dentropy, entropy = ctx.saved_tensors
-    grads = [None] * 13
+    grads = [None] * 14
     if grad_loss is not None and ctx.needs_input_grad[0]:
         grads[0] = scaled_derivative(grad_loss, dlogprobs, logprobs)
     if grad_loss is not None and ctx.needs_input_grad[2]:
