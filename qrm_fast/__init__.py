@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 
 from .ops.gae import Advantages, gae
+from .ops.gather_logprobs import gather_logprobs
 from .ops.group_advantages import group_advantages
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.linear_policy_loss import linear_policy_loss
@@ -42,6 +43,7 @@ __all__ = [
     "TokenLogprobs",
     "from_padded",
     "gae",
+    "gather_logprobs",
     "group_advantages",
     "linear_logprobs",
     "linear_policy_loss",

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_no_further
 from torch import Tensor
 
 from qrm_fast import linear_logprobs
@@ -71,21 +72,6 @@ def run(function, tensors, options, dtype):
     g, e = (torch.randn(results[0].shape, generator=generator).to(results[0].device) for _ in range(2))
     (results[0] * g + results[1] * e).sum().backward()
     return [*results, *(x.grad for x in leaves.values() if x is not None)]
-
-
-def assert_no_further(result: Tensor, exact: Tensor, peer: Tensor) -> None:
-    """A float64 result agrees to 1e-12, far below a float32 rounding anywhere on its path. For the other dtypes, in the
-    mean square, `result` is as close to the float64 `exact` as PyTorch's float32 path, and one rounding.
-
-    The maximum of a few roundings is a matter of luck; the upstream gradients, whose terms cancel, are of order 1.
-    """
-    assert torch.isfinite(result).all() and result.shape == exact.shape
-    if result.dtype == torch.float64:
-        torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
-        return
-    error, peer_error, size = ((x.double() - y).norm() for x, y in ((result, exact), (peer, exact), (exact, 0 * exact)))
-    rounding = torch.finfo(result.dtype).eps * max(size, result.numel() ** 0.5)
-    assert error <= 1.1 * peer_error + rounding, f"off by {error:.3g}, PyTorch by {peer_error:.3g}, {rounding=:.3g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

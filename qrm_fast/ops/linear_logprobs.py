@@ -70,8 +70,15 @@ def check_head(
         check("bias", bias, "V", (hidden.dtype,))
     if check.dims["V"] == 0:
         raise ValueError("weight must have at least one row, got [0, D]")
+    return check_logit_options(check, hidden.dtype, temperature, softcap)
+
+
+def check_logit_options(
+    check: Checker, dtype: torch.dtype, temperature: float | Tensor, softcap: float | None
+) -> tuple[float, Tensor | None]:
+    """Raise for bad options of logits in `dtype`; the temperature as a number and, where it is a tensor, per row."""
     if isinstance(temperature, Tensor):
-        check("temperature", temperature, "T", (torch.promote_types(hidden.dtype, torch.float32),))
+        check("temperature", temperature, "T", (torch.promote_types(dtype, torch.float32),))
     elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if softcap is not None and not softcap > 0:
@@ -92,16 +99,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse, and what rounding took from lse, for the backward pass needs exp(z - lse) exactly."""
     z, _ = _logits(hidden, weight, bias, temperature, temperatures, softcap)
-    ignored = targets == ignore_index
-    logp = z.log_softmax(-1)
-    top, place = z.max(-1)
-    log_sum = -logp.gather(-1, place[:, None])[:, 0]
-    lse = top + log_sum
-    residual = (top - lse) + log_sum
-    logprobs = logp.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
-    entropy = -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
-    logprobs, entropy, lse, residual = (x.masked_fill(ignored, 0) for x in (logprobs, entropy, lse, residual))
-    return logprobs, entropy, lse, residual
+    return token_statistics(z, targets, ignore_index)
 
 
 @_forward.register_fake
@@ -131,12 +129,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias; an empty [0] tensor where one is not needed."""
     z, slope = _logits(hidden, weight, bias, temperature, temperatures, softcap)
-    idle = (targets == ignore_index) | ((grad_logprobs == 0) & (grad_entropy == 0))
-    logp = (z - lse[:, None]) - lse_residual[:, None]
-    p = logp.exp()
-    dz = -(grad_logprobs[:, None] + grad_entropy[:, None] * torch.where(p == 0, 0, logp + entropy[:, None])) * p
-    dz.scatter_add_(-1, targets.masked_fill(idle, 0)[:, None], grad_logprobs[:, None])
-    dz = (dz * slope).masked_fill(idle[:, None], 0)
+    dz, idle = logit_gradient(grad_logprobs, grad_entropy, z, slope, targets, ignore_index, entropy, lse, lse_residual)
     none = hidden.new_empty(0)
     active_hidden = hidden.to(dz.dtype).masked_fill(idle[:, None], 0)
     return (
@@ -179,12 +172,47 @@ def _logits(hidden, weight, bias, temperature, temperatures, softcap) -> tuple[T
     z = hidden.to(acc) @ weight.to(acc).T
     if bias is not None:
         z = z + bias.to(acc)
-    slope = torch.ones((), dtype=acc, device=z.device)
+    return finished_logits(z, temperature, temperatures, softcap)
+
+
+def finished_logits(z, temperature, temperatures, softcap) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] after softcap and temperature, and the slope of that."""
+    slope = torch.ones((), dtype=z.dtype, device=z.device)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
         slope = 1 - (z / softcap) ** 2
     t = temperature if temperatures is None else temperatures[:, None]
     return z / t, slope / t
+
+
+def token_statistics(z: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse and what rounding took from lse, of finished logits; NaN for a target outside [0, V)."""
+    ignored = targets == ignore_index
+    outside = ~ignored & ((targets < 0) | (targets >= z.shape[1]))
+    logp = z.log_softmax(-1)
+    top, place = z.max(-1)
+    log_sum = -logp.gather(-1, place[:, None])[:, 0]
+    lse = top + log_sum
+    residual = (top - lse) + log_sum
+    logprobs = logp.gather(-1, targets.masked_fill(ignored | outside, 0)[:, None])[:, 0]
+    entropy = -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
+    logprobs, entropy, lse, residual = (
+        x.masked_fill(outside, torch.nan).masked_fill(ignored, 0) for x in (logprobs, entropy, lse, residual)
+    )
+    return logprobs, entropy, lse, residual
+
+
+def logit_gradient(
+    grad_logprobs, grad_entropy, z, slope, targets, ignore_index, entropy, lse, lse_residual
+) -> tuple[Tensor, Tensor]:
+    """Gradient [T, V] of the logits before softcap and temperature, 0 in the rows without one, and which those are."""
+    idle = (targets == ignore_index) | ((grad_logprobs == 0) & (grad_entropy == 0))
+    logp = (z - lse[:, None]) - lse_residual[:, None]
+    p = logp.exp()
+    dz = -(grad_logprobs[:, None] + grad_entropy[:, None] * torch.where(p == 0, 0, logp + entropy[:, None])) * p
+    here = targets.clamp(0, z.shape[1] - 1)[:, None]
+    dz.scatter_add_(-1, here, grad_logprobs[:, None])
+    return (dz * slope).masked_fill(idle[:, None], 0), idle
 
 
 def _setup_context(ctx, inputs, output):
