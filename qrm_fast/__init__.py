@@ -14,6 +14,7 @@ from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.q_token_rewards import q_token_rewards
 from .ops.token_q import token_q
+from .ops.value_loss import value_loss
 from .ops.whiten import whiten  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
@@ -57,5 +58,6 @@ __all__ = [
     "to_padded",
     "token_q",
     "unpack",
+    "value_loss",
     "whiten",
 ]
