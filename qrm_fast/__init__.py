@@ -10,8 +10,10 @@ from .ops.group_advantages import group_advantages
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.linear_policy_loss import linear_policy_loss
 from .ops.loss_weights import loss_weights
+from .ops.min_form_returns import MinForm, min_form_returns
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
+from .ops.prm_rewards import prm_rewards
 from .ops.q_token_rewards import q_token_rewards
 from .ops.token_q import token_q
 from .ops.value_loss import value_loss
@@ -37,6 +39,7 @@ from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatche
 
 __all__ = [
     "Advantages",
+    "MinForm",
     "PackedBatch",
     "PairLoss",
     "PolicyLoss",
@@ -49,11 +52,13 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "loss_weights",
+    "min_form_returns",
     "pack",
     "pairwise_q_loss",
     "per_token",
     "plan_microbatches",
     "policy_loss",
+    "prm_rewards",
     "q_token_rewards",
     "to_padded",
     "token_q",

@@ -1,0 +1,31 @@
+"""Step rewards from the logits of a two-class process reward model."""
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATS, Checker
+
+
+def prm_rewards(logits: Tensor) -> Tensor:
+    """The reward of every step, [K] float32 (float64 for float64), in [-1, 1].
+
+    `logits`: [K, 2] floating, rows may be strided; class 1 is "correct".
+
+        r = softmax(z)[1] - softmax(z)[0] = tanh((z[1] - z[0]) / 2)
+
+    (PURE, arXiv 2504.15275: the difference of the two probabilities; there it is rounded to bfloat16, here the logits
+    are widened first). Not differentiable. Raises TypeError or ValueError for a wrong dtype or shape.
+    """
+    Checker()("logits", logits, "K 2", FLOATS, strided=True)
+    return _prm_rewards(logits)
+
+
+@torch.library.custom_op("qrm_fast::prm_rewards", mutates_args=())
+def _prm_rewards(logits: Tensor) -> Tensor:
+    wrong, right = logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind(1)
+    return torch.tanh((right - wrong) / 2)
+
+
+@_prm_rewards.register_fake
+def _(logits):
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))

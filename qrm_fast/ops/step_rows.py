@@ -1,0 +1,55 @@
+"""Values of steps spread over the rows of their steps."""
+
+import torch
+from torch import Tensor
+
+from ..segments import sequence_ids
+
+
+@torch.library.custom_op("qrm_fast::step_rows", mutates_args=())
+def step_rows(
+    values: Tensor,
+    base: Tensor | None,
+    step_ends: Tensor,
+    cu_seqlens: Tensor,
+    penalty: Tensor | None,
+    affine: Tensor | None,
+    num_tokens: int,
+    mask_step_ends: bool,
+    keep_zeros: bool,
+    wide: bool,
+) -> Tensor:
+    """[T] float32 (float64 if `wide`): for every row the value of its step, `values` [K] float64.
+
+    Rows after their sequence's last step end hold `base` [S] float64; without it 0, or NaN where the sequence's steps
+    are NaN. `penalty` [T], in the result's dtype, is subtracted. `affine` [2] float64 is (shift, scale) with
+    y = (x - shift) * scale, where `keep_zeros` leaves an x of exactly 0. `mask_step_ends` zeroes the rows of
+    `step_ends`. Not differentiable; the caller has checked the arguments.
+    """
+    num_steps, num_sequences = step_ends.shape[0], cu_seqlens.shape[0] - 1
+    ends, cu = step_ends.to(torch.int64), cu_seqlens.to(torch.int64)
+    rows = torch.arange(num_tokens, device=values.device)
+    if num_sequences == 0:
+        return values.new_zeros(num_tokens, dtype=torch.float64 if wide else torch.float32)
+    i_seq = sequence_ids(cu, num_tokens).clamp(max=num_sequences - 1)
+    step_cu = torch.searchsorted(ends, cu)
+    i_step = torch.searchsorted(ends, rows)  # the first step that ends at or after the row
+    padded = torch.cat([values, values.new_zeros(1)])
+    if base is None:
+        first = padded[step_cu[:-1]].where(step_cu[:-1] < step_cu[1:], 0.0)
+        base = first - first
+    x = padded[i_step].where(i_step < step_cu[i_seq + 1], base[i_seq])
+    if penalty is not None:
+        x = x - penalty
+    if affine is not None:
+        y = (x - affine[0]) * affine[1]
+        x = y.where(x != 0, 0.0) if keep_zeros else y
+    if mask_step_ends:
+        at_end = (i_step < num_steps) & (torch.cat([ends, ends.new_zeros(1)])[i_step] == rows)
+        x = x.where(~at_end, 0.0)
+    return x.to(torch.float64 if wide else torch.float32)
+
+
+@step_rows.register_fake
+def _(values, base, step_ends, cu_seqlens, penalty, affine, num_tokens, mask_step_ends, keep_zeros, wide):
+    return values.new_empty(num_tokens, dtype=torch.float64 if wide else torch.float32)
