@@ -4,6 +4,9 @@ A process of its own, because the tests run with the interpreter on and Triton d
 lists its kernels, one entry per configuration it launches:
 
     AOT = [(kernel, {"x_ptr": "*bf16", "num_rows": "i32"}, {"BT": 64}, num_warps, wants_dot)]
+
+In place of `num_warps` may stand all compile options, {"num_warps": 8, "num_stages": 4}; a sixth member names the only
+architecture that runs the configuration. A dimension whose multiples of 16 matter is written "i32:16".
 """
 
 import ast
@@ -21,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\bHG?MMA\.", 100: r"\b(HMMA|UTC\w*MMA)\."}
+TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
 
 def load(name: str):
@@ -45,38 +48,43 @@ def unlisted(module) -> list[str]:
     return sorted(own.keys() - listed - called)
 
 
-def compile_entry(kernel, types: dict, constants: dict, num_warps: int, capability: int) -> str:
-    """SASS of the kernel; pointers are aligned to 16 bytes, as PyTorch's allocations are."""
+def compile_entry(kernel, types: dict, constants: dict, options: dict, capability: int) -> tuple[str, int]:
+    """SASS of the kernel and its shared memory; pointers are aligned to 16 bytes, as PyTorch's allocations are."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    signature = {name: "constexpr" if name in constants else types[name].removesuffix(":16") for name in names}
     source = ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*") or (name in types and types[name].endswith(":16"))
+        },
     )
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        return subprocess.run(
-            [TOOLS / "cuobjdump", "-sass", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        dump = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin.name], capture_output=True, text=True, check=True)
+        return dump.stdout, compiled.metadata.shared
 
 
 def main(name: str, *capabilities: str) -> None:
     module = load(name)
     kernels = []
-    for kernel, types, constants, num_warps, wants_dot in module.AOT:
-        for capability in map(int, capabilities):
-            sass = compile_entry(kernel, types, constants, num_warps, capability)
+    for kernel, types, constants, options, wants_dot, *only in module.AOT:
+        for capability in only or map(int, capabilities):
+            options = options if isinstance(options, dict) else {"num_warps": options}
+            sass, shared_bytes = compile_entry(kernel, types, constants, options, capability)
             kernels.append(
                 {
                     "kernel": f"{kernel.__name__} {constants}",
                     "sm": capability,
                     "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
                     "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+                    "shared_bytes": shared_bytes,
                     "tensor_cores": len(re.findall(TENSOR_CORES[capability], sass)),
                     "wants_dot": wants_dot,
                 }

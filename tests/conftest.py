@@ -12,6 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
 # Its key leaves out the gradient formulas of custom ops: a compiled graph of an older checkout would be run.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 

@@ -35,6 +35,9 @@ def run(*command, **options) -> str:
 # Triton kernels, ahead of time
 
 
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block can have
+
+
 def check_triton(module: str, *capabilities: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     report = json.loads(run(sys.executable, ROOT / "tests/aot.py", module, *capabilities, cwd=ROOT, env=environment))
@@ -43,6 +46,7 @@ def check_triton(module: str, *capabilities: int) -> None:
     for kernel in report["kernels"]:
         assert kernel["instructions"] > 0, kernel
         assert kernel["local_memory"] == 0, f"spills: {kernel}"
+        assert kernel["shared_bytes"] <= SHARED_BYTES[kernel["sm"]], f"more shared memory than there is: {kernel}"
         assert not kernel["wants_dot"] or kernel["tensor_cores"] > 0, f"no tensor-core instruction: {kernel}"
 
 
@@ -75,7 +79,7 @@ PRELUDE = """
         return normalise, {"x": "*fp32", "out": "*fp32"}, {"BT": block}, 1, wants_dot
 
     def product_entry(dtype):
-        return product, {"x": dtype, "out": "*fp32"}, {"BT": 32}, 4, True
+        return product, {"x": dtype, "out": "*fp32"}, {"BT": 64 if dtype == "*bf16" else 32}, 4, True
 """
 
 
