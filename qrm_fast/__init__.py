@@ -33,7 +33,9 @@ except ImportError as error:
     ) from error
 
 if torch.version.cuda:
-    from .triton import token_q as _token_q_triton  # noqa: F401  the Triton kernels register themselves for CUDA
+    # the Triton kernels register themselves for CUDA
+    from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
+    from .triton import token_q as _token_q_triton  # noqa: F401
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 
