@@ -7,6 +7,7 @@ import torch
 from .ops.gae import Advantages, gae
 from .ops.gather_logprobs import gather_logprobs
 from .ops.group_advantages import group_advantages
+from .ops.informative_groups import informative_groups
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.linear_policy_loss import linear_policy_loss
 from .ops.loss_weights import loss_weights
@@ -51,6 +52,7 @@ __all__ = [
     "gae",
     "gather_logprobs",
     "group_advantages",
+    "informative_groups",
     "linear_logprobs",
     "linear_policy_loss",
     "loss_weights",

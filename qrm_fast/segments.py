@@ -19,9 +19,18 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
     """[S]: for every sequence the sum of `x` [S] over its group; NaN where its group id is outside [0, S)."""
+    return _over_groups(x, group_ids, "sum")
+
+
+def group_max(x: Tensor, group_ids: Tensor) -> Tensor:
+    """[S]: for every sequence the maximum of `x` [S] over its group; NaN where its group id is outside [0, S)."""
+    return _over_groups(x, group_ids, "max")
+
+
+def _over_groups(x: Tensor, group_ids: Tensor, reduce: str) -> Tensor:
     num_sequences = x.shape[0]
     order = group_ids.argsort(stable=True)
-    bounds = torch.arange(num_sequences + 1, device=x.device)
-    sums = sequence_sum(x[order], torch.searchsorted(group_ids[order], bounds))
+    bounds = torch.searchsorted(group_ids[order], torch.arange(num_sequences + 1, device=x.device))
+    of_groups = torch.segment_reduce(x[order], reduce, offsets=bounds, unsafe=True)
     inside = (group_ids >= 0) & (group_ids < num_sequences)
-    return sums[group_ids.where(inside, 0)].where(inside, torch.nan)
+    return of_groups[group_ids.where(inside, 0)].where(inside, torch.nan)
