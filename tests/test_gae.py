@@ -82,8 +82,7 @@ def test_agrees_with_the_definition(lengths, case, device):
     exact = oracle(rewards, values, cu, **options)
     peer = through_reference(rewards, values, cu, **options)
     for ours, ref, torchs in zip(gae(rewards, values, cu, **options), exact, peer, strict=True):
-        # a GPU combines rows in a tree, the peer one by one
-        assert_as_accurate(ours, ref, torchs, slack=1 if device == "cpu" else 4)
+        assert_as_accurate(ours, ref, torchs, slack=1 if device == "cpu" else 4)  # CUDA joins rows in a tree of float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -96,7 +95,8 @@ def test_dtypes(dtype, device):
     assert {x.dtype for x in result} == {torch.promote_types(dtype, torch.float32)}
     peer = through_reference(rewards, values, cu, **options)
     for ours, ref, torchs in zip(result, oracle(rewards, values, cu, **options), peer, strict=True):
-        assert_as_accurate(ours, ref, torchs, slack=1 if device == "cpu" else 4)
+        # a tree of rows, where PyTorch goes one by one; on CPU all but float64 is carried wider
+        assert_as_accurate(ours, ref, torchs, slack=4 if device == "cuda" else 2 if dtype == torch.float64 else 1)
 
 
 def test_masked_rows_are_never_read(device):
@@ -168,18 +168,85 @@ def test_bits_do_not_depend_on_the_packing(lengths, data):
         assert torch.equal(torch.cat([a[field] for a in alone]), packed[field])
 
 
+LONG = [30_000, 5, 8192, 0, 8193, 16384, 70_001, 1]  # around the kernel's blocks of 8192 rows
+
+
 @pytest.mark.unpoisoned
-def test_bits_do_not_depend_on_threads():
-    rewards, values, cu, mask, *_ = inputs([1 + i * 37 % 300 for i in range(200)])
+@pytest.mark.parametrize("lengths", [[1 + i * 37 % 300 for i in range(200)], LONG], ids=["short", "long"])
+def test_bits_do_not_depend_on_threads(lengths):
+    rewards, values, cu, mask, *_ = inputs(lengths)
     threads = torch.get_num_threads()
     try:
         results = []
-        for num_threads in 1, 2, 2:
+        for num_threads in 1, 2, 4, 2:
             torch.set_num_threads(num_threads)
-            results.append(torch.stack(gae(rewards, values, cu, mask=mask)))
+            results.append([torch.stack(gae(rewards, values, cu, lam=0.999, mask=m)) for m in (None, mask)])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+
+
+@pytest.mark.unpoisoned
+def test_bits_of_long_sequences_do_not_depend_on_the_packing():
+    rewards, values, cu, mask, lam, bootstrap = inputs(LONG)
+    packed = gae(rewards, values, cu, gamma=0.999, lam=lam, bootstrap=bootstrap, mask=mask)
+    for i, (bos, eos) in enumerate(itertools.pairwise(cu.tolist())):
+        rows, own = slice(bos, eos), slice(i, i + 1)
+        alone = gae(
+            rewards[rows],
+            values[rows],
+            torch.tensor([0, eos - bos]),
+            gamma=0.999,
+            lam=lam[own],
+            bootstrap=bootstrap[own],
+            mask=mask[rows],
+        )
+        assert torch.equal(alone.advantages, packed.advantages[rows])
+        assert torch.equal(alone.returns, packed.returns[rows])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "holes"])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 1.0])
+def test_long_sequences_agree_with_the_recurrence(decay, masked):
+    """Blocks join as the rows of a plain loop in double do; the 20,000 masked rows fill whole blocks."""
+    lengths = [40_000, 3, 8200]
+    rewards, values, cu, mask, _, bootstrap = inputs(lengths)
+    mask[10_000:30_000] = False
+    mask = mask if masked else None
+    advantages, returns = gae(rewards, values, cu, gamma=1.0, lam=decay, bootstrap=bootstrap, mask=mask)
+    expected = []
+    for i, (bos, eos) in enumerate(itertools.pairwise(cu.tolist())):
+        advantage, next_value, backwards = 0.0, bootstrap[i].item(), []
+        rows = zip(rewards[bos:eos].tolist(), values[bos:eos].tolist(), strict=True)
+        kept = [True] * (eos - bos) if mask is None else mask[bos:eos].tolist()
+        for (r, v), keep in zip(reversed(list(rows)), reversed(kept), strict=True):
+            if keep:
+                advantage, next_value = r + next_value - v + decay * advantage, v
+            backwards.append(advantage if keep else 0.0)
+        expected += reversed(backwards)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    rounding = torch.finfo(torch.float32).eps / 2 * expected.abs().max().item()
+    assert (advantages - expected).abs().max() <= rounding
+    counted = torch.ones_like(values) if mask is None else mask
+    assert (returns - (expected + values) * counted).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_infinite_rewards_reach_what_a_loop_lets_them_reach(bad, decay, device):
+    """With gamma lam = 0, 0 * inf makes the rows before it NaN; otherwise no decay over many rows underflows to 0."""
+    lengths = [7, 20_000, 9]
+    rewards, values, cu, *_ = inputs(lengths, device=device)
+    rewards[17_000] = bad
+    advantages, returns = gae(rewards, values, cu, lam=decay)
+    clean = gae(rewards.nan_to_num(0, 0, 0), values, cu, lam=decay)
+    reached = ((torch.arange(len(rewards)) >= 7) & (torch.arange(len(rewards)) <= 17_000)).to(device)
+    for ours, without in zip((advantages, returns), clean, strict=True):
+        assert torch.equal(ours[~reached], without[~reached])
+        assert ours[17_000].isnan() if math.isnan(bad) else ours[17_000] == bad
+        before = ours[7:17_000]
+        assert before.isnan().all() if math.isnan(bad) or decay == 0 else (before == bad).all()
 
 
 @pytest.mark.gpu

@@ -28,6 +28,19 @@ class CuSeqlens {
     return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
   }
   int64_t num_sequences() const { return num_sequences_; }
+  // The first sequence that has a row at or after t.
+  int64_t first_ending_after(int64_t t) const {
+    int64_t low = 0, high = num_sequences_;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if ((*this)[middle + 1] > t) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
 
  private:
   const void* data_;

@@ -1,64 +1,81 @@
-// Generalised advantage estimation over packed sequences, one reverse pass per sequence.
-// Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32. The recurrence is
-// carried in double, which costs no time beside its latency, and every row is rounded once. Sequences run in parallel,
-// so a row's bits depend on its own sequence only.
+// Generalised advantage estimation over packed sequences, one reverse scan.
+// Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
 
-#include "cu_seqlens.h"
-#include "dtypes.h"
+#include "fresh_rows.h"
+#include "scan.h"
 
 namespace qrm_fast {
 namespace {
 
 using torch::stable::Tensor;
 
-template <typename T>
-void gae_sequence(const T* rewards, const T* values, const bool* mask, int64_t bos, int64_t eos, double gamma,
-                  double decay, double bootstrap, acc_t<T>* advantages, acc_t<T>* returns) {
-  double next_value = bootstrap;
-  double advantage = 0;
-  for (int64_t t = eos - 1; t >= bos; --t) {
-    if (mask != nullptr && !mask[t]) {
-      advantages[t] = 0;
-      returns[t] = 0;
-      continue;
+// A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t
+struct GaeRule {
+  using Map = Affine<double>;
+  static constexpr int kInputs = 2, kOutputs = 2, kNext = 1;
+  static constexpr double kNoBootstrap = 0;
+
+  double gamma;
+  DecayPowers decay;
+
+  Handed end(double bootstrap) const { return {0, bootstrap}; }
+  double next(double value) const { return value; }
+
+  template <int Bytes>
+  struct Vectors {
+    using L = Lanes<Bytes>;
+    using Vec = typename L::Vec;
+    const double gamma;
+    const DecayPowers& decay;
+
+    QRM_FAST_INLINE explicit Vectors(const GaeRule& rule) : gamma(rule.gamma), decay(rule.decay) {}
+    QRM_FAST_INLINE Vec next(const Vec* in) const { return in[1]; }
+    QRM_FAST_INLINE Vec composed(const Vec* in, Vec after) const {
+      return L::composed(in[0] + gamma * after - in[1], decay);
     }
-    const double reward = static_cast<acc_t<T>>(rewards[t]);
-    const double value = static_cast<acc_t<T>>(values[t]);
-    // A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}
-    advantage = reward + gamma * next_value - value + decay * advantage;
-    next_value = value;
-    advantages[t] = advantage;
-    returns[t] = advantage + value;
+    QRM_FAST_INLINE Map map(Vec b, int64_t lane) const { return {L::powers(decay)[lane], b[lane]}; }
+    QRM_FAST_INLINE Vec apply(Vec b, double x) const { return b + L::powers(decay) * x; }
+    QRM_FAST_INLINE void results(const Vec* in, Vec, Vec x, Vec, Vec* out) const {
+      out[0] = x;
+      out[1] = x + in[1];
+    }
+  };
+};
+
+template <typename S>
+struct GaeRules {
+  using Rule = GaeRule;
+
+  double gamma;
+  const S* lam_per_sequence;
+  Rule shared;
+
+  Rule operator()(int64_t s) const {
+    return lam_per_sequence == nullptr ? shared : Rule{gamma, DecayPowers(gamma * lam_per_sequence[s])};
   }
-}
+};
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, double gamma,
                                double lam, const std::optional<Tensor>& lam_per_sequence,
                                const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
   const int64_t num_tokens = rewards.size(0);
   const CuSeqlens cu(cu_seqlens, num_tokens);
-  const auto dtype = acc_dtype(rewards.scalar_type());
-  Tensor advantages = torch::stable::new_empty(rewards, {num_tokens}, dtype);
-  Tensor returns = torch::stable::new_empty(rewards, {num_tokens}, dtype);
+  Tensor advantages = fresh_rows(rewards, num_tokens);
+  Tensor returns = fresh_rows(rewards, num_tokens);
   dispatch_floating(rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* r = static_cast<const T*>(rewards.const_data_ptr());
-    const T* v = static_cast<const T*>(values.const_data_ptr());
-    const bool* m = data_or_null<bool>(mask);
-    const acc_t<T>* lams = data_or_null<acc_t<T>>(lam_per_sequence);
-    const acc_t<T>* boot = data_or_null<acc_t<T>>(bootstrap);
-    acc_t<T>* a = static_cast<acc_t<T>*>(advantages.mutable_data_ptr());
-    acc_t<T>* g = static_cast<acc_t<T>*>(returns.mutable_data_ptr());
-    torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        gae_sequence<T>(r, v, m, cu[i], cu[i + 1], gamma, gamma * (lams ? lams[i] : lam), boot ? boot[i] : 0, a, g);
-      }
-    });
+    using S = acc_t<T>;
+    PackedScan<GaeRules<S>, T> scan{
+        {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr())},
+        {static_cast<S*>(advantages.mutable_data_ptr()), static_cast<S*>(returns.mutable_data_ptr())},
+        data_or_null<bool>(mask),
+        data_or_null<S>(bootstrap),
+        {gamma, data_or_null<S>(lam_per_sequence), {gamma, DecayPowers(gamma * lam)}}};
+    scan.run(cu, num_tokens);
   });
   return {advantages, returns};
 }

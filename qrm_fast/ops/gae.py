@@ -33,6 +33,7 @@ def gae(
 
     with t+1 the sequence's next unmasked row (Schulman et al., arXiv 1506.02438, eq. 16). Both results are [T]
     float32 (float64 for float64). Not differentiable. `lam` and `bootstrap` tensors have the results' dtype.
+    NaN and infinities reach the rows that they reach in this recurrence, and those of no other sequence.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, and, on CPU, ValueError where cu_seqlens do
     not start at 0, decrease, or do not end at T.

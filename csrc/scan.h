@@ -1,0 +1,68 @@
+// The maps that a reverse scan over rows composes. A row turns what the row after it hands on, x, into what it hands on
+// itself; a run of rows composes to a map of the same form, so that runs are folded independently and joined later.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QRM_FAST_HOST_DEVICE __host__ __device__
+#else
+#define QRM_FAST_HOST_DEVICE
+#endif
+
+namespace qrm_fast {
+
+// Smallest normal numbers, spelled out because std::numeric_limits is no device code.
+template <typename A>
+constexpr A kSmallest = static_cast<A>(sizeof(A) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
+
+// a * b that reaches zero only through a zero: a factor that decayed away still hands infinity and NaN on, as a loop
+// over the rows would.
+template <typename A>
+QRM_FAST_HOST_DEVICE inline A decay_product(A a, A b) {
+  const A p = a * b;
+  return p == A(0) && a != A(0) && b != A(0) ? kSmallest<A> : p;
+}
+
+template <typename A>
+QRM_FAST_HOST_DEVICE inline A decay_power(A a, int64_t n) {
+  A power = 1;
+  for (; n > 0; n /= 2, a = decay_product(a, a)) {
+    if (n % 2) power = decay_product(power, a);
+  }
+  return power;
+}
+
+// NaN wins, as in torch.minimum.
+template <typename A>
+QRM_FAST_HOST_DEVICE inline A minimum(A a, A b) {
+  return a < b || a != a ? a : b;
+}
+
+// x -> b + a x
+template <typename A>
+struct Affine {
+  A a, b;
+
+  QRM_FAST_HOST_DEVICE static Affine identity() { return {A(1), A(0)}; }
+  QRM_FAST_HOST_DEVICE A operator()(A x) const { return b + a * x; }
+  // The map of these rows and of the rows after them.
+  QRM_FAST_HOST_DEVICE Affine after(const Affine& later) const { return {decay_product(a, later.a), b + a * later.b}; }
+};
+
+// x -> min(m, b + a x), a >= 0. A factor of zero drops its term: a row without a step reward hands on infinity.
+template <typename A>
+struct ClampedAffine {
+  A m, a, b;
+
+  QRM_FAST_HOST_DEVICE static ClampedAffine identity() { return {static_cast<A>(INFINITY), A(1), A(0)}; }
+  QRM_FAST_HOST_DEVICE A operator()(A x) const { return minimum(m, shifted(x)); }
+  QRM_FAST_HOST_DEVICE ClampedAffine after(const ClampedAffine& later) const {
+    return {minimum(m, shifted(later.m)), decay_product(a, later.a), shifted(later.b)};
+  }
+
+ private:
+  QRM_FAST_HOST_DEVICE A shifted(A x) const { return a == A(0) ? b : b + a * x; }
+};
+
+}  // namespace qrm_fast
