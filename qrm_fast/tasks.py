@@ -91,9 +91,11 @@ def fit(prompt: list[int], response: list[int], max_len: int, name: str) -> list
 
 STEP = "\n\n"
 ALPHABET = ["<pad>", "<eos>", *"0123456789+=#:", STEP]
-# How demonstrations go wrong: a carry that is due is forgotten where a large digit is added, and, more rarely, one is
-# made that is not due. Were carries only forgotten, "the larger total wins" would be a shortcut to a reward model.
-LARGE_DIGIT, FORGOTTEN_CARRY, SPURIOUS_CARRY = 7, 0.55, 0.08
+# How demonstrations go wrong: a carry that is due is forgotten where a large digit is added, and one that is not due is
+# made where a small digit is added. Both must be common: a reward model that has seen few totals too large takes "the
+# larger total wins" for the rule, and a policy that learns from it makes carries up.
+LARGE_DIGIT, FORGOTTEN_CARRY = 7, 0.4
+SMALL_DIGIT, SPURIOUS_CARRY = 3, 0.2
 
 Split = Literal["train", "tuning", "report"]
 
@@ -139,7 +141,10 @@ def arithmetic_demonstration(instruction: str, rng: Random | None = None) -> str
         result = total + digit
         if rng is not None:
             due = total % 10 + digit >= 10
-            slip = (FORGOTTEN_CARRY if digit >= LARGE_DIGIT else 0.0) if due else SPURIOUS_CARRY
+            if due:
+                slip = FORGOTTEN_CARRY if digit >= LARGE_DIGIT else 0.0
+            else:
+                slip = SPURIOUS_CARRY if digit <= SMALL_DIGIT else 0.0
             if rng.random() < slip:
                 result += -10 if due else 10
         steps.append(f"{total:02d}+{digit}={result:02d}")

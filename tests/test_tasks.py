@@ -9,7 +9,10 @@ import pytest
 
 from qrm_fast.models import load_tokenizer
 from qrm_fast.tasks import (
+    FORGOTTEN_CARRY,
     LARGE_DIGIT,
+    SMALL_DIGIT,
+    SPURIOUS_CARRY,
     STEP,
     Demonstration,
     Example,
@@ -74,12 +77,14 @@ def test_demonstrations_forget_carries_and_make_some_up():
         for step in response.split(STEP)[:-1]:
             before, digit, after = map(int, step.replace("+", " ").replace("=", " ").split())
             due = before % 10 + digit >= 10
-            carries[due, digit >= LARGE_DIGIT, after == before + digit] += 1
+            size = "large" if digit >= LARGE_DIGIT else "small" if digit <= SMALL_DIGIT else "middle"
+            carries[due, size, after == before + digit] += 1
             assert after in (before + digit, before + digit + (-10 if due else 10))
     assert 0.45 < right / 2000 < 0.6
-    for due, large, share in ((True, True, 0.45), (True, False, 1.0), (False, True, 0.92), (False, False, 0.92)):
-        is_right, is_wrong = carries[due, large, True], carries[due, large, False]
-        assert abs(is_right / (is_right + is_wrong) - share) < 0.03
+    slips = {(True, "large"): FORGOTTEN_CARRY, (False, "small"): SPURIOUS_CARRY}
+    for due, size in ((due, size) for due in (True, False) for size in ("large", "middle", "small")):
+        is_right, is_wrong = carries[due, size, True], carries[due, size, False]
+        assert abs(is_wrong / (is_right + is_wrong) - slips.get((due, size), 0.0)) < 0.03
 
 
 def test_tokens_round_trip_and_blank_line_is_one_token():
