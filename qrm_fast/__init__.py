@@ -35,8 +35,10 @@ except ImportError as error:
 
 if torch.version.cuda:
     # the Triton kernels register themselves for CUDA
+    from .triton import gather_logprobs as _gather_logprobs_triton  # noqa: F401
     from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
     from .triton import token_q as _token_q_triton  # noqa: F401
+    from .triton import value_loss as _value_loss_triton  # noqa: F401
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 

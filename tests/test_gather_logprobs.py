@@ -9,7 +9,9 @@ from torch import Tensor
 
 from qrm_fast import gather_logprobs
 from qrm_fast.ops.gather_logprobs import _gather_logprobs, _gather_logprobs_backward
+from qrm_fast.triton import gather_logprobs as triton_kernels
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Columns around the vectors (16) and chunks (2048) of the CPU kernel.
 SHAPES = [(0, 16), (1, 1), (2, 2), (63, 17), (33, 127), (5, 1000), (3, 2048), (4, 2049), (9, 6100)]
@@ -204,6 +206,97 @@ def test_compiles_forward_and_backward_with_one_graph_for_every_length():
             got = results(compiled, logits, options, torch.float32)
         for a, b in zip(got, results(gather_logprobs, logits, options, torch.float32), strict=True):
             assert torch.equal(a, b)
+
+
+class ByTriton(torch.autograd.Function):
+    """The op through the launchers of its Triton kernels: on the GPU, or in the interpreter."""
+
+    @staticmethod
+    def forward(ctx, device, logits, targets, temperature, softcap):
+        number, per_row = (1.0, temperature.to(device)) if isinstance(temperature, Tensor) else (temperature, None)
+        # .to would close the gaps between rows
+        logits = logits.detach() if device == "cpu" else logits.detach().to(device)
+        arguments = logits, targets.to(device), number, per_row, softcap, -100
+        logprobs, entropy, lse, residual = triton_kernels.forward(*arguments)
+        ctx.arguments = *arguments, entropy, lse, residual
+        ctx.mark_non_differentiable(lse)
+        return logprobs.cpu(), entropy.cpu(), lse.cpu()
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, _):
+        device = ctx.arguments[0].device
+        grad = triton_kernels.backward(grad_logprobs.to(device), grad_entropy.to(device), *ctx.arguments)
+        return None, grad.cpu(), None, None, None
+
+
+@pytest.fixture
+def by_triton(triton_device):
+    def function(logits, targets, *, temperature=1.0, softcap=None):
+        return ByTriton.apply(triton_device, logits, targets, temperature, softcap)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, "everything"),
+        (torch.float32, "plain"),
+        (torch.bfloat16, "temperature"),
+        (torch.float16, "plain"),
+    ],
+    ids=str,
+)
+def test_triton_no_further_from_float64_than_pytorch(by_triton, dtype, options):
+    """Columns around the blocks of both kernels (8192 and 4096) and less than one lane each."""
+    shapes = [(0, 16), (1, 1), (2, 2), (9, 127), (2, 4096), (3, 9001), (2, 16384)]
+    assert_as_accurate(by_triton, dtype, [problem(*shape, dtype, **OPTIONS[options]) for shape in shapes])
+
+
+def test_triton_masked_vocabulary_and_non_finite_rows(by_triton):
+    assert_masked_and_non_finite_rows(by_triton, 9000)
+
+
+@pytest.mark.unpoisoned
+def test_triton_bits_of_a_row_depend_on_the_row_alone(by_triton):
+    assert_rows_stand_alone(by_triton, 9, 1000, torch.bfloat16)
+
+
+def test_triton_marks_targets_outside(by_triton):
+    """NaN in every field and in the gradient of that row, and in no other."""
+    logits, _ = problem(9, 50, torch.float32)
+    targets = torch.tensor([50, 1, -1, 2, -101, 3, 2**40, 49, -100])
+    outside = torch.tensor([0, 2, 4, 6])
+    out = results(by_triton, logits, {"targets": targets}, torch.float32)
+    want = results(gather_logprobs, logits, {"targets": targets.index_fill(0, outside, -100)}, torch.float32)
+    inside = torch.tensor([1, 3, 5, 7, 8])
+    for x, y in zip(out, want, strict=True):
+        assert x[outside].isnan().all()
+        torch.testing.assert_close(x[inside], y[inside])
+
+
+@pytest.mark.gpu
+def test_public_function_on_cuda_runs_the_triton_kernels_without_waiting(by_triton):
+    logits, options = problem(300, 20001, torch.bfloat16, temperature=True, softcap=5.0)
+    want = results(by_triton, logits, options, torch.bfloat16)
+    compiled = torch.compile(gather_logprobs, fullgraph=True, dynamic=True)
+    logits, upstream = logits.cuda(), torch.randn(2, 300, generator=torch.Generator().manual_seed(1)).cuda()
+    options = {k: x.cuda() if isinstance(x, Tensor) else x for k, x in options.items()}
+    for f in gather_logprobs, compiled:
+        results(f, logits, options, torch.bfloat16, upstream)
+        torch.cuda.set_sync_debug_mode("error")
+        got = results(f, logits, options, torch.bfloat16, upstream)
+        torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_logits_on_cuda():
+    logits = torch.zeros(16, 2**28, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    out = gather_logprobs(logits, torch.full((16,), 2**28 - 1, device="cuda"))
+    assert (out.logprobs == -28 * math.log(2)).all()
+    out.logprobs.sum().backward()
+    assert (logits.grad[:, -1] == 1).all() and (logits.grad[:, :-1].abs() < 1e-7).all()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from accuracy import assert_no_further
 from grids import NUM_ROWS
 
 from qrm_fast import value_loss
+from qrm_fast.ops.policy_loss import scaled_derivative
 from qrm_fast.ops.value_loss import _value_loss
+from qrm_fast.triton import value_loss as triton_kernels
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [*NUM_ROWS, 9000]  # 9000 rows are three blocks of the kernel
 OPTIONS = {
@@ -71,8 +74,7 @@ def test_no_further_from_float64_than_autograd(dtype, options):
     assert_as_accurate(value_loss, dtype, options, SIZES)
 
 
-@pytest.mark.parametrize("op", [_value_loss, _value_loss._init_fn], ids=["kernel", "reference"])
-def test_table(op):
+def assert_table(op):
     """clip 1: unclipped; clipped with the larger error; clipped, yet with the smaller one; a tie; masked."""
     values = torch.tensor([1.5, 4.0, 4.0, 2.0, math.nan])
     returns = torch.tensor([0.0, 0.0, 8.0, 1.0, math.inf])
@@ -84,6 +86,11 @@ def test_table(op):
     assert derivative.tolist() == [3, 0, 0, 2, 0]
     loss, derivative = op(values[:4], returns[:4], None, None, math.inf)
     assert loss == (2.25 + 16 + 16 + 1) / 4 and derivative.tolist() == [0.75, 2, -2, 0.5]
+
+
+@pytest.mark.parametrize("op", [_value_loss, _value_loss._init_fn], ids=["kernel", "reference"])
+def test_table(op):
+    assert_table(op)
 
 
 @pytest.mark.parametrize("op", [_value_loss, _value_loss._init_fn], ids=["kernel", "reference"])
@@ -158,6 +165,63 @@ def test_compiles_forward_and_backward_with_one_graph_for_every_length():
             got = results(compiled, arguments, torch.float32)
         for a, b in zip(got, results(value_loss, arguments, torch.float32), strict=True):
             assert torch.equal(a, b)
+
+
+class ByTriton(torch.autograd.Function):
+    """The op through the launcher of its Triton kernels: on the GPU, or in the interpreter."""
+
+    @staticmethod
+    def forward(ctx, device, values, returns, old_values, token_weights, clip):
+        tensors = [x if x is None else x.detach().to(device) for x in (values, returns, old_values, token_weights)]
+        loss, derivative = triton_kernels.forward(*tensors, clip)
+        ctx.save_for_backward(derivative.to(values.device), values)
+        return loss.to(values.device)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return None, scaled_derivative(grad_loss, *ctx.saved_tensors), *(None,) * 4
+
+
+@pytest.fixture
+def by_triton(triton_device, monkeypatch):
+    """value_loss through the launcher, with programs of 32 rows instead of 1024."""
+    monkeypatch.setitem(triton_kernels.ROWS, "BT", 32)
+    return lambda values, returns, *, old_values=None, clip=math.inf, token_weights=None: ByTriton.apply(
+        triton_device, values, returns, old_values, token_weights, clip
+    )
+
+
+@pytest.mark.parametrize("options", ["plain", "clip-weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_no_further_from_float64_than_autograd(by_triton, dtype, options):
+    assert_as_accurate(by_triton, dtype, OPTIONS[options], NUM_ROWS)
+
+
+def test_triton_table_and_not_a_number(triton_device):
+    assert_table(lambda *a: [x.cpu() for x in triton_kernels.forward(*(on(x, triton_device) for x in a))])
+    for i in range(3):
+        dirty = torch.zeros(3, 20)
+        dirty[i, 17] = math.nan
+        assert triton_kernels.forward(*dirty.to(triton_device), None, 0.5)[0].isnan()
+
+
+def on(x, device):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.gpu
+def test_public_function_on_cuda_runs_the_triton_kernels_without_waiting():
+    values, returns, keywords = problem(3000, torch.bfloat16, **OPTIONS["clip-weights"])
+    want = triton_kernels.forward(
+        *(on(x, "cuda") for x in (values, returns, keywords["old_values"], keywords["token_weights"])), 0.25
+    )
+    arguments = values.cuda(), returns.cuda(), {k: on(v, "cuda") for k, v in keywords.items()}
+    for f in value_loss, torch.compile(value_loss, fullgraph=True, dynamic=True):
+        results(f, arguments, torch.bfloat16)
+        torch.cuda.set_sync_debug_mode("error")
+        loss, grad = results(f, arguments, torch.bfloat16)
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(loss[0], want[0]) and torch.equal(grad, (3 * want[1]).bfloat16())
 
 
 def test_bad_input():
