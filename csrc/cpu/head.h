@@ -180,6 +180,52 @@ class Head {
   int64_t ignore_index_;
 };
 
+// The selected rows' statistics, [splits][rows], and their targets' logits, NaN where the target is not a column.
+template <typename S>
+struct FoldedRows {
+  FoldedRows(int64_t count, int64_t splits)
+      : stats(splits * count, SoftmaxStats<S>::empty()), target_logits(count, std::numeric_limits<S>::quiet_NaN()) {}
+
+  SoftmaxStats<S> total(int64_t row) const {
+    SoftmaxStats<S> sum = stats[row];
+    for (size_t i = row + target_logits.size(); i < stats.size(); i += target_logits.size()) sum.merge(stats[i]);
+    return sum;
+  }
+
+  std::vector<SoftmaxStats<S>> stats;
+  std::vector<S> target_logits;
+};
+
+// A forward pass over the selected rows.
+template <typename In, typename S>
+FoldedRows<S> fold_rows(const Head<In, S>& head) {
+  const int64_t count = head.rows.size(), dim = head.dim;
+  Scratch<S> a(ceil_div(count, kBlock) * kBlock * dim);
+  head.pack_hidden(0, count, a.get());
+
+  const int64_t splits = ceil_div(head.vocab, kSplit), blocks = ceil_div(count, kRows);
+  FoldedRows<S> folded(count, splits);
+  torch::stable::parallel_for(0, splits * blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch<S> b(kChunk * dim), z(kBlock * kChunk);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t split = unit / blocks, first_row = unit % blocks * kRows;
+      const int64_t last_row = std::min(count, first_row + kRows);
+      const int64_t last_column = std::min(head.vocab, (split + 1) * kSplit);
+      for (int64_t column = split * kSplit; column < last_column; column += kChunk) {
+        const int64_t width = std::min(kChunk, last_column - column);
+        head.pack_weight(column, width, b.get());
+        for (int64_t row = first_row; row < last_row; row += kBlock) {
+          const int64_t height = std::min(kBlock, last_row - row);
+          head.logits(row, height, column, width, a.get() + row * dim, b.get(), z.get(), kChunk);
+          head.fold(row, height, column, width, z.get(), kChunk, folded.stats.data() + split * count + row,
+                    folded.target_logits.data() + row);
+        }
+      }
+    }
+  });
+  return folded;
+}
+
 // dX [height, D] (+)= dZ [height, columns] W. Sums over V run in the order of the slabs: a row's bits are its own.
 template <typename S>
 void add_hidden_gradient(const GemmKernel<S>& gemm, const S* dz, int64_t ldz, int64_t height, int64_t columns,

@@ -25,32 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   using S = acc_t<In>;
   Head<In, S> head(hidden, weight, targets, options);
   head.select_rows([](int64_t) { return true; });
-  const int64_t count = head.rows.size(), dim = head.dim;
-  Scratch<S> a(ceil_div(count, kBlock) * kBlock * dim);
-  head.pack_hidden(0, count, a.get());
-
-  const int64_t splits = ceil_div(head.vocab, kSplit), blocks = ceil_div(count, kRows);
-  std::vector<SoftmaxStats<S>> stats(splits * count, SoftmaxStats<S>::empty());
-  std::vector<S> target_logits(count);
-  torch::stable::parallel_for(0, splits * blocks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<S> b(kChunk * dim), z(kBlock * kChunk);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t split = unit / blocks, first_row = unit % blocks * kRows;
-      const int64_t last_row = std::min(count, first_row + kRows);
-      const int64_t last_column = std::min(head.vocab, (split + 1) * kSplit);
-      for (int64_t column = split * kSplit; column < last_column; column += kChunk) {
-        const int64_t width = std::min(kChunk, last_column - column);
-        head.pack_weight(column, width, b.get());
-        for (int64_t row = first_row; row < last_row; row += kBlock) {
-          const int64_t height = std::min(kBlock, last_row - row);
-          head.logits(row, height, column, width, a.get() + row * dim, b.get(), z.get(), kChunk);
-          head.fold(row, height, column, width, z.get(), kChunk, stats.data() + split * count + row,
-                    target_logits.data() + row);
-        }
-      }
-    }
-  });
-
+  const FoldedRows<S> folded = fold_rows(head);
   const auto dtype = acc_dtype(hidden.scalar_type());
   Tensor outputs[4];
   S* out[4];
@@ -58,10 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
     outputs[i] = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
     out[i] = static_cast<S*>(outputs[i].mutable_data_ptr());
   }
-  for (int64_t i = 0; i < count; ++i) {
-    SoftmaxStats<S> total = stats[i];
-    for (int64_t split = 1; split < splits; ++split) total.merge(stats[split * count + i]);
-    const RowResult<S> result(total, target_logits[i]);
+  for (size_t i = 0; i < head.rows.size(); ++i) {
+    const RowResult<S> result(folded.total(i), folded.target_logits[i]);
     const int64_t t = head.rows[i];
     out[0][t] = result.logprob;
     out[1][t] = result.entropy;
