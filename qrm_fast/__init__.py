@@ -9,8 +9,10 @@ from .ops.gather_logprobs import gather_logprobs
 from .ops.group_advantages import group_advantages
 from .ops.informative_groups import informative_groups
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
+from .ops.linear_logprobs_partial import LogprobsPartial, linear_logprobs_partial
 from .ops.linear_policy_loss import linear_policy_loss
 from .ops.loss_weights import loss_weights
+from .ops.merge_logprobs import merge_logprobs
 from .ops.min_form_returns import MinForm, min_form_returns
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
@@ -44,6 +46,7 @@ from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatche
 
 __all__ = [
     "Advantages",
+    "LogprobsPartial",
     "MinForm",
     "PackedBatch",
     "PairLoss",
@@ -56,8 +59,10 @@ __all__ = [
     "group_advantages",
     "informative_groups",
     "linear_logprobs",
+    "linear_logprobs_partial",
     "linear_policy_loss",
     "loss_weights",
+    "merge_logprobs",
     "min_form_returns",
     "pack",
     "pairwise_q_loss",

@@ -1,0 +1,59 @@
+"""Log-probability and entropy of each token from what the shards of a vocabulary contribute."""
+
+import torch
+from torch import Tensor
+
+from ..checks import Checker
+from .linear_logprobs import TokenLogprobs
+from .linear_logprobs_partial import LogprobsPartial
+
+
+def merge_logprobs(partials: LogprobsPartial) -> TokenLogprobs:
+    """The whole vocabulary's `linear_logprobs` from the parts that `linear_logprobs_partial` computed on R shards.
+
+    `partials`: each field [R, T] float32 (float64), rows may be strided: `LogprobsPartial(*gathered.unbind(1))` of a
+    gathered [R, 4, T], or the parts of a list stacked field by field. The shards cover the vocabulary once; their
+    order does not matter beyond rounding.
+
+        M = max_r max_r      d_r = max_r - M
+        S = sum_r e^d_r sumexp_r                     W = sum_r e^d_r (sum_z_exp_r + d_r sumexp_r)
+        lse = M + log S      logprobs = target_logit - lse      entropy = log S - W / S
+
+    (the merge of Milakov and Gimelshein, arXiv 1805.02867, section 3.1, with one more sum). All results are [T]
+    float32 (float64 for float64), 0 in rows to which no shard contributes. Not differentiable.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device, and, on CPU, ValueError for a row whose target
+    no shard or more than one shard holds; on CUDA such a row is NaN.
+    """
+    check = Checker()
+    check("partials.max", partials.max, "R T", (torch.float32, torch.float64), strided=True)
+    for name in LogprobsPartial._fields[1:]:
+        check(f"partials.{name}", getattr(partials, name), "R T", (partials.max.dtype,), strided=True)
+    if check.dims["R"] == 0:
+        raise ValueError("partials must hold at least one shard, got [0, T]")
+    return TokenLogprobs(*_merge_logprobs(*partials))
+
+
+@torch.library.custom_op("qrm_fast::merge_logprobs", mutates_args=())
+def _merge_logprobs(
+    max: Tensor, sumexp: Tensor, sum_z_exp: Tensor, target_logit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    top = max.amax(0)
+    shift = (max - top).masked_fill(sumexp == 0, 0)
+    scale = shift.exp()
+    total = (scale * sumexp).sum(0)
+    weighted = (scale * (sum_z_exp + shift * sumexp)).sum(0)
+    log_sum = total.log()
+    held = target_logit.isnan().logical_not()
+    target = target_logit.where(held, 0).sum(0)
+    results = (target - top - log_sum).clamp(max=0), (log_sum - weighted / total).clamp(min=0), top + log_sum
+    shards = held.sum(0)
+    nothing = (total == 0) & (shards == 0)
+    logprobs, entropy, lse = (x.masked_fill(shards != 1, torch.nan).masked_fill(nothing, 0) for x in results)
+    return logprobs, entropy, lse
+
+
+@_merge_logprobs.register_fake
+def _(max, *_):
+    logprobs, entropy, lse = (max.new_empty(max.shape[1]) for _ in range(3))
+    return logprobs, entropy, lse
