@@ -17,6 +17,7 @@ from .ops.min_form_returns import MinForm, min_form_returns
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.prm_rewards import prm_rewards
+from .ops.process_advantages import process_advantages
 from .ops.q_token_rewards import q_token_rewards
 from .ops.token_q import token_q
 from .ops.value_loss import value_loss
@@ -70,6 +71,7 @@ __all__ = [
     "plan_microbatches",
     "policy_loss",
     "prm_rewards",
+    "process_advantages",
     "q_token_rewards",
     "to_padded",
     "token_q",

@@ -69,25 +69,6 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) Moments block_momen
   return {n, mean, fold(m2)};
 }
 
-// The moments of a union, about the first part's mean: exact where all means agree.
-template <typename Part>
-Moments join(int64_t num_parts, Part&& part) {
-  double count = 0, sum = 0, m2 = 0, origin = 0;
-  for (int64_t i = 0; i < num_parts; ++i) {
-    const Moments p = part(i);
-    if (count == 0) origin = p.mean;
-    count += p.count;
-    sum += p.count * (p.mean - origin);
-  }
-  if (count == 0) return {};
-  const double mean = origin + sum / count;
-  for (int64_t i = 0; i < num_parts; ++i) {
-    const Moments p = part(i);
-    m2 += p.m2 + p.count * (p.mean - mean) * (p.mean - mean);
-  }
-  return {count, mean, m2};
-}
-
 Tensor moments(const Tensor& x, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,
                const std::optional<Tensor>& group_ids) {
   const int64_t num_tokens = x.size(0);

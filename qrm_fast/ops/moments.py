@@ -22,16 +22,19 @@ def moments(
     spread (two passes). Not differentiable; the caller has checked the arguments.
     """
     local = _moments(x, mask, cu_seqlens, group_ids)
-    if process_group is None:
-        return local
-    ranks = local.new_empty(process_group.size(), 3)
+    return local if process_group is None else join_ranks(local, process_group)
+
+
+def join_ranks(local: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """Moments [K, 3] of each set over all ranks, joined in the order of ranks: every rank holds the same bits."""
+    num_sets, num_ranks = local.shape[0], process_group.size()
+    ranks = local.new_empty(num_ranks * num_sets, 3)
     dist.all_gather_into_tensor(ranks, local, group=process_group)
-    # Joined in the order of ranks on every rank, so that all hold the same bits.
-    count, mean, m2 = ranks.unbind(1)
-    total = count.sum().clamp(min=1)
-    origin = mean.take(count.argmax())
-    joint = origin + (count * (mean - origin)).sum() / total
-    return torch.stack([count.sum(), joint, (m2 + count * (mean - joint).square()).sum()]).unsqueeze(0)
+    count, mean, m2 = ranks.view(num_ranks, num_sets, 3).unbind(2)  # [ranks, K] each
+    total = count.sum(0)
+    origin = mean.gather(0, count.argmax(0, keepdim=True))
+    joint = origin + (count * (mean - origin)).sum(0) / total.clamp(min=1)
+    return torch.stack([total, joint[0], (m2 + count * (mean - joint).square()).sum(0)], dim=1)
 
 
 @torch.library.custom_op("qrm_fast::moments", mutates_args=())

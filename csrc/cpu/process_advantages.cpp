@@ -1,0 +1,241 @@
+// The advantage of every step from its return: the group baselines of PURE and of its two codes, and the moments that
+// whitening needs. Reads and writes 8 bytes per step, some 40 times fewer than tokens; rows are read only where they
+// carry a penalty. step_rows then writes the rows. In double; sequences run in parallel, groups and moments are summed
+// in the order of the sequences.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cu_seqlens.h"
+#include "dtypes.h"
+#include "groups.h"
+#include "moments.h"
+#include "steps.h"
+
+namespace qrm_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+enum class Preset { paper, paper_step, openrlhf, verl };
+
+Preset preset_of(const std::string& name) {
+  if (name == "paper") return Preset::paper;
+  if (name == "paper-step") return Preset::paper_step;
+  if (name == "openrlhf") return Preset::openrlhf;
+  STD_TORCH_CHECK(name == "verl", "the public function admits only known presets");
+  return Preset::verl;
+}
+
+// A sequence's share of its group's baseline, numerator over denominator; 0 and 0 where it does not count.
+struct Share {
+  double numerator = 0;
+  double denominator = 0;
+};
+
+// The shares of the others in the group, summed and divided; `alone` where no other counts.
+std::vector<double> leave_one_out(const Groups& groups, const std::vector<Share>& shares, double alone) {
+  std::vector<double> baselines(shares.size());
+  for (int64_t id = 0; id < groups.size(); ++id) {
+    const Groups::Members members = groups.members(id);
+    Share sum;
+    for (const int64_t i : members) {
+      sum.numerator += shares[i].numerator;
+      sum.denominator += shares[i].denominator;
+    }
+    for (const int64_t i : members) {
+      const double others = sum.denominator - shares[i].denominator;
+      baselines[i] = others > 0 ? (sum.numerator - shares[i].numerator) / others : alone;
+    }
+  }
+  return baselines;
+}
+
+template <typename A>
+struct Batch {
+  const CuSeqlens& cu;
+  const Steps& steps;
+  const double* returns;   // [K]
+  const A* outcomes;       // [S] or null
+  const bool* has_answer;  // [S] or null
+  const A* penalty;        // [T] or null, summed over the rest of its sequence
+  Preset preset;
+  double max_gen_len;
+  double process_coef;
+  double outcome_coef;
+  bool mask_step_ends;
+
+  int64_t num_rows(int64_t i) const { return cu[i + 1] - cu[i]; }
+  bool has_steps(int64_t i) const { return steps.count(i) > 0; }
+  bool asked(int64_t i) const { return outcomes != nullptr && (has_answer == nullptr || has_answer[i]); }
+  double outcome(int64_t i) const { return asked(i) ? static_cast<double>(outcomes[i]) : 0; }
+  // The return of the first step: NaN where a step reward is not finite.
+  double process(int64_t i) const { return has_steps(i) ? returns[steps.first(i)] : 0; }
+
+  double sum_of_returns(int64_t i) const {
+    double sum = 0;
+    for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
+      sum += returns[k] * (steps.end(k) + 1 - steps.begin(i, k));
+    }
+    return sum;
+  }
+
+  // What verl compares: the return of every row with outcome and penalty in it, summed.
+  double sum_of_scores(int64_t i) const {
+    double sum = process_coef * sum_of_returns(i) + outcome_coef * outcome(i) * num_rows(i);
+    for (int64_t t = cu[i]; penalty != nullptr && t < cu[i + 1]; ++t) sum -= penalty[t];
+    return sum;
+  }
+
+  Share process_share(int64_t i) const {
+    Share share;
+    switch (preset) {
+      case Preset::paper:
+        share = {sum_of_returns(i) / max_gen_len, 1};
+        break;
+      case Preset::paper_step:
+        share = {process(i) / steps.count(i), 1};
+        break;
+      case Preset::openrlhf:
+        share = {process(i), static_cast<double>(num_rows(i))};
+        break;
+      case Preset::verl:
+        share = {sum_of_scores(i) / max_gen_len, 1};
+        break;
+    }
+    const bool counts = preset == Preset::verl ? num_rows(i) > 0 : has_steps(i);
+    return counts && std::isfinite(share.numerator) ? share : Share{};
+  }
+
+  Share outcome_share(int64_t i) const {
+    return asked(i) && num_rows(i) > 0 && std::isfinite(outcome(i)) ? Share{outcome(i), 1} : Share{};
+  }
+
+  // What every row of the sequence holds beside its step's return.
+  double constant(int64_t i, double process_baseline, double outcome_baseline) const {
+    if (preset == Preset::verl) return outcome_coef * outcome(i) - process_baseline + (process(i) - process(i));
+    const double constant = asked(i) ? outcome_coef * (outcome(i) - outcome_baseline) : 0;
+    if (preset == Preset::paper && has_steps(i))
+      return constant - process_coef * (process(i) - process(i) + process_baseline);
+    return constant + (process(i) - process(i));
+  }
+
+  // How often the process baseline is subtracted from step k of sequence i on: once per step, or once per row that does
+  // not end one.
+  double repeats(int64_t i, int64_t k) const {
+    const int64_t remaining = steps.first(i + 1) - k;
+    if (preset == Preset::paper_step) return remaining;
+    if (preset == Preset::openrlhf) return steps.end(steps.first(i + 1) - 1) + 1 - steps.begin(i, k) - remaining;
+    return 0;
+  }
+
+  // Calls f(value, count) for the unmasked rows of a sequence.
+  template <typename F>
+  void for_rows(int64_t i, const double* levels, double base, F&& f) const {
+    const int64_t last = steps.first(i + 1);
+    for (int64_t k = steps.first(i); k <= last; ++k) {
+      const double value = k < last ? levels[k] : base;
+      const int64_t end = k < last ? steps.end(k) + !mask_step_ends : cu[i + 1];
+      if (penalty == nullptr) {
+        f(value, end - steps.begin(i, k));
+      } else {
+        for (int64_t t = steps.begin(i, k); t < end; ++t) f(value - penalty[t], 1);
+      }
+    }
+  }
+
+  // Of the rows that are not 0 where `drop_zeros`, of all unmasked ones else; rows that are not finite count nowhere.
+  Moments moments(int64_t i, const double* levels, double base, bool drop_zeros) const {
+    double count = 0, origin = 0, sum = 0, m2 = 0;
+    const auto counts = [&](double value, int64_t n) {
+      return n > 0 && std::isfinite(value) && !(drop_zeros && value == 0);
+    };
+    for_rows(i, levels, base, [&](double value, int64_t n) {
+      if (!counts(value, n)) return;
+      if (count == 0) origin = value;
+      count += n;
+      sum += n * (value - origin);
+    });
+    if (count == 0) return {};
+    const double mean = origin + sum / count;
+    for_rows(i, levels, base, [&](double value, int64_t n) {
+      if (counts(value, n)) m2 += n * (value - mean) * (value - mean);
+    });
+    return {count, mean, m2};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, const Tensor& step_ends,
+                                                      const Tensor& cu_seqlens, const Tensor& group_ids,
+                                                      const std::optional<Tensor>& outcome_rewards,
+                                                      const std::optional<Tensor>& has_answer,
+                                                      const std::optional<Tensor>& penalty, int64_t num_tokens,
+                                                      std::string preset, double max_gen_len, double process_coef,
+                                                      double outcome_coef, bool mask_step_ends) {
+  const CuSeqlens cu(cu_seqlens, num_tokens);
+  const Steps steps(step_ends, cu, num_tokens);
+  const Groups groups(group_ids);
+  const int64_t num_sequences = groups.size();
+  Tensor levels = torch::stable::new_empty(returns, {returns.size(0)});
+  Tensor bases = torch::stable::new_empty(returns, {num_sequences});
+  Tensor stats = torch::stable::new_zeros(returns, {2, 3});
+  double* level = static_cast<double*>(levels.mutable_data_ptr());
+  double* base = static_cast<double*>(bases.mutable_data_ptr());
+  Moments* sets = static_cast<Moments*>(stats.mutable_data_ptr());
+  const auto dtype = outcome_rewards.has_value() ? outcome_rewards->scalar_type()
+                     : penalty.has_value()       ? penalty->scalar_type()
+                                                 : ScalarType::Float;
+  dispatch_floating(dtype, [&](auto zero) {
+    using A = acc_t<decltype(zero)>;
+    const Batch<A> batch{cu,
+                         steps,
+                         static_cast<const double*>(returns.const_data_ptr()),
+                         data_or_null<A>(outcome_rewards),
+                         data_or_null<bool>(has_answer),
+                         data_or_null<A>(penalty),
+                         preset_of(preset),
+                         max_gen_len,
+                         process_coef,
+                         outcome_coef,
+                         mask_step_ends};
+    std::vector<Share> process(num_sequences), outcome(num_sequences);
+    torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        process[i] = batch.process_share(i);
+        outcome[i] = batch.outcome_share(i);
+      }
+    });
+    // openrlhf shifts outcomes to {-1, 0}, which shows only where there are no others to compare with.
+    const bool openrlhf = batch.preset == Preset::openrlhf, whitens = openrlhf || batch.preset == Preset::verl;
+    const std::vector<double> process_baseline = leave_one_out(groups, process, 0);
+    const std::vector<double> outcome_baseline = leave_one_out(groups, outcome, openrlhf ? 1 : 0);
+    std::vector<Moments> parts(num_sequences);
+    std::vector<int64_t> num_zeros(num_sequences);
+    torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        base[i] = batch.constant(i, process_baseline[i], outcome_baseline[i]);
+        for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
+          const double process_level = batch.returns[k] - process_baseline[i] * batch.repeats(i, k);
+          level[k] = process_coef * process_level + base[i];
+        }
+        if (!whitens) continue;
+        parts[i] = batch.moments(i, level, base[i], openrlhf);
+        if (openrlhf && std::isfinite(base[i])) num_zeros[i] = batch.num_rows(i) - parts[i].count;
+      }
+    });
+    sets[0] = join(num_sequences, [&](int64_t i) { return parts[i]; });
+    for (const int64_t n : num_zeros) sets[1].count += n;
+  });
+  return {levels, bases, stats};
+}
+
+}  // namespace
+}  // namespace qrm_fast
+
+STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) { m.impl("process_advantages", TORCH_BOX(&qrm_fast::process_advantages)); }
