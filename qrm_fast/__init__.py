@@ -40,6 +40,8 @@ if torch.version.cuda:
     # the Triton kernels register themselves for CUDA
     from .triton import gather_logprobs as _gather_logprobs_triton  # noqa: F401
     from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
+    from .triton import linear_logprobs_partial as _linear_logprobs_partial_triton  # noqa: F401
+    from .triton import merge_logprobs as _merge_logprobs_triton  # noqa: F401
     from .triton import token_q as _token_q_triton  # noqa: F401
     from .triton import value_loss as _value_loss_triton  # noqa: F401
 

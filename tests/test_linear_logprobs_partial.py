@@ -12,6 +12,13 @@ from test_linear_logprobs import make, naive
 
 from qrm_fast import LogprobsPartial, linear_logprobs, linear_logprobs_partial, merge_logprobs
 from qrm_fast.ops.linear_logprobs_partial import _linear_logprobs_partial
+from qrm_fast.triton import linear_logprobs_partial as triton_kernels
+from qrm_fast.triton import merge_logprobs as triton_merge
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # interpreter
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # ignored rows
+]
 
 CUTS = [0, 1, 130, 2200, 3000]  # four unequal shards, one of a single column and one beyond a split of the kernel
 
@@ -164,6 +171,46 @@ def test_two_processes(tmp_path):
     )
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], torch.stack(linear_logprobs(**tensors, **rest)))
+
+
+def test_triton_table(triton_device):
+    assert_table(lambda *a: triton_kernels.forward(*(on(x, triton_device) for x in a)))
+
+
+def on(x, device):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_four_shards_merge_to_the_whole(triton_device, dtype):
+    """Each shard's fields agree with the CPU kernel's; merged they are as exact as the whole in float32."""
+    tensors, rest = make(9, 20, 2200, dtype, bias=True, temperature=True, softcap=5.0)
+    options = 1.0, rest["temperature"], 5.0, -100
+    parts, want = [], []
+    for begin, end in itertools.pairwise([0, 1, 130, 2180, 2200]):
+        shard = tensors["hidden"], tensors["weight"][begin:end], rest["targets"], begin, tensors["bias"][begin:end]
+        parts.append(triton_kernels.forward(*(on(x, triton_device) for x in (*shard, *options))))
+        want.append(_linear_logprobs_partial(*shard, *options))
+        for got, expected in zip(parts[-1], want[-1], strict=True):
+            torch.testing.assert_close(got.cpu(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    got = [x.cpu() for x in triton_merge.forward(*stacked(parts))]
+    arguments = tensors | rest
+    exact, peer = (naive(**cast(arguments, to)) for to in (torch.float64, torch.float32))
+    for i in range(3):
+        assert_no_further(got[i], exact[i], peer[i])
+
+
+@pytest.mark.gpu
+def test_public_functions_on_cuda_run_the_triton_kernels_without_waiting():
+    tensors, rest = make(300, 72, 3000, torch.bfloat16, bias=True, temperature=True)
+    arguments = {k: on(x, "cuda") for k, x in (tensors | rest).items()}
+    want = merge_logprobs(stacked(sharded(*tensors.values(), **rest)))
+    sharded(**arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    got = merge_logprobs(stacked(sharded(**arguments)))
+    torch.cuda.set_sync_debug_mode("default")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

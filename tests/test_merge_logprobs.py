@@ -7,6 +7,12 @@ import torch
 
 from qrm_fast import LogprobsPartial, merge_logprobs
 from qrm_fast.ops.merge_logprobs import _merge_logprobs
+from qrm_fast.triton import merge_logprobs as triton_kernels
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # interpreter
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # ignored rows
+]
 
 INF, NAN = math.inf, math.nan
 
@@ -66,6 +72,18 @@ def test_far_apart_shards(op):
     out = op(*fields([(1e4, 2.0, 0.0, 1e4)], [(-1e4, 3.0, -1.0, NAN)]))
     torch.testing.assert_close(torch.cat(out), torch.tensor([-math.log(2), math.log(2), 1e4 + math.log(2)]))
     assert all(len(x) == 0 for x in op(*torch.empty(4, 2, 0)))
+
+
+def test_triton(triton_device):
+    def op(*partials):
+        return [x.cpu() for x in triton_kernels.forward(*(x.to(triton_device) for x in partials))]
+
+    assert_table(op)
+    assert_marked(op)
+    gathered = fields([(1e4, 2.0, 0.0, 1e4)], [(-1e4, 3.0, -1.0, NAN)])
+    torch.testing.assert_close(op(*gathered), list(_merge_logprobs(*gathered)))
+    strided = torch.stack(gathered, 1).unbind(1)
+    assert all(torch.equal(x, y) for x, y in zip(op(*strided), op(*gathered), strict=True))
 
 
 def test_strided_fields_are_read_in_place():

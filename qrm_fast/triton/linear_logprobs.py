@@ -236,6 +236,44 @@ def linear_logprobs_merge(
         tl.store(outputs[i] + o_t, b, m_t)
 
 
+def fold(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    target_logits: Tensor,
+) -> Tensor:
+    """Statistics [3, splits, T] of every split; writes the logits of those targets that are columns."""
+    (num_rows, dim), vocab = hidden.shape, weight.shape[0]
+    num_splits = triton.cdiv(vocab, SPLIT)
+    statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
+    described = describable(hidden, weight)
+    launch = blocks(hidden.dtype, capability(hidden), described, softcap is not None)
+    linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
+        operand(hidden, described, launch["BT"], launch["BD"]),
+        operand(weight, described, launch["BV"], launch["BD"]),
+        targets,
+        bias,
+        per_row(temperature, temperatures, targets),
+        softcap,
+        *statistics,
+        target_logits,
+        hidden.stride(0),
+        weight.stride(0),
+        num_rows,
+        vocab,
+        dim,
+        described,
+        SPLIT,
+        GROUP,
+        **launch,
+    )
+    return statistics
+
+
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -246,37 +284,15 @@ def forward(
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (num_rows, dim), vocab = hidden.shape, weight.shape[0]
+    num_rows, vocab = hidden.shape[0], weight.shape[0]
     results = [hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(4)]
     if num_rows == 0:
         return tuple(results)
-    num_splits = triton.cdiv(vocab, SPLIT)
     with torch.cuda.device_of(hidden):
-        statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
         target_logits = hidden.new_empty(num_rows, dtype=torch.float32)
-        described = describable(hidden, weight)
-        launch = blocks(hidden.dtype, capability(hidden), described, softcap is not None)
-        linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
-            operand(hidden, described, launch["BT"], launch["BD"]),
-            operand(weight, described, launch["BV"], launch["BD"]),
-            targets,
-            bias,
-            per_row(temperature, temperatures, targets),
-            softcap,
-            *statistics,
-            target_logits,
-            hidden.stride(0),
-            weight.stride(0),
-            num_rows,
-            vocab,
-            dim,
-            described,
-            SPLIT,
-            GROUP,
-            **launch,
-        )
+        statistics = fold(hidden, weight, targets, bias, temperature, temperatures, softcap, target_logits)
         linear_logprobs_merge[(triton.cdiv(num_rows, MERGE["BT"]),)](
-            *statistics, target_logits, targets, *results, num_rows, vocab, num_splits, ignore_index, **MERGE
+            *statistics, target_logits, targets, *results, num_rows, vocab, statistics.shape[1], ignore_index, **MERGE
         )
     return tuple(results)
 
