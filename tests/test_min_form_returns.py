@@ -287,10 +287,9 @@ def test_opcheck():
     rewards, ends, cu = inputs([30, 0, 20])
     torch.library.opcheck(_min_form_returns, (rewards, ends, cu, 50, "causal_soft", 0.1))
     torch.library.opcheck(_min_form_returns, (rewards.bfloat16(), ends.int(), cu.long(), 50, "soft", math.inf))
-    values, base = rewards.double(), torch.randn(3, dtype=torch.float64)
-    affine = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    torch.library.opcheck(step_rows, (values, None, ends, cu, None, None, 50, False, False, True))
-    torch.library.opcheck(step_rows, (values, base, ends, cu, torch.randn(50), affine, 50, True, True, False))
+    values, base, stats = rewards.double(), torch.randn(3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    torch.library.opcheck(step_rows, (values, None, ends, cu, None, None, "", 50, False, True))
+    torch.library.opcheck(step_rows, (values, base, ends, cu, torch.randn(50), stats, "nonzero", 50, True, False))
 
 
 def test_compiles_whole_and_for_any_length():

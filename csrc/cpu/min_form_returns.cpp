@@ -12,7 +12,9 @@
 
 #include "cu_seqlens.h"
 #include "dtypes.h"
+#include "simd.h"
 #include "steps.h"
+#include "target_clones.h"
 
 namespace qrm_fast {
 namespace {
@@ -22,19 +24,33 @@ using torch::stable::Tensor;
 // exp(-excess / temperature) of an excess >= 0 over the minimum: 1 at the minimum for temperature 0, 1 for infinity.
 inline double weight(double excess, double temperature) { return excess == 0 ? 1.0 : std::exp(-excess / temperature); }
 
-// G_t = sum over j >= t of w_j r_j, w = softmax(-r / temperature) over all steps.
-template <typename T>
-void soft_returns(const T* rewards, int64_t n, double minimum, double temperature, double* returns) {
-  double total = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    returns[k] = weight(static_cast<acc_t<T>>(rewards[k]) - minimum, temperature);
-    total += returns[k];
+using Simd8 = Simd<double, 64>;
+
+QRM_FAST_INLINE Simd8::Vec weights_of(Simd8::Vec rewards, double minimum, double temperature) {
+  const Simd8::Vec excess = rewards - minimum;
+  return excess == 0.0 ? Simd8::broadcast(1.0) : Simd8::exp(-excess / temperature);
+}
+
+// G_t = sum over j >= t of w_j r_j, w = softmax(-r / temperature) over all steps; `returns` holds r at first.
+QRM_FAST_TARGET_CLONES void soft_returns(int64_t n, double minimum, double temperature, double* returns) {
+  Simd8::Vec totals = {};
+  int64_t k = 0;
+  for (; k + Simd8::kLanes <= n; k += Simd8::kLanes) {
+    const Simd8::Vec r = Simd8::load(returns + k), w = weights_of(r, minimum, temperature);
+    Simd8::store(returns + k, w * r);
+    totals += w;
   }
+  if (k < n) {
+    const Simd8::Vec r = Simd8::load_first(returns + k, n - k, minimum);
+    Simd8::Vec w = weights_of(r, minimum, temperature);
+    Simd8::store_first(returns + k, n - k, w * r);
+    for (int64_t l = n - k; l < Simd8::kLanes; ++l) w[l] = 0;
+    totals += w;
+  }
+  const double total = Simd8::sum(totals);
   double sum = 0;
-  for (int64_t k = n - 1; k >= 0; --k) {
-    sum += returns[k] * static_cast<acc_t<T>>(rewards[k]);
-    returns[k] = sum / total;
-  }
+  for (k = n - 1; k >= 0; --k) returns[k] = sum += returns[k];
+  for (k = 0; k < n; ++k) returns[k] /= total;
 }
 
 // G_t = sum over j >= t of w_j r_j, w = softmax(-r / temperature) over j >= t: minimum + excess / total, both relative
@@ -68,7 +84,8 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
                                                     const Tensor& cu_seqlens, int64_t num_tokens, std::string form,
                                                     double temperature) {
   const CuSeqlens cu(cu_seqlens, num_tokens);
-  const Steps steps(step_ends, cu, num_tokens);
+  Steps::check(step_ends, num_tokens);
+  const Steps steps(step_ends, cu);
   const bool soft = form == "soft", causal = form == "causal_soft";
   STD_TORCH_CHECK(soft || causal || form == "sum", "the public function admits only known forms");
   const auto dtype = acc_dtype(step_rewards.scalar_type());
@@ -84,21 +101,21 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
     torch::stable::parallel_for(0, cu.num_sequences(), 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = steps.first(i), n = steps.count(i);
-        const auto value = [&](int64_t k) { return static_cast<acc_t<T>>(r[k]); };
         w[i] = -1;
         o[i] = 0;
         if (n == 0) continue;
         int64_t lowest = first;
         bool finite = true;
         for (int64_t k = first; k < first + n; ++k) {
-          finite = finite && std::isfinite(value(k));
-          if (value(k) < value(lowest)) lowest = k;
+          g[k] = static_cast<acc_t<T>>(r[k]);
+          finite &= std::isfinite(g[k]);
+          if (g[k] < g[lowest]) lowest = k;
         }
         if (!finite) {
           std::fill_n(g + first, n, std::numeric_limits<double>::quiet_NaN());
         } else {
           w[i] = lowest;
-          if (soft) soft_returns(r + first, n, value(lowest), temperature, g + first);
+          if (soft) soft_returns(n, g[lowest], temperature, g + first);
           if (causal) causal_soft_returns(r + first, n, temperature, g + first);
           if (form == "sum") sum_returns(r + first, n, g + first);
         }

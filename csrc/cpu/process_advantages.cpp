@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -151,23 +152,19 @@ struct Batch {
   }
 
   // Of the rows that are not 0 where `drop_zeros`, of all unmasked ones else; rows that are not finite count nowhere.
+  // One pass, about the first row counted: the mean is no further from it than the spread allows.
   Moments moments(int64_t i, const double* levels, double base, bool drop_zeros) const {
-    double count = 0, origin = 0, sum = 0, m2 = 0;
-    const auto counts = [&](double value, int64_t n) {
-      return n > 0 && std::isfinite(value) && !(drop_zeros && value == 0);
-    };
-    for_rows(i, levels, base, [&](double value, int64_t n) {
-      if (!counts(value, n)) return;
+    double count = 0, origin = 0, sum = 0, squares = 0;
+    for_rows(i, levels, base, [&](double value, double n) {
+      if (!(n > 0) || !std::isfinite(value) || (drop_zeros && value == 0)) return;
       if (count == 0) origin = value;
+      const double deviation = value - origin;
       count += n;
-      sum += n * (value - origin);
+      sum += n * deviation;
+      squares += n * deviation * deviation;
     });
     if (count == 0) return {};
-    const double mean = origin + sum / count;
-    for_rows(i, levels, base, [&](double value, int64_t n) {
-      if (counts(value, n)) m2 += n * (value - mean) * (value - mean);
-    });
-    return {count, mean, m2};
+    return {count, origin + sum / count, std::max(squares - sum * sum / count, 0.0)};
   }
 };
 
@@ -179,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
                                                       std::string preset, double max_gen_len, double process_coef,
                                                       double outcome_coef, bool mask_step_ends) {
   const CuSeqlens cu(cu_seqlens, num_tokens);
-  const Steps steps(step_ends, cu, num_tokens);
+  const Steps steps(step_ends, cu);
   const Groups groups(group_ids);
   const int64_t num_sequences = groups.size();
   Tensor levels = torch::stable::new_empty(returns, {returns.size(0)});

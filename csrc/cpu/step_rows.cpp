@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <optional>
+#include <string>
 
 #include "cu_seqlens.h"
 #include "dtypes.h"
+#include "moments.h"
 #include "steps.h"
 
 namespace qrm_fast {
@@ -16,13 +18,27 @@ namespace {
 
 using torch::stable::Tensor;
 
+// y = (x - shift) * scale; an x of exactly 0 stays where `keep_zeros`.
 struct Affine {
   double shift = 0;
   double scale = 1;
   bool keep_zeros = false;
 
-  double operator()(double value) const { return keep_zeros && value == 0 ? 0 : (value - shift) * scale; }
+  double operator()(double x) const { return keep_zeros && x == 0 ? 0 : (x - shift) * scale; }
 };
+
+// Whitening, given the moments of the counted rows and, as the second set, the count of those left at 0.
+Affine whitening_of(const std::optional<Tensor>& stats, const std::string& name) {
+  if (!stats.has_value()) return {};
+  const Moments* sets = static_cast<const Moments*>(stats->const_data_ptr());
+  const Moments& rows = sets[0];
+  if (name == "nonzero") {
+    const double variance = (rows.m2 + sets[1].count * rows.mean * rows.mean) / std::max(rows.count, 1.0);
+    return {rows.mean, 1 / std::sqrt(std::max(variance, 1e-8)), true};
+  }
+  STD_TORCH_CHECK(name == "unbiased", "the public functions ask only for known whitenings");
+  return {rows.mean, 1 / std::sqrt(rows.m2 / std::max(rows.count - 1, 1.0) + 1e-8)};
+}
 
 template <typename A>
 void fill_rows(double value, const A* penalty, const Affine& affine, int64_t begin, int64_t end, A* rows) {
@@ -34,17 +50,13 @@ void fill_rows(double value, const A* penalty, const Affine& affine, int64_t beg
 }
 
 Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const Tensor& step_ends,
-                 const Tensor& cu_seqlens, const std::optional<Tensor>& penalty, const std::optional<Tensor>& affine,
-                 int64_t num_tokens, bool mask_step_ends, bool keep_zeros, bool wide) {
+                 const Tensor& cu_seqlens, const std::optional<Tensor>& penalty, const std::optional<Tensor>& stats,
+                 std::string whitening, int64_t num_tokens, bool mask_step_ends, bool wide) {
   const CuSeqlens cu(cu_seqlens, num_tokens);
-  const Steps steps(step_ends, cu, num_tokens);
+  const Steps steps(step_ends, cu);
   const double* v = static_cast<const double*>(values.const_data_ptr());
   const double* b = data_or_null<double>(base);
-  Affine map;
-  if (affine.has_value()) {
-    const double* a = static_cast<const double*>(affine->const_data_ptr());
-    map = {a[0], a[1], keep_zeros};
-  }
+  const Affine map = whitening_of(stats, whitening);
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
   Tensor out = torch::stable::new_empty(values, {num_tokens}, dtype);
   dispatch_floating(dtype, [&](auto zero) {

@@ -3,7 +3,6 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -14,25 +13,24 @@ namespace qrm_fast {
 
 class Steps {
  public:
-  // Throws ValueError unless the ends ascend strictly within [0, num_tokens).
-  Steps(const torch::stable::Tensor& step_ends, const CuSeqlens& cu, int64_t num_tokens)
+  // Of ends that `check` has seen.
+  Steps(const torch::stable::Tensor& step_ends, const CuSeqlens& cu)
       : data_(step_ends.const_data_ptr()),
         wide_(step_ends.scalar_type() == torch::headeronly::ScalarType::Long),
         cu_(cu),
         first_(cu.num_sequences() + 1) {
-    const int64_t num_steps = step_ends.size(0);
-    for (int64_t k = 0; k < num_steps; ++k) {
-      CHECK_VALUE(0 <= end(k) && end(k) < num_tokens, "step_ends must lie in [0, ", num_tokens, "), got ", end(k),
-                  " at index ", k);
-      CHECK_VALUE(k == 0 || end(k - 1) < end(k), "step_ends must ascend, got ", end(k - 1), " then ", end(k),
-                  " at index ", k);
-    }
-    int64_t k = 0;
+    int64_t from = 0;
     for (int64_t i = 0; i < cu.num_sequences(); ++i) {
-      first_[i] = k;
-      while (k < num_steps && end(k) < cu[i + 1]) ++k;
+      first_[i] = from;
+      from = lower_bound(from, step_ends.size(0), cu[i + 1]);
     }
-    first_.back() = num_steps;
+    first_.back() = step_ends.size(0);
+  }
+
+  // Throws ValueError unless the ends ascend strictly within [0, num_tokens).
+  static void check(const torch::stable::Tensor& step_ends, int64_t num_tokens) {
+    const bool wide = step_ends.scalar_type() == torch::headeronly::ScalarType::Long;
+    wide ? check<int64_t>(step_ends, num_tokens) : check<int32_t>(step_ends, num_tokens);
   }
 
   int64_t end(int64_t k) const {
@@ -45,6 +43,28 @@ class Steps {
   int64_t begin(int64_t i, int64_t k) const { return k == first_[i] ? cu_[i] : end(k - 1) + 1; }
 
  private:
+  int64_t lower_bound(int64_t from, int64_t to, int64_t row) const {
+    while (from < to) {
+      const int64_t middle = (from + to) / 2;
+      end(middle) < row ? from = middle + 1 : to = middle;
+    }
+    return from;
+  }
+
+  template <typename I>
+  static void check(const torch::stable::Tensor& step_ends, int64_t num_tokens) {
+    const I* ends = static_cast<const I*>(step_ends.const_data_ptr());
+    const int64_t num_steps = step_ends.size(0);
+    bool ascending = num_steps == 0 || (0 <= ends[0] && ends[num_steps - 1] < num_tokens);
+    for (int64_t k = 1; k < num_steps; ++k) ascending &= ends[k - 1] < ends[k];
+    for (int64_t k = 0; !ascending && k < num_steps; ++k) {
+      CHECK_VALUE(0 <= ends[k] && ends[k] < num_tokens, "step_ends must lie in [0, ", num_tokens, "), got ", ends[k],
+                  " at index ", k);
+      CHECK_VALUE(k == 0 || ends[k - 1] < ends[k], "step_ends must ascend, got ", ends[k - 1], " then ", ends[k],
+                  " at index ", k);
+    }
+  }
+
   const void* data_;
   bool wide_;
   const CuSeqlens& cu_;

@@ -59,7 +59,7 @@ def min_form_returns(
         step_rewards, step_ends, cu_seqlens, num_tokens, *form_of(operator, temperature)
     )
     wide = step_rewards.dtype == torch.float64
-    returns = step_rows(values, None, step_ends, cu_seqlens, None, None, num_tokens, False, False, wide)
+    returns = step_rows(values, None, step_ends, cu_seqlens, None, None, "", num_tokens, False, wide)
     return MinForm(returns, outcome, worst_step)
 
 

@@ -12,6 +12,7 @@ from .moments import join_ranks, moments
 from .step_rows import step_rows
 
 PRESETS = ("paper", "paper-step", "openrlhf", "verl")
+WHITENING = {"openrlhf": "nonzero", "verl": "unbiased"}  # of step_rows
 
 
 def process_advantages(
@@ -121,22 +122,12 @@ def process_advantages(
         outcome_coef,
         masked,
     )
-    affine = None
-    if preset in ("openrlhf", "verl"):
-        stats = stats if process_group is None else join_ranks(stats, process_group)
-        affine = _whitening(stats, preset)
+    whitening = WHITENING.get(preset, "")
+    if whitening and process_group is not None:
+        stats = join_ranks(stats, process_group)
     wide = step_rewards.dtype == torch.float64
-    keep_zeros = preset == "openrlhf"
-    return step_rows(levels, base, step_ends, cu_seqlens, penalty, affine, num_tokens, masked, keep_zeros, wide)
-
-
-def _whitening(stats: Tensor, preset: str) -> Tensor:
-    """[2] float64: what is subtracted from every row, and what it is multiplied by."""
-    (count, mean, m2), (num_zeros, _, _) = stats
-    if preset == "openrlhf":
-        variance = (m2 + num_zeros * mean.square()) / count.clamp(min=1)
-        return torch.stack([mean, variance.clamp(min=1e-8).rsqrt()])
-    return torch.stack([mean, (m2 / (count - 1).clamp(min=1) + 1e-8).rsqrt()])
+    stats = stats if whitening else None
+    return step_rows(levels, base, step_ends, cu_seqlens, penalty, stats, whitening, num_tokens, masked, wide)
 
 
 @torch.library.custom_op("qrm_fast::process_advantages", mutates_args=())
@@ -209,8 +200,8 @@ def _process_advantages(
     base = (base + (process - process)).masked_fill(outside, torch.nan)
     levels = process_coef * (returns - of_step) + base[i_seq]
     stats = returns.new_zeros(2, 3)
-    if preset in ("openrlhf", "verl"):
-        rows = step_rows(levels, base, step_ends, cu_seqlens, penalty, None, num_tokens, mask_step_ends, False, True)
+    if preset in WHITENING:
+        rows = step_rows(levels, base, step_ends, cu_seqlens, penalty, None, "", num_tokens, mask_step_ends, True)
         counted = rows.new_ones(num_tokens, dtype=torch.bool)
         if preset == "openrlhf":
             counted = rows != 0

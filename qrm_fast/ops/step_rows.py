@@ -13,18 +13,22 @@ def step_rows(
     step_ends: Tensor,
     cu_seqlens: Tensor,
     penalty: Tensor | None,
-    affine: Tensor | None,
+    stats: Tensor | None,
+    whitening: str,
     num_tokens: int,
     mask_step_ends: bool,
-    keep_zeros: bool,
     wide: bool,
 ) -> Tensor:
     """[T] float32 (float64 if `wide`): for every row the value of its step, `values` [K] float64.
 
     Rows after their sequence's last step end hold `base` [S] float64; without it 0, or NaN where the sequence's steps
-    are NaN. `penalty` [T], in the result's dtype, is subtracted. `affine` [2] float64 is (shift, scale) with
-    y = (x - shift) * scale, where `keep_zeros` leaves an x of exactly 0. `mask_step_ends` zeroes the rows of
-    `step_ends`. Not differentiable; the caller has checked the arguments.
+    are NaN. `penalty` [T], in the result's dtype, is subtracted. With `stats` [2, 3], moments, the rows x are whitened:
+
+        unbiased  (x - mean) / sqrt(m2 / (count - 1) + 1e-8)
+        nonzero   (x - mean) / sqrt(max((m2 + num_zeros mean^2) / count, 1e-8)); an x of exactly 0 stays
+
+    where num_zeros is the count of the second set. `mask_step_ends` zeroes the rows of `step_ends`. Not differentiable;
+    the caller has checked the arguments.
     """
     num_steps, num_sequences = step_ends.shape[0], cu_seqlens.shape[0] - 1
     ends, cu = step_ends.to(torch.int64), cu_seqlens.to(torch.int64)
@@ -41,9 +45,13 @@ def step_rows(
     x = padded[i_step].where(i_step < step_cu[i_seq + 1], base[i_seq])
     if penalty is not None:
         x = x - penalty
-    if affine is not None:
-        y = (x - affine[0]) * affine[1]
-        x = y.where(x != 0, 0.0) if keep_zeros else y
+    if stats is not None:
+        (count, mean, m2), (num_zeros, _, _) = stats
+        if whitening == "nonzero":
+            variance = (m2 + num_zeros * mean.square()) / count.clamp(min=1)
+            x = ((x - mean) * variance.clamp(min=1e-8).rsqrt()).where(x != 0, 0.0)
+        else:
+            x = (x - mean) * (m2 / (count - 1).clamp(min=1) + 1e-8).rsqrt()
     if mask_step_ends:
         at_end = (i_step < num_steps) & (torch.cat([ends, ends.new_zeros(1)])[i_step] == rows)
         x = x.where(~at_end, 0.0)
@@ -51,5 +59,5 @@ def step_rows(
 
 
 @step_rows.register_fake
-def _(values, base, step_ends, cu_seqlens, penalty, affine, num_tokens, mask_step_ends, keep_zeros, wide):
+def _(values, base, step_ends, cu_seqlens, penalty, stats, whitening, num_tokens, mask_step_ends, wide):
     return values.new_empty(num_tokens, dtype=torch.float64 if wide else torch.float32)
