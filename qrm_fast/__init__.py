@@ -4,9 +4,11 @@ from importlib.util import find_spec
 
 import torch
 
+from .ops.clip_delta import clip_delta
 from .ops.gae import Advantages, gae
 from .ops.gather_logprobs import gather_logprobs
 from .ops.group_advantages import group_advantages
+from .ops.implicit_rewards import implicit_rewards
 from .ops.informative_groups import informative_groups
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.linear_logprobs_partial import LogprobsPartial, linear_logprobs_partial
@@ -18,6 +20,8 @@ from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.prm_rewards import prm_rewards
 from .ops.process_advantages import process_advantages
+from .ops.progress_rewards import progress_rewards
+from .ops.q_advantages import q_advantages
 from .ops.q_token_rewards import q_token_rewards
 from .ops.token_q import token_q
 from .ops.value_loss import value_loss
@@ -56,10 +60,12 @@ __all__ = [
     "PolicyLoss",
     "PolicyMetrics",
     "TokenLogprobs",
+    "clip_delta",
     "from_padded",
     "gae",
     "gather_logprobs",
     "group_advantages",
+    "implicit_rewards",
     "informative_groups",
     "linear_logprobs",
     "linear_logprobs_partial",
@@ -74,6 +80,8 @@ __all__ = [
     "policy_loss",
     "prm_rewards",
     "process_advantages",
+    "progress_rewards",
+    "q_advantages",
     "q_token_rewards",
     "to_padded",
     "token_q",

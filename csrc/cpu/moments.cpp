@@ -115,6 +115,21 @@ Tensor moments(const Tensor& x, const std::optional<Tensor>& mask, const std::op
 }
 
 }  // namespace
+
+template <typename T>
+Moments row_moments(const T* x, const bool* mask, int64_t num_rows) {
+  std::vector<Moments> blocks;
+  for (int64_t t = 0; t < num_rows; t += BT) {
+    blocks.push_back(block_moments(x + t, mask ? mask + t : nullptr, std::min(BT, num_rows - t)));
+  }
+  return join(blocks.size(), [&](int64_t b) { return blocks[b]; });
+}
+
+template Moments row_moments(const float*, const bool*, int64_t);
+template Moments row_moments(const double*, const bool*, int64_t);
+template Moments row_moments(const torch::headeronly::BFloat16*, const bool*, int64_t);
+template Moments row_moments(const torch::headeronly::Half*, const bool*, int64_t);
+
 }  // namespace qrm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) { m.impl("moments", TORCH_BOX(&qrm_fast::moments)); }

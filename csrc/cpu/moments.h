@@ -1,4 +1,4 @@
-// One row of the tensor that `moments` returns.
+// One row of the tensor that `moments` returns, and how rows and sets become one.
 #pragma once
 #include <cstdint>
 
@@ -28,5 +28,9 @@ Moments join(int64_t num_parts, Part&& part) {
   }
   return {count, mean, m2};
 }
+
+// The moments of the counted rows of one set, cut into blocks from its first row.
+template <typename T>
+Moments row_moments(const T* x, const bool* mask, int64_t num_rows);
 
 }  // namespace qrm_fast

@@ -2,11 +2,11 @@
 // mask, in one pass. Reads q, the mask and, with a penalty, both log-probabilities once, writes the rewards once: 9 to
 // 17 bytes per token in fp32. Arithmetic is in double and rounded once. Sequences run in parallel and are summed from
 // their own start.
+#include "q_token_rewards.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <cmath>
 #include <optional>
 #include <string>
 
@@ -18,59 +18,6 @@ namespace qrm_fast {
 namespace {
 
 using torch::stable::Tensor;
-
-enum class Estimator { abs, k1, k2, k3 };
-
-Estimator estimator_of(const std::string& name) {
-  if (name == "abs") return Estimator::abs;
-  if (name == "k1") return Estimator::k1;
-  if (name == "k2") return Estimator::k2;
-  STD_TORCH_CHECK(name == "k3", "the public function admits only known estimators");
-  return Estimator::k3;
-}
-
-template <typename T>
-struct Penalty {
-  const acc_t<T>* logprobs;  // nullptr: none
-  const acc_t<T>* ref_logprobs;
-  Estimator estimator;
-  double coef;
-
-  double operator()(int64_t t) const {
-    if (logprobs == nullptr) return 0;
-    const double d = static_cast<double>(logprobs[t]) - ref_logprobs[t];
-    switch (estimator) {
-      case Estimator::abs:
-        return coef * std::abs(d);
-      case Estimator::k1:
-        return coef * d;
-      case Estimator::k2:
-        return coef * (d * d / 2);
-      case Estimator::k3:
-        return coef * (std::expm1(-d) + d);
-    }
-    return 0;
-  }
-};
-
-template <typename T>
-void sequence_rewards(const T* q, const bool* mask, int64_t bos, int64_t eos, double shift, double scale,
-                      bool rescore_last, const Penalty<T>& penalty, acc_t<T>* rewards) {
-  double sum = 0;
-  int64_t count = 0, last = -1;
-  for (int64_t t = bos; t < eos; ++t) {
-    if (mask != nullptr && !mask[t]) {
-      rewards[t] = 0;
-      continue;
-    }
-    const double y = (static_cast<double>(static_cast<acc_t<T>>(q[t])) - shift) * scale;
-    sum += y;
-    ++count;
-    last = t;
-    rewards[t] = y - penalty(t);
-  }
-  if (rescore_last && count > 0) rewards[last] = sum / count - penalty(last);
-}
 
 Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& stats,
                        const std::optional<Tensor>& mask, bool center, bool rescore_last,
@@ -92,9 +39,8 @@ Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& 
     torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Moments& set = sets[joint ? 0 : i];
-        const double sigma = std::max(std::sqrt(set.m2 / std::max(set.count, 1.0)), min_std);
-        const double scale = sigma != 0 ? 1 / (sigma + eps) : 0;
-        sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, scale, rescore_last, penalty, r);
+        sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
+                         penalty, [&](int64_t t, double reward) { r[t] = reward; });
       }
     });
   });

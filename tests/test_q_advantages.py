@@ -1,0 +1,144 @@
+"""q_advantages: the released code's golden values, the definition in float64, and the promises of every op."""
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from grids import LENGTHS
+from test_q_token_rewards import CASES, CU, KL, SCORES, VALUES, close, float32_path, inputs, oracle
+
+from qrm_fast import q_advantages, q_token_rewards
+from qrm_fast.ops.q_advantages import _q_advantages
+from qrm_fast.ops.q_token_rewards import _q_token_rewards
+
+
+@pytest.fixture(params=["kernel", "reference"])
+def implementation(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_advantages", _q_advantages._init_fn)
+        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_token_rewards", _q_token_rewards._init_fn)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_golden_a():
+    advantages, returns = q_advantages(SCORES, VALUES, CU, **KL)
+    close(advantages, [0.371249, -0.777377, 1.518264, 1.142236, -0.402628, 0.169184, 2.271591])
+    close(returns, [0.378469, -0.762937, 1.521874, 1.131406, -0.380969, 0.187234, 2.278811])
+
+
+@pytest.mark.usefixtures("implementation")
+def test_algorithm_1_of_the_paper():
+    """Standardised scores minus the critic's raw value."""
+    advantages, _ = q_advantages(SCORES, VALUES, CU, center=True, value_coef=1.0, value_normalize=False)
+    scores = SCORES.double()
+    standardised = (scores - scores.mean()) / scores.std(correction=0)
+    torch.testing.assert_close(advantages.double(), standardised - VALUES.double(), rtol=0, atol=3e-7)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_agrees_with_the_definition(lengths, case):
+    q, cu, *rest = inputs(lengths)
+    options = CASES[case](*rest)
+    values = torch.randn(len(q), generator=torch.Generator().manual_seed(5)).mul(2).add(3)
+    spread = {name: options[name] for name in ("mask", "scope", "group_ids", "eps") if name in options}
+    exact_returns, exact_values = oracle(q, cu, **options), oracle(values, cu, **spread)
+    peer_returns, peer_values = float32_path(q, cu, options), float32_path(values, cu, spread)
+    advantages, returns = q_advantages(q, values, cu, value_coef=0.5, **options)
+    assert_as_accurate(returns, exact_returns, peer_returns)
+    assert_as_accurate(advantages, exact_returns - 0.5 * exact_values, peer_returns - 0.5 * peer_values)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_without_values_or_spread():
+    q, cu, mask, *_ = inputs([4, 0, 9])
+    advantages, returns = q_advantages(q, None, cu, mask=mask)
+    assert torch.equal(advantages, returns) and torch.equal(returns, q_token_rewards(q, cu, mask=mask))
+    for scope in "batch", "sequence":
+        flat = q_advantages(q, torch.full_like(q, 0.1), cu, scope=scope)
+        assert torch.equal(flat.advantages, flat.returns)
+    raw = q_advantages(q, torch.full_like(q, 0.25), cu, value_coef=2.0, value_normalize=False)
+    torch.testing.assert_close(raw.advantages, raw.returns - 0.5)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("scope", ["batch", "sequence", "group"])
+def test_masked_rows_are_never_read(scope):
+    q, cu, mask, group_ids, *_ = inputs([5, 9, 40, 3])
+    values = torch.randn_like(q)
+    options = {"mask": mask, "scope": scope, "group_ids": group_ids if scope == "group" else None}
+    clean, *poisoned = (
+        torch.stack(q_advantages(q.where(mask, poison), values.where(mask, poison), cu, **options))
+        for poison in (0.0, math.nan, math.inf)
+    )
+    assert not clean[:, ~mask].any() and all(torch.equal(clean, p) for p in poisoned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(dtype):
+    q, cu, *rest = inputs([3, 1, 7, 63, 65], dtype)
+    options = CASES["everything"](*rest)
+    result = q_advantages(q, q.flip(0), cu, **options)
+    assert {x.dtype for x in result} == {torch.promote_types(dtype, torch.float32)}
+    spread = {name: options[name] for name in ("mask", "scope", "group_ids", "eps")}
+    exact = oracle(q, cu, **options) - 0.01 * oracle(q.flip(0), cu, **spread)
+    peer = float32_path(q, cu, options) - 0.01 * float32_path(q.flip(0), cu, spread)
+    assert_as_accurate(result.advantages, exact, peer)
+
+
+@pytest.mark.unpoisoned
+def test_bits_depend_on_the_own_sequence_only():
+    q, cu, mask, *_ = inputs([1, 1025, 3, 0, 2049, 7, 1024])
+    values = torch.randn_like(q)
+    options = {"scope": "sequence", "center": True, "eos_rescore": "mean"}
+    packed = torch.stack(q_advantages(q, values, cu, mask=mask, **options))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(packed, torch.stack(q_advantages(q, values, cu, mask=mask, **options)))
+    finally:
+        torch.set_num_threads(threads)
+    for bos, eos in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        rows = slice(bos, eos)
+        alone = q_advantages(q[rows], values[rows], torch.tensor([0, eos - bos]), mask=mask[rows], **options)
+        assert torch.equal(torch.stack(alone), packed[:, rows])
+
+
+def test_not_differentiable():
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        q_advantages(SCORES, VALUES.clone().requires_grad_(), CU).advantages.sum().backward()
+
+
+def test_opcheck():
+    q, cu, mask, _, logprobs, ref_logprobs = inputs([3, 0, 4, 6])
+    stats = torch.tensor([[13.0, 0.5, 20.0]], dtype=torch.float64)
+    options = (0.01, True, True, True, logprobs, ref_logprobs, 0.1, "k3", 0.0, 1e-8)
+    torch.library.opcheck(_q_advantages, (q, q + 1, cu, stats, stats, mask, *options))
+    options = (0.01, True, False, False, None, None, 0.0, "abs", 0.1, 1e-8)
+    torch.library.opcheck(_q_advantages, (q.bfloat16(), None, cu, None, None, None, *options))
+
+
+def test_compiles_whole_and_for_any_length():
+    compiled = torch.compile(q_advantages, fullgraph=True, dynamic=True)
+    for lengths in [3, 4, 9, 5], [8, 1, 6, 6, 70, 2]:
+        q, cu, *rest = inputs(lengths)
+        options = CASES["everything"](*rest)
+        for graph, eager in zip(compiled(q, q + 1, cu, **options), q_advantages(q, q + 1, cu, **options), strict=True):
+            assert torch.equal(graph, eager)
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (TypeError, r"values must be \[T\] float32, got \[7\] bfloat16", {"values": VALUES.bfloat16()}),
+        (ValueError, r"values must be \[T\] float32 with T = 7, got \[6\] float32", {"values": VALUES[:6]}),
+        (ValueError, "scope must be one of batch, sequence, group, got 'chunk'", {"scope": "chunk"}),
+        (ValueError, "cu_seqlens must end at the number of packed rows, 7, got 4", {"cu_seqlens": CU[:2]}),
+        (ValueError, "logprobs must be given for kl_coef = 0.1, got None", {"kl_coef": 0.1}),
+    ],
+)
+def test_bad_input(error, message, options):
+    with pytest.raises(error, match=message):
+        q_advantages(**{"q": SCORES, "values": VALUES, "cu_seqlens": CU} | options)
