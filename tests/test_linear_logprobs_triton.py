@@ -29,16 +29,45 @@ CASES = {
 }
 
 
+class ByTriton(torch.autograd.Function):
+    """The op through the launchers of its Triton kernels."""
+
+    @staticmethod
+    def forward(ctx, device, hidden, weight, bias, targets, temperature, softcap):
+        per_row = isinstance(temperature, torch.Tensor)
+        number, rows = (1.0, temperature.to(device)) if per_row else (temperature, None)
+        hidden, weight, targets = (x.to(device) for x in (hidden, weight, targets))
+        ctx.arguments = (
+            hidden,
+            weight,
+            targets,
+            None if bias is None else bias.to(device),
+            number,
+            rows,
+            softcap,
+            -100,
+        )
+        results = kernels.forward(*ctx.arguments)
+        ctx.results = results[1:]
+        ctx.mark_non_differentiable(*results[2:])
+        return tuple(x.cpu() for x in results)
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, *_):
+        device = ctx.arguments[0].device
+        upstream = (x.to(device).contiguous() for x in (grad_logprobs, grad_entropy))
+        needs = ctx.needs_input_grad[1:4]
+        grads = kernels.backward(*upstream, *ctx.arguments, *ctx.results, *needs)
+        grads = [x.cpu() if need else None for x, need in zip(grads, needs, strict=True)]
+        return None, *grads, None, None, None
+
+
 @pytest.fixture
 def forward(triton_device):
-    """logprobs, entropy, lse and the residual of lse, by the launcher."""
+    """logprobs, entropy, lse and the residual of lse, by the launchers; differentiable in the first two."""
 
     def call(hidden, weight, bias, targets, temperature=1.0, softcap=None):
-        per_row = isinstance(temperature, torch.Tensor)
-        number, rows = (1.0, temperature.to(triton_device)) if per_row else (temperature, None)
-        hidden, weight, targets = (x.to(triton_device) for x in (hidden, weight, targets))
-        bias = bias if bias is None else bias.to(triton_device)
-        return [x.cpu() for x in kernels.forward(hidden, weight, targets, bias, number, rows, softcap, -100)]
+        return ByTriton.apply(triton_device, hidden, weight, bias, targets, temperature, softcap)
 
     return call
 
@@ -51,7 +80,7 @@ def in_dtype(dtype, tensors, rest):
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES.values(), ids=CASES)
-def test_as_accurate_as_pytorch_in_float32(forward, dtype, options):
+def test_results_as_accurate_as_pytorch_in_float32(forward, dtype, options):
     """Over all shapes, for a few rows are a matter of luck. And within 2e-5; logprobs <= 0, entropy >= 0."""
     runs = []
     for shape in SHAPES:
@@ -67,6 +96,98 @@ def test_as_accurate_as_pytorch_in_float32(forward, dtype, options):
         assert ours.dtype == torch.float32
         assert_no_further(ours, exact, peer)
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5)
+
+
+def gradients(function, dtype, tensors, rest, scale):
+    """Of a random combination of logprobs and entropy, `scale` times as large, and a few rows without either."""
+    arguments = in_dtype(dtype, tensors, rest)
+    leaves = [k for k, x in tensors.items() if x is not None]
+    for k in leaves:
+        arguments[k] = arguments[k].detach().requires_grad_()
+    logprobs, entropy, *_ = function(**arguments)
+    generator = torch.Generator().manual_seed(1)
+    g, e = (torch.randn(logprobs.shape, generator=generator) * scale for _ in range(2))
+    g[3::5] = e[3::5] = 0
+    loss = (logprobs * g.to(logprobs) + entropy * e.to(logprobs)).sum()
+    return torch.autograd.grad(loss, [arguments[k] for k in leaves])
+
+
+def assert_gradients(forward, dtype, shapes, options, scale=1.0):
+    """In the mean square over all shapes: for float32 as PyTorch's. For 16 bits, whose dZ tensor cores need in 16 bits,
+    at most a third of the error of PyTorch's path in that dtype, or one rounding."""
+    errors = []
+    for shape in shapes:
+        tensors, rest = make(*shape, dtype, **options)
+        exact = gradients(naive, torch.float64, tensors, rest, scale)
+        peer = gradients(naive, dtype, tensors, rest, scale)
+        for got, want, other in zip(gradients(forward, dtype, tensors, rest, scale), exact, peer, strict=True):
+            assert got.dtype == dtype and got.shape == want.shape and torch.isfinite(got).all()
+            size = want.norm() + 1e-300
+            errors.append(torch.stack([((x.double() - want) / size).norm() for x in (got, other)]))
+    error, peer_error = torch.stack(errors).square().mean(0).sqrt()
+    limit = 1.1 * peer_error if dtype == torch.float32 else peer_error / 3
+    assert error <= max(limit, torch.finfo(dtype).eps), f"off by {error:.3g}, PyTorch by {peer_error:.3g}"
+
+
+@pytest.mark.parametrize(("dtype", "options"), CASES.values(), ids=CASES)
+def test_gradients(forward, dtype, options):
+    """Of the size that a mean over many tokens has, as far as the dtype of the result can hold it."""
+    shapes = [(5, 8, 1), (63, 20, 17), (1, 64, 127), (2, 33, 1000), (130, 72, 300)]
+    assert_gradients(forward, dtype, shapes, options, scale=1e-3 if dtype == torch.float16 else 1e-6)
+
+
+def test_float16_holds_the_gradient_of_a_small_loss(forward):
+    """Upstream gradients of 1e-5, large weights: dZ would underflow, hidden's gradient does not."""
+    tensors, rest = make(63, 20, 300, torch.float16)
+    leaf = (tensors["hidden"] / 1024).requires_grad_()
+    weight = tensors["weight"] * 1024
+    exact_leaf = leaf.detach().double().requires_grad_()
+    for x, w in (leaf, weight), (exact_leaf, weight.double()):
+        logprobs = (forward if x is leaf else naive)(x, w, None, **rest)[0]
+        (logprobs.sum() * 1e-5).backward()
+    assert (leaf.grad.double() - exact_leaf.grad).norm() <= 1e-3 * exact_leaf.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_over_several_chunks(forward, dtype, monkeypatch):
+    """Of the vocabulary and of the rows, the last of each cut short."""
+    monkeypatch.setattr(kernels, "COLUMNS", 128)
+    monkeypatch.setattr(kernels, "ROWS", 128)
+    assert_gradients(forward, dtype, [(140, 24, 300)], OPTIONS["everything"])
+
+
+def test_rows_without_gradient_never_leak(forward):
+    """They are ignored, or their upstream gradients are 0, and may hold NaN; a wild target spoils its own row alone."""
+    tensors, _ = make(9, 16, 300, torch.bfloat16, bias=True)
+    targets = torch.tensor([3, 99, 299, 300, -100, 2, 3, 4, 5])
+    keep = torch.tensor([0, 1, 1, 1, 1, 1, 0, 1, 1])
+
+    def grads(hidden, rows):
+        leaves = [x.requires_grad_() for x in (hidden[rows].clone(), tensors["weight"], tensors["bias"])]
+        logprobs, entropy, *_ = forward(*leaves, targets[rows])
+        return torch.autograd.grad([logprobs, entropy], leaves, [keep[rows] * 0.1, keep[rows] * 0.2])
+
+    want = grads(tensors["hidden"], torch.tensor([1, 2, 5, 7, 8]))
+    dirty = tensors["hidden"].clone()
+    dirty[0], dirty[4], dirty[6] = math.nan, math.nan, math.inf
+    got = grads(dirty, torch.arange(9))
+    assert torch.equal(got[0][[1, 2, 5, 7, 8]], want[0]) and got[0][3].isnan().all()
+    assert (got[0][[0, 4, 6]] == 0).all()
+    for x, y in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_each_gradient_alone(forward):
+    tensors, rest = make(20, 8, 30, torch.float32, bias=True)
+    together = gradients(forward, torch.float32, tensors, rest, 1)
+    for k, want in zip(tensors, together, strict=True):
+        leaf = tensors[k].clone().requires_grad_()
+        logprobs, entropy, *_ = forward(**tensors | {k: leaf}, **rest)
+        generator = torch.Generator().manual_seed(1)
+        g, e = (torch.randn(20, generator=generator) for _ in range(2))
+        g[3::5] = e[3::5] = 0
+        (grad,) = torch.autograd.grad((logprobs * g + entropy * e).sum(), leaf)
+        assert torch.equal(grad, want)
 
 
 def test_large_logits_and_masked_vocabulary(forward):
@@ -102,11 +223,21 @@ def test_non_finite_rows_and_wild_targets_stay_alone(forward):
 )
 def test_bits_of_a_row_do_not_depend_on_the_batch(forward, dtype, dim, vocab):
     tensors, rest = make(130, dim, vocab, dtype, bias=True, temperature=True)
-    everything = forward(**tensors, **rest)
+
+    def rows(index):
+        hidden = tensors["hidden"][index].clone().requires_grad_()
+        part = {
+            **tensors,
+            "hidden": hidden,
+            "targets": rest["targets"][index],
+            "temperature": rest["temperature"][index],
+        }
+        results = forward(**part)
+        return *results, *torch.autograd.grad((results[0] * 0.5 - results[1] * 0.1).sum(), hidden)
+
+    everything = rows(torch.arange(130))
     for index in [torch.randperm(130), torch.tensor([129]), torch.arange(3, 66)]:
-        part = tensors | {"hidden": tensors["hidden"][index]}
-        got = forward(**part, targets=rest["targets"][index], temperature=rest["temperature"][index])
-        for x, y in zip(everything, got, strict=True):
+        for x, y in zip(everything, rows(index), strict=True):
             assert torch.equal(x[index], y)
 
 
@@ -128,11 +259,15 @@ def test_at_the_size_of_models(num_rows, dim, vocab):
     hidden = torch.randn(num_rows, dim, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(vocab, dim, device="cuda", dtype=torch.bfloat16) / dim**0.5
     targets = torch.arange(vocab - num_rows, vocab, device="cuda").clamp(min=0)
-    ours = qrm_fast.linear_logprobs(hidden, weight, targets)
     sample = torch.cat([torch.arange(100), torch.arange(num_rows - 100, num_rows)]).cuda()
-    exact = naive(hidden[sample].double(), weight.double(), None, targets[sample], 1.0, None)
+    leaf, exact_leaf = hidden.requires_grad_(), hidden.detach()[sample].double().requires_grad_()
+    ours = qrm_fast.linear_logprobs(leaf, weight, targets)
+    exact = naive(exact_leaf, weight.double(), None, targets[sample], 1.0, None)
     for x, y in zip(ours, exact, strict=True):
         torch.testing.assert_close(x[sample].double(), y, rtol=0, atol=2e-5)
+    ours.logprobs.sum().backward()
+    exact[0].sum().backward()
+    assert (leaf.grad[sample].double() - exact_leaf.grad).norm() <= 2**-8 * exact_leaf.grad.norm()
 
 
 @pytest.mark.gpu
@@ -141,13 +276,21 @@ def test_public_function_on_cuda_runs_these_kernels(forward):
     tensors, rest = make(300, 72, 1000, torch.bfloat16, bias=True, temperature=True)
     want = forward(**tensors, **rest)
     arguments = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in (tensors | rest).items()}
-    functions = [qrm_fast.linear_logprobs, torch.compile(qrm_fast.linear_logprobs, fullgraph=True, dynamic=True)]
-    for function in functions:
-        function(**arguments)
+    leaf = arguments["weight"].requires_grad_()
+
+    def step(**arguments):
+        results = qrm_fast.linear_logprobs(**arguments)
+        return *results, (results.logprobs + results.entropy).sum()
+
+    grads = []
+    for function in step, torch.compile(step, fullgraph=True, dynamic=True):
+        torch.autograd.grad(function(**arguments)[-1], leaf)
         torch.cuda.set_sync_debug_mode("error")
-        got = function(**arguments)
+        *got, loss = function(**arguments)
+        grads += torch.autograd.grad(loss, leaf)
         torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(x.cpu(), y) for x, y in zip(got, want, strict=False))
+    assert torch.equal(*grads)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = qrm_fast.linear_logprobs(**arguments)

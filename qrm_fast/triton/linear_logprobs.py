@@ -7,6 +7,12 @@ order by a second launch, 12 bytes per row and 2048 columns; a row's bits depend
 2 T D V FLOP. Programs run through GROUP blocks of rows for one split before the next split: a wave of programs then
 reads as many weight tiles as hidden tiles, about 15 MB each for D = 3584, and both stay in L2, where one block of rows
 per wave would read all of weight T / BT times.
+
+Backward: ROWS rows and COLUMNS columns at a time, the logits are multiplied again, and dZ leaves the accumulators in
+hidden's dtype, divided by a power of 2 of its row so that 16 bits hold it whatever the size of the loss; `product` then
+adds dZ W and dZ^T X in float32. For 16-bit inputs tensor cores need a 16-bit dZ: its rounding, 2^-9 of each element in
+bfloat16, is about that of the gradient itself. 6 T D V FLOP. A row's dZ W runs over V in order, in blocks of fixed
+shape: its bits are its own. Rows without gradient enter dW as zeros, whatever they hold.
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
@@ -14,42 +20,14 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
-from ..ops.linear_logprobs import _forward
+from ..ops.linear_logprobs import _backward, _forward
+from .product import GROUP, blocks, capability, describable, grouped, load_block, multiply, operand
 
 SPLIT = 2048  # columns that one program folds, a multiple of every BV
-GROUP = 16  # blocks of rows that share a split's weight tiles
+ROWS, COLUMNS = 16384, 8192  # of dZ that are held at a time: 268 MB in 16 bits
 MERGE = {"BT": 128, "num_warps": 4}
-
-
-def blocks(dtype: torch.dtype, capability: int, described: bool, capped: bool) -> dict[str, int]:
-    """Block sizes of a product with float32 accumulators, for a GPU of this major compute capability.
-
-    128 x 256 accumulators fill the register file of a multiprocessor. Pointers instead of descriptors, or a softcap,
-    take registers of their own: half the columns then. 3 buffers of 128 x 128 fit into the 99 KB of the small GPUs.
-    """
-    if dtype == torch.float32:
-        return {"BT": 64, "BV": 64, "BD": 16, "num_warps": 8, "num_stages": 3}
-    if capability in (9, 10):
-        launch = {"BT": 128, "BV": 256 if described else 128, "BD": 64, "num_warps": 8, "num_stages": 4}
-    else:
-        launch = {"BT": 128, "BV": 128, "BD": 64, "num_warps": 8, "num_stages": 3}
-    if capped:
-        launch["BV"] //= 2
-    return launch
-
-
-@triton.jit
-def load_block(x, stride, i_r, i_c, num_rows, num_columns, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Block [BR, BC] of x from row i_r and column i_c on, 0 outside; x is a descriptor or a pointer."""
-    if DESCRIBED:
-        return x.load([i_r, i_c])
-    else:
-        o_r = i_r + tl.arange(0, BR)
-        o_c = i_c + tl.arange(0, BC)
-        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
-        return tl.load(p, (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :], 0.0)
+SCALE = {"BT": 4, "BD": 512, "num_warps": 4}
 
 
 @triton.jit
@@ -100,6 +78,12 @@ def logits(
 
 
 @triton.jit
+def target_column(b_target, i_v, BV: tl.constexpr):
+    """The target's column within the block from i_v on, -1 where it is elsewhere."""
+    return tl.where((b_target >= i_v) & (b_target < i_v + BV), b_target - i_v, -1).to(tl.int32)
+
+
+@triton.jit
 def merged(b_max, b_sum, b_weighted, b_max2, b_sum2, b_weighted2):
     """Statistics max z, sum e^(z - max), sum (z - max) e^(z - max) of two sets of columns; a sum of 0 is no column."""
     b_top = tl.maximum(b_max, b_max2)
@@ -134,12 +118,8 @@ def linear_logprobs_fold(
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    i_p = tl.program_id(0)
-    num_blocks, num_splits = tl.cdiv(num_rows, BT), tl.cdiv(vocab, SPLIT)
-    i_group = i_p // (GROUP * num_splits)
-    height = tl.minimum(num_blocks - i_group * GROUP, GROUP)
-    i_p -= i_group * GROUP * num_splits
-    i_t, i_s = (i_group * GROUP + i_p % height) * BT, i_p // height
+    i_t, i_s = grouped(tl.program_id(0), tl.cdiv(num_rows, BT), tl.cdiv(vocab, SPLIT), GROUP)
+    i_t *= BT
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < num_rows
     b_target = tl.load(targets + o_t, m_t, -1)
@@ -170,7 +150,7 @@ def linear_logprobs_fold(
             BV,
             BD,
         )
-        b_here = tl.where((b_target >= i_v) & (b_target < i_v + BV), b_target - i_v, -1).to(tl.int32)
+        b_here = target_column(b_target, i_v, BV)
         if tl.max(b_here, 0) >= 0:
             b_target_logit += tl.sum(tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_z, 0.0), 1)
         b_top = tl.max(b_z, 1)
@@ -236,6 +216,176 @@ def linear_logprobs_merge(
         tl.store(outputs[i] + o_t, b, m_t)
 
 
+@triton.jit
+def store_block(
+    x, stride, i_r, i_c, num_rows, num_columns, b, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """Block b [BR, BC] to rows from i_r and columns i_c of x on, in its dtype; what lies outside is left out."""
+    if DESCRIBED:
+        x.store([i_r, i_c], b.to(x.dtype))
+    else:
+        o_r = i_r + tl.arange(0, BR)
+        o_c = i_c + tl.arange(0, BC)
+        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+        tl.store(p, b.to(x.dtype.element_ty), (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :])
+
+
+@triton.jit
+def gradient(b_z, b_g, b_a, b_e, b_lse, b_lse_residual, b_temperature, softcap, b_here, BV: tl.constexpr):
+    """g 1[v = target] - p (a + e log p), p = exp(z - lse), times the softcap's slope; b_here: the target's column."""
+    b_logp = b_z - b_lse[:, None]
+    if b_lse_residual is not None:
+        b_logp -= b_lse_residual[:, None]
+    # where p is 0 its logarithm may be -inf
+    b_d = -tl.exp2(1.4426950408889634 * b_logp) * (b_a[:, None] + b_e[:, None] * tl.maximum(b_logp, -1000.0))
+    b_d += tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_g[:, None], 0.0)
+    if softcap is not None:
+        b_y = b_z / softcap
+        if b_temperature is not None:
+            b_y *= b_temperature[:, None]
+        b_d *= 1 - b_y * b_y
+    return b_d
+
+
+@triton.jit
+def linear_logprobs_rows(
+    grad_logprobs,  # [T]
+    grad_entropy,  # [T]
+    entropy,  # [T]
+    targets,  # [T]
+    temperatures,  # [T] or None
+    scale,  # [T], a power of 2 next to the row's dZ; 0 for an idle row, NaN for a wild target
+    at_target,  # [T], as the next two: what `gradient` calls g, a, e, for dZ / scale
+    at_all,
+    at_logp,
+    num_rows,
+    vocab,
+    ignore_index,
+    BT: tl.constexpr,
+):
+    """dL/dz = g (1[v = target] - p) - e p (log p + H), by rows."""
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = o_t < num_rows
+    b_target = tl.load(targets + o_t, m_t, ignore_index)
+    b_g = tl.load(grad_logprobs + o_t, m_t, 0.0)
+    b_e = tl.load(grad_entropy + o_t, m_t, 0.0)
+    m_idle = (b_target == ignore_index) | ((b_g == 0) & (b_e == 0))
+    m_inside = (b_target >= 0) & (b_target < vocab)
+    if temperatures is not None:
+        b_temperature = tl.load(temperatures + o_t, m_t, 1.0)
+        b_g, b_e = b_g / b_temperature, b_e / b_temperature
+    b_scale = ((tl.abs(b_g) + tl.abs(b_e)).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    b_scale = tl.where(b_scale > 2.0**100, 1.0, tl.maximum(b_scale, 2.0**-100))  # not of inf and NaN
+    b_g, b_e = b_g / b_scale, b_e / b_scale
+    m_active = m_inside & ~m_idle
+    tl.store(scale + o_t, tl.where(m_idle, 0.0, tl.where(m_inside, b_scale, float("nan"))), m_t)
+    tl.store(at_target + o_t, tl.where(m_active, b_g, 0.0), m_t)
+    tl.store(at_all + o_t, tl.where(m_active, b_g + b_e * tl.load(entropy + o_t, m_t, 0.0), 0.0), m_t)
+    tl.store(at_logp + o_t, tl.where(m_active, b_e, 0.0), m_t)
+
+
+@triton.jit
+def linear_logprobs_dz(
+    hidden,  # [T, D]
+    weight,  # [V, D]
+    targets,  # [T]
+    bias,  # [V] or None
+    temperatures,  # [T] or None
+    softcap,  # or None
+    scale,  # [T]
+    at_target,  # [T], as the next two: g, a and e of `gradient`
+    at_all,
+    at_logp,
+    lse,  # [T]
+    lse_residual,  # [T], or None: a 16-bit dz does not feel it
+    dz,  # [T, columns], dZ / scale of the columns from first_column on
+    bias_sums,  # [blocks of rows, V] or None, sums of dZ over each block
+    stride_hidden,
+    stride_weight,
+    stride_dz,
+    num_rows,
+    vocab,
+    dim,
+    first_column,
+    num_columns,
+    DESCRIBED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_b, i_s = grouped(tl.program_id(0), tl.cdiv(num_rows, BT), tl.cdiv(num_columns, SPLIT), GROUP)
+    i_t = i_b * BT
+    o_t = i_t + tl.arange(0, BT)
+    m_t = o_t < num_rows
+    b_target = tl.load(targets + o_t, m_t, -1)
+    b_temperature = None
+    if temperatures is not None:
+        b_temperature = tl.load(temperatures + o_t, m_t, 1.0)
+    m_active = tl.load(scale + o_t, m_t, 0.0) > 0
+    b_g = tl.load(at_target + o_t, m_t, 0.0)
+    b_a = tl.load(at_all + o_t, m_t, 0.0)
+    b_e = tl.load(at_logp + o_t, m_t, 0.0)
+    b_lse = tl.load(lse + o_t, m_t, 0.0)
+    b_lse_residual = None
+    if lse_residual is not None:
+        b_lse_residual = tl.load(lse_residual + o_t, m_t, 0.0)
+    for i_c in range(i_s * SPLIT, tl.minimum(i_s * SPLIT + SPLIT, num_columns), BV):
+        i_v = first_column + i_c
+        b_z = logits(
+            hidden,
+            weight,
+            bias,
+            softcap,
+            b_temperature,
+            stride_hidden,
+            stride_weight,
+            i_t,
+            i_v,
+            num_rows,
+            vocab,
+            dim,
+            DESCRIBED,
+            BT,
+            BV,
+            BD,
+        )
+        b_here = target_column(b_target, i_v, BV)
+        b_d = gradient(b_z, b_g, b_a, b_e, b_lse, b_lse_residual, b_temperature, softcap, b_here, BV)
+        b_d = tl.where(m_active[:, None], b_d, 0.0)
+        if bias_sums is not None:
+            o_c = i_c + tl.arange(0, BV)
+            o = i_b.to(tl.int64) * vocab + first_column + o_c
+            b_scale = tl.load(scale + o_t, m_t & m_active, 0.0)
+            b_sum = tl.sum(b_d * b_scale[:, None], 0)
+            tl.store(bias_sums + o, b_sum, o_c < num_columns)
+        store_block(dz, stride_dz, i_t, i_c, num_rows, num_columns, b_d, DESCRIBED, BT, BV)
+
+
+@triton.jit
+def linear_logprobs_scaled_hidden(
+    hidden,  # [T, D]
+    scale,  # [T]
+    top,  # []
+    scaled,  # [T, D], hidden scale / top; 0 in rows without gradient, whatever they hold
+    stride_hidden,
+    stride_scaled,
+    num_rows,
+    dim,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    b_scale = tl.load(scale + o_t, o_t < num_rows, 0.0)
+    m = (o_t < num_rows)[:, None] & (o_d < dim)[None, :]
+    m_active = m & (b_scale > 0)[:, None]
+    b_h = tl.load(hidden + o_t[:, None] * stride_hidden + o_d[None, :], m_active, 0.0).to(tl.float32)  # [BT, BD]
+    b_h = tl.where(m_active, b_h * (b_scale / tl.load(top))[:, None], 0.0)
+    tl.store(scaled + o_t[:, None] * stride_scaled + o_d[None, :], b_h.to(scaled.dtype.element_ty), m)
+
+
 def fold(
     hidden: Tensor,
     weight: Tensor,
@@ -251,7 +401,7 @@ def fold(
     num_splits = triton.cdiv(vocab, SPLIT)
     statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
     described = describable(hidden, weight)
-    launch = blocks(hidden.dtype, capability(hidden), described, softcap is not None)
+    launch = blocks(hidden.dtype, capability(hidden), described, halved=softcap is not None)
     linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
         operand(hidden, described, launch["BT"], launch["BD"]),
         operand(weight, described, launch["BV"], launch["BD"]),
@@ -297,19 +447,118 @@ def forward(
     return tuple(results)
 
 
-def capability(x: Tensor) -> int:
-    """Major compute capability; the interpreter runs what a Hopper GPU runs."""
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+def backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    entropy: Tensor,
+    lse: Tensor,
+    lse_residual: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (num_rows, dim), vocab = hidden.shape, weight.shape[0]
+    dx = hidden.new_empty(hidden.shape if need_hidden else 0, dtype=torch.float32)
+    grad_weight = hidden.new_empty(weight.shape if need_weight else 0)
+    grad_bias = hidden.new_empty(vocab if need_bias else 0)
+    if num_rows == 0:
+        return dx.to(hidden.dtype), grad_weight.zero_(), grad_bias.zero_()
+    temperatures = per_row(temperature, temperatures, targets)
+    with torch.cuda.device_of(hidden):
+        scale, *factors = row_factors(grad_logprobs, grad_entropy, entropy, targets, temperatures, vocab, ignore_index)
+        top = largest(scale)
+        x = scaled_hidden(hidden, scale, top) if need_weight else None
+        described = describable(hidden, weight)
+        launch = dz_blocks(hidden.dtype, capability(hidden), described, softcap is not None or need_bias)
+        height = launch["BT"]
+        bias_sums = hidden.new_empty(triton.cdiv(num_rows, height), vocab, dtype=torch.float32) if need_bias else None
+        dz_rows = hidden.new_empty(min(num_rows, ROWS), triton.cdiv(min(vocab, COLUMNS), 8) * 8)
+        dw_rows = hidden.new_empty(min(vocab, COLUMNS) if need_weight else 0, dim, dtype=torch.float32)
+        for column in range(0, vocab, COLUMNS):
+            w = weight[column : column + COLUMNS]
+            for row in range(0, num_rows, ROWS):
+                rows = slice(row, min(num_rows, row + ROWS))
+                dz = dz_rows[: rows.stop - row, : len(w)]
+                linear_logprobs_dz[(triton.cdiv(len(dz), height) * triton.cdiv(len(w), SPLIT),)](
+                    operand(hidden[rows], described, height, launch["BD"]),
+                    operand(weight, described, launch["BV"], launch["BD"]),
+                    targets[rows],
+                    bias,
+                    None if temperatures is None else temperatures[rows],
+                    softcap,
+                    *(v[rows] for v in (scale, *factors, lse)),
+                    lse_residual[rows] if dz.dtype == torch.float32 else None,
+                    operand(dz, described, height, launch["BV"]),
+                    None if bias_sums is None else bias_sums[row // height :],
+                    hidden.stride(0),
+                    weight.stride(0),
+                    dz.stride(0),
+                    len(dz),
+                    vocab,
+                    dim,
+                    column,
+                    len(w),
+                    described,
+                    SPLIT,
+                    GROUP,
+                    **launch,
+                )
+                if need_hidden:
+                    multiply(dz, w, dx[rows], scale[rows], added=column > 0, transposed=False)
+                if need_weight:
+                    multiply(dz, x[rows], dw_rows[: len(w)], top, added=row > 0, transposed=True)
+            if need_weight:
+                grad_weight[column : column + COLUMNS].copy_(dw_rows[: len(w)])
+        if need_bias:
+            grad_bias.copy_(bias_sums.sum(0))
+    return dx.to(hidden.dtype), grad_weight, grad_bias
 
 
-def describable(*operands: Tensor) -> bool:
-    """Whether the copy engine of Hopper and later can load blocks of all of these [rows, columns]."""
-    aligned = (x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
-    return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and all(aligned)
+def dz_blocks(dtype: torch.dtype, capability: int, described: bool, crowded: bool) -> dict[str, int]:
+    """Half the columns where their epilogue would not fit into the registers that the accumulators leave."""
+    return blocks(dtype, capability, described, halved=crowded, stored=described)
 
 
-def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [height, width]) if described else x
+def row_factors(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    entropy: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+) -> list[Tensor]:
+    """scale, at_target, at_all, at_logp of linear_logprobs_rows, [T] each."""
+    num_rows = len(targets)
+    results = [torch.empty_like(grad_logprobs) for _ in range(4)]
+    linear_logprobs_rows[(triton.cdiv(num_rows, MERGE["BT"]),)](
+        grad_logprobs, grad_entropy, entropy, targets, temperatures, *results, num_rows, vocab, ignore_index, **MERGE
+    )
+    return results
+
+
+def largest(scale: Tensor) -> Tensor:
+    """The largest of the rows' scales, 1 where no row has a gradient."""
+    top = scale.nan_to_num(0.0).amax()
+    return torch.where(top > 0, top, 1.0)
+
+
+def scaled_hidden(hidden: Tensor, scale: Tensor, top: Tensor) -> Tensor:
+    """hidden scale / top [T, D] in rows that the copy engine can load, 0 in rows without gradient."""
+    num_rows, dim = hidden.shape
+    scaled = hidden.new_empty(num_rows, triton.cdiv(dim, 8) * 8)[:, :dim]
+    linear_logprobs_scaled_hidden[(triton.cdiv(num_rows, SCALE["BT"]), triton.cdiv(dim, SCALE["BD"]))](
+        hidden, scale, top, scaled, hidden.stride(0), scaled.stride(0), num_rows, dim, **SCALE
+    )
+    return scaled
 
 
 def per_row(temperature: float, temperatures: Tensor | None, targets: Tensor) -> Tensor | None:
@@ -320,25 +569,42 @@ def per_row(temperature: float, temperatures: Tensor | None, targets: Tensor) ->
 
 
 _forward.register_kernel("cuda")(forward)
+_backward.register_kernel("cuda")(backward)
 
 
-def _aot(kernel, dtype: str, capability: int, described=True, capped=False, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = blocks({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], capability // 10, described, capped)
-    types = dict.fromkeys(("bias", "hidden", "weight"), f"*{dtype}")
+def _types(dtype: str, launch: dict[str, int], described: bool) -> dict[str, str]:
+    types = dict.fromkeys(("bias", "hidden", "weight", "dz", "scaled"), f"*{dtype}") | {"targets": "*i64"}
     if described:
         types["hidden"] = f"tensordesc<{dtype}[{launch['BT']},{launch['BD']}]>"
         types["weight"] = f"tensordesc<{dtype}[{launch['BV']},{launch['BD']}]>"
-    statistics = ("maxima", "sums", "weighteds", "target_logits", "temperatures")
-    types |= dict.fromkeys(statistics, "*fp32") | {"targets": "*i64", "softcap": "fp32"}
-    types |= dict.fromkeys(("num_rows", "vocab"), "i32") | dict.fromkeys(
-        ("stride_hidden", "stride_weight", "dim"), "i32:16"
-    )
+        types["dz"] = f"tensordesc<{dtype}[{launch['BT']},{launch['BV']}]>"
+    statistics = ("maxima", "sums", "weighteds", "target_logits", "logprobs", "entropy", "lse", "lse_residual")
+    gradients = ("scale", "at_target", "at_all", "at_logp", "bias_sums", "grad_logprobs", "grad_entropy", "top")
+    types |= dict.fromkeys((*statistics, *gradients, "temperatures"), "*fp32") | {"softcap": "fp32"}
+    types |= dict.fromkeys(("num_rows", "vocab", "num_splits", "ignore_index", "first_column", "num_columns"), "i32")
+    return types | dict.fromkeys(("stride_hidden", "stride_weight", "stride_dz", "stride_scaled", "dim"), "i32:16")
+
+
+def _aot(kernel, dtype: str, capability: int, described=True, crowded=False, **constants) -> tuple:
+    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    if kernel is linear_logprobs_dz:
+        launch = dz_blocks(torch_dtype, capability // 10, described, crowded)
+    else:
+        launch = blocks(torch_dtype, capability // 10, described, halved=crowded)
+    if kernel is linear_logprobs_dz and dtype != "fp32":
+        constants["lse_residual"] = None
+    if not crowded:
+        constants |= {"softcap": None} if kernel is linear_logprobs_fold else {"softcap": None, "bias_sums": None}
+    types = _types(dtype, launch, described)
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     constants |= launch | {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP}
-    if not capped:
-        constants["softcap"] = None
     return kernel, types, constants, options, dtype != "fp32", capability
+
+
+def _aot_rows(kernel, launch: dict[str, int]) -> tuple:
+    blocks = {name: size for name, size in launch.items() if name != "num_warps"}
+    return kernel, _types("bf16", {}, False), blocks, launch["num_warps"], False
 
 
 AOT = [
@@ -346,16 +612,17 @@ AOT = [
     _aot(linear_logprobs_fold, "bf16", 80, described=False),
     _aot(linear_logprobs_fold, "bf16", 90),
     _aot(linear_logprobs_fold, "bf16", 100),
-    _aot(linear_logprobs_fold, "bf16", 90, capped=True),
+    _aot(linear_logprobs_fold, "bf16", 90, crowded=True),
     _aot(linear_logprobs_fold, "bf16", 90, described=False),
-    _aot(linear_logprobs_fold, "fp32", 90, described=False, capped=True),
-    (
-        linear_logprobs_merge,
-        dict.fromkeys(linear_logprobs_merge.arg_names, "*fp32")
-        | {"targets": "*i64"}
-        | dict.fromkeys(("num_rows", "vocab", "num_splits", "ignore_index"), "i32"),
-        {"BT": MERGE["BT"]},
-        MERGE["num_warps"],
-        False,
-    ),
+    _aot(linear_logprobs_fold, "fp32", 90, described=False, crowded=True),
+    _aot(linear_logprobs_dz, "bf16", 90, bias=None, temperatures=None),
+    _aot(linear_logprobs_dz, "bf16", 80, described=False),
+    _aot(linear_logprobs_dz, "bf16", 90),
+    _aot(linear_logprobs_dz, "bf16", 100),
+    _aot(linear_logprobs_dz, "bf16", 90, crowded=True),
+    _aot(linear_logprobs_dz, "bf16", 90, described=False),
+    _aot(linear_logprobs_dz, "fp32", 90, described=False, crowded=True),
+    _aot_rows(linear_logprobs_merge, MERGE),
+    _aot_rows(linear_logprobs_rows, MERGE),
+    _aot_rows(linear_logprobs_scaled_hidden, SCALE),
 ]

@@ -1,0 +1,166 @@
+"""The product behind the heads' gradients: hidden's dZ W and weight's dZ^T X, in blocks of fixed shape.
+
+An element is summed over the depth in order, in one program, in float32: its bits depend on its row of A and its column
+of B alone, which a library's GEMM, choosing its kernel by shape, does not promise. A product over a longer depth may be
+cut into calls of this one, each starting from what the last one wrote. 2 M N K FLOP.
+Programs run through GROUP blocks of rows for one block of columns before the next, so that a wave of programs reads
+about as many blocks of A as of B. Block sizes have been compiled, not yet timed on a GPU.
+"""
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
+
+GROUP = 16  # blocks of rows that share a block of columns
+
+
+def blocks(dtype: torch.dtype, capability: int, described: bool, *, halved=False, stored=False) -> dict[str, int]:
+    """Block sizes BT x BV x BD of a product with float32 accumulators, for a GPU of this major compute capability.
+
+    128 x 256 accumulators fill the register file of a multiprocessor. Pointers instead of descriptors take registers of
+    their own: half the columns then, as where the caller asks for room by `halved`. `stored`: the accumulators leave
+    through shared memory, in the place of one buffer. 3 buffers of 128 x 128 fit into the 99 KB of the small GPUs.
+    """
+    if dtype == torch.float32:
+        return {"BT": 64, "BV": 64, "BD": 16, "num_warps": 8, "num_stages": 3}
+    if capability in (9, 10):
+        launch = {"BT": 128, "BV": 256 if described else 128, "BD": 64, "num_warps": 8, "num_stages": 3 + (not stored)}
+    else:
+        launch = {"BT": 128, "BV": 128, "BD": 64, "num_warps": 8, "num_stages": 3}
+    if halved:
+        launch["BV"] //= 2
+    return launch
+
+
+def capability(x: Tensor) -> int:
+    """Major compute capability; the interpreter runs what a Hopper GPU runs."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
+def describable(*operands: Tensor) -> bool:
+    """Whether the copy engine of Hopper and later can load blocks of all of these [rows, columns]."""
+    aligned = (x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+    return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and all(aligned)
+
+
+def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [height, width]) if described else x
+
+
+@triton.jit
+def load_block(x, stride, i_r, i_c, num_rows, num_columns, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Block [BR, BC] of x from row i_r and column i_c on, 0 outside; x is a descriptor or a pointer."""
+    if DESCRIBED:
+        return x.load([i_r, i_c])
+    else:
+        o_r = i_r + tl.arange(0, BR)
+        o_c = i_c + tl.arange(0, BC)
+        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+        return tl.load(p, (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :], 0.0)
+
+
+@triton.jit
+def grouped(i_p, num_blocks, num_columns, GROUP: tl.constexpr):
+    """Block of rows and block of columns of program i_p."""
+    i_group = i_p // (GROUP * num_columns)
+    height = tl.minimum(num_blocks - i_group * GROUP, GROUP)
+    i_p -= i_group * GROUP * num_columns
+    return i_group * GROUP + i_p % height, i_p // height
+
+
+@triton.jit
+def product(
+    a,  # [M, K], or [K, M] where TRANSPOSED
+    b,  # [K, N]
+    start,  # [M, N] what the product is added to, or None; out itself, whose addresses would outlive the loop
+    out,  # [M, N] float32
+    scale,  # [M] where SCALED_ROWS, else []: powers of 2 times which the product counts; 0 makes a row 0
+    stride_a,
+    stride_b,
+    stride_start,
+    stride_out,
+    num_rows,
+    num_columns,
+    depth,
+    TRANSPOSED: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_t, i_v = grouped(tl.program_id(0), tl.cdiv(num_rows, BT), tl.cdiv(num_columns, BV), GROUP)
+    i_t, i_v = i_t * BT, i_v * BV
+    o_t, o_v = i_t + tl.arange(0, BT), i_v + tl.arange(0, BV)
+    m = (o_t < num_rows)[:, None] & (o_v < num_columns)[None, :]
+    b_scale = tl.load(scale + o_t, o_t < num_rows, 0.0)[:, None] if SCALED_ROWS else tl.load(scale)
+    o_t = o_t.to(tl.int64)
+    b_out = tl.zeros([BT, BV], tl.float32)
+    if start is not None:
+        b_out = tl.load(start + o_t[:, None] * stride_start + o_v[None, :], m, 0.0) / b_scale  # [BT, BV]
+    for i_d in range(0, depth, BD):
+        if TRANSPOSED:
+            b_a = load_block(a, stride_a, i_d, i_t, depth, num_rows, DESCRIBED, BD, BT).T
+        else:
+            b_a = load_block(a, stride_a, i_t, i_d, num_rows, depth, DESCRIBED, BT, BD)
+        b_b = load_block(b, stride_b, i_d, i_v, depth, num_columns, DESCRIBED, BD, BV)
+        b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
+    b_out *= b_scale
+    if SCALED_ROWS:
+        b_out = tl.where(b_scale == 0, 0.0, b_out)
+    tl.store(out + o_t[:, None] * stride_out + o_v[None, :], b_out, m)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, scale: Tensor, *, added: bool, transposed: bool) -> None:
+    """out = scale a @ b, plus out where `added`, a.T for a where `transposed`; `scale` is 0-d or one per row of out."""
+    num_rows, num_columns = out.shape
+    described = describable(a, b)
+    launch = blocks(a.dtype, capability(a), described)
+    height, width, depth = launch["BT"], launch["BV"], launch["BD"]
+    product[(triton.cdiv(num_rows, height) * triton.cdiv(num_columns, width),)](
+        operand(a, described, *((depth, height) if transposed else (height, depth))),
+        operand(b, described, depth, width),
+        out if added else None,
+        out,
+        scale,
+        a.stride(0),
+        b.stride(0),
+        out.stride(0),
+        out.stride(0),
+        num_rows,
+        num_columns,
+        b.shape[0],
+        transposed,
+        scale.ndim == 1,
+        described,
+        GROUP,
+        **launch,
+    )
+
+
+def _aot(dtype: str, capability: int, described: bool, transposed: bool) -> tuple:
+    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
+    launch = blocks({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], capability // 10, described)
+    height, width, depth = launch["BT"], launch["BV"], launch["BD"]
+    types = {"a": f"*{dtype}", "b": f"*{dtype}"}
+    if described:
+        shape = f"{depth},{height}" if transposed else f"{height},{depth}"
+        types = {"a": f"tensordesc<{dtype}[{shape}]>", "b": f"tensordesc<{dtype}[{depth},{width}]>"}
+    types |= {"start": "*fp32", "out": "*fp32", "scale": "*fp32", "num_rows": "i32"}
+    types |= dict.fromkeys(("stride_a", "stride_b", "stride_start", "stride_out", "num_columns", "depth"), "i32:16")
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"TRANSPOSED": transposed, "SCALED_ROWS": not transposed, "DESCRIBED": described}
+    return product, types, launch | constants | {"GROUP": GROUP}, options, dtype != "fp32", capability
+
+
+AOT = [
+    _aot("bf16", 90, described=True, transposed=False),
+    _aot("bf16", 90, described=True, transposed=True),
+    _aot("bf16", 100, described=True, transposed=True),
+    _aot("bf16", 80, described=False, transposed=True),
+    _aot("bf16", 90, described=False, transposed=False),
+    _aot("fp32", 90, described=False, transposed=True),
+]
