@@ -13,6 +13,7 @@ from .ops.informative_groups import informative_groups
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.linear_logprobs_partial import LogprobsPartial, linear_logprobs_partial
 from .ops.linear_policy_loss import linear_policy_loss
+from .ops.linear_q_values import QValues, linear_q_values
 from .ops.loss_weights import loss_weights
 from .ops.merge_logprobs import merge_logprobs
 from .ops.min_form_returns import MinForm, min_form_returns
@@ -45,6 +46,7 @@ if torch.version.cuda:
     from .triton import gather_logprobs as _gather_logprobs_triton  # noqa: F401
     from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
     from .triton import linear_logprobs_partial as _linear_logprobs_partial_triton  # noqa: F401
+    from .triton import linear_q_values as _linear_q_values_triton  # noqa: F401
     from .triton import merge_logprobs as _merge_logprobs_triton  # noqa: F401
     from .triton import token_q as _token_q_triton  # noqa: F401
     from .triton import value_loss as _value_loss_triton  # noqa: F401
@@ -59,6 +61,7 @@ __all__ = [
     "PairLoss",
     "PolicyLoss",
     "PolicyMetrics",
+    "QValues",
     "TokenLogprobs",
     "clip_delta",
     "from_padded",
@@ -70,6 +73,7 @@ __all__ = [
     "linear_logprobs",
     "linear_logprobs_partial",
     "linear_policy_loss",
+    "linear_q_values",
     "loss_weights",
     "merge_logprobs",
     "min_form_returns",

@@ -1,0 +1,299 @@
+"""Triton kernels of linear_q_values: a policy head and a Q head over the same vocabulary, in one sweep of it.
+
+A program multiplies BT rows of both hidden states with one split of both weights, BV columns at a time. The policy's
+logits become e^(z - max) in the registers they were accumulated in; the Q head's product then runs beside them, and is
+folded against them before either leaves: sums of e, z e, e Q, and of e^(Q / beta). No logit is rounded to 16 bits and
+none is written. V is cut into splits from V alone, whose sums are merged in order by a second launch; a row's bits
+depend on that row and the weights. 2 T (Dp + Dq) V FLOP, 24 bytes per row and split. Block sizes have been compiled,
+not yet timed on a GPU.
+"""
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from ..ops.linear_q_values import _linear_q_values
+from .linear_logprobs import GROUP, MERGE, SPLIT, blocks, capability, describable, logits, operand, per_row
+
+
+@triton.jit
+def picked(b_z, b_here, BV: tl.constexpr):
+    """z at each row's column b_here, 0 where that is -1."""
+    b_picked = tl.zeros_like(b_here).to(tl.float32)
+    if tl.max(b_here, 0) >= 0:
+        b_picked = tl.sum(tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_z, 0.0), 1)
+    return b_picked
+
+
+@triton.jit
+def rescale(b_max, b_sum, b_top):
+    """e^(max - top) and max - top; a sum of 0 is no column."""
+    b_shift = tl.where(b_sum == 0, 0.0, b_max - b_top)
+    return tl.exp(b_shift), b_shift
+
+
+@triton.jit
+def linear_q_values_fold(
+    policy_hidden,  # [T, Dp]
+    policy_weight,  # [V, Dp]
+    q_hidden,  # [T, Dq]
+    q_weight,  # [V, Dq]
+    targets,  # [T]
+    temperatures,  # [T] or None
+    sums,  # [6, splits, T]: max z, sums of e, (z - max) e, e Q; max Q / beta, sum of e^(Q / beta - max)
+    target_logits,  # [2, T]: z and Q
+    stride_policy_hidden,
+    stride_policy_weight,
+    stride_q_hidden,
+    stride_q_weight,
+    num_rows,
+    vocab,
+    policy_dim,
+    q_dim,
+    beta,
+    DESCRIBED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_p = tl.program_id(0)
+    num_blocks, num_splits = tl.cdiv(num_rows, BT), tl.cdiv(vocab, SPLIT)
+    i_group = i_p // (GROUP * num_splits)
+    height = tl.minimum(num_blocks - i_group * GROUP, GROUP)
+    i_p -= i_group * GROUP * num_splits
+    i_t, i_s = (i_group * GROUP + i_p % height) * BT, i_p // height
+    o_t = i_t + tl.arange(0, BT)
+    m_t = o_t < num_rows
+    b_target = tl.load(targets + o_t, m_t, -1)
+    b_temperature = None
+    if temperatures is not None:
+        b_temperature = tl.load(temperatures + o_t, m_t, 1.0)
+
+    b_max = tl.full([BT], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BT], tl.float32)
+    b_weighted = tl.zeros([BT], tl.float32)
+    b_expected = tl.zeros([BT], tl.float32)
+    b_q_max = tl.full([BT], float("-inf"), tl.float32)
+    b_q_sum = tl.zeros([BT], tl.float32)
+    b_target_z = tl.zeros([BT], tl.float32)
+    b_target_q = tl.zeros([BT], tl.float32)
+    for i_v in range(i_s * SPLIT, tl.minimum(i_s * SPLIT + SPLIT, vocab), BV):
+        b_here = tl.where((b_target >= i_v) & (b_target < i_v + BV), b_target - i_v, -1).to(tl.int32)
+        b_z = logits(
+            policy_hidden,
+            policy_weight,
+            None,
+            None,
+            b_temperature,
+            stride_policy_hidden,
+            stride_policy_weight,
+            i_t,
+            i_v,
+            num_rows,
+            vocab,
+            policy_dim,
+            DESCRIBED,
+            BT,
+            BV,
+            BD,
+        )
+        b_target_z += picked(b_z, b_here, BV)
+        b_top = tl.maximum(b_max, tl.max(b_z, 1))
+        b_z -= tl.where(b_top == float("-inf"), 0.0, b_top)[:, None]
+        b_e = tl.exp2(1.4426950408889634 * b_z)
+        b_scale, b_shift = rescale(b_max, b_sum, b_top)
+        # where e is 0 the shift may be -inf
+        b_weighted = b_scale * (b_weighted + b_shift * b_sum) + tl.sum(b_e * tl.maximum(b_z, -1000.0), 1)
+        b_sum = b_scale * b_sum + tl.sum(b_e, 1)
+        b_max = b_top
+
+        b_q = logits(
+            q_hidden,
+            q_weight,
+            None,
+            None,
+            None,
+            stride_q_hidden,
+            stride_q_weight,
+            i_t,
+            i_v,
+            num_rows,
+            vocab,
+            q_dim,
+            DESCRIBED,
+            BT,
+            BV,
+            BD,
+        )
+        b_target_q += picked(b_q, b_here, BV)
+        b_expected = b_scale * b_expected + tl.sum(tl.where(b_e == 0, 0.0, b_e * b_q), 1)
+        b_q = b_q / beta
+        b_q_top = tl.maximum(b_q_max, tl.max(b_q, 1))
+        b_q_scale, _ = rescale(b_q_max, b_q_sum, b_q_top)
+        b_q -= tl.where(b_q_top == float("-inf"), 0.0, b_q_top)[:, None]
+        b_q_sum = b_q_scale * b_q_sum + tl.sum(tl.exp2(1.4426950408889634 * b_q), 1)
+        b_q_max = b_q_top
+
+    plane = num_splits.to(tl.int64) * num_rows
+    p_sums = sums + i_s.to(tl.int64) * num_rows + o_t
+    tl.store(p_sums, b_max, m_t)
+    tl.store(p_sums + plane, b_sum, m_t)
+    tl.store(p_sums + 2 * plane, b_weighted, m_t)
+    tl.store(p_sums + 3 * plane, b_expected, m_t)
+    tl.store(p_sums + 4 * plane, b_q_max, m_t)
+    tl.store(p_sums + 5 * plane, b_q_sum, m_t)
+    m_split = m_t & (b_target >= i_s * SPLIT) & (b_target < tl.minimum(i_s * SPLIT + SPLIT, vocab))
+    tl.store(target_logits + o_t, b_target_z, m_split)
+    tl.store(target_logits + num_rows.to(tl.int64) + o_t, b_target_q, m_split)
+
+
+@triton.jit
+def linear_q_values_merge(
+    sums,  # [6, splits, T]
+    target_logits,  # [2, T]
+    targets,  # [T]
+    results,  # [5, T]: logprobs, entropy, q, expected_q, soft_value
+    num_rows,
+    vocab,
+    num_splits,
+    beta,
+    ignore_index,
+    BT: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = o_t < num_rows
+    plane = num_splits.to(tl.int64) * num_rows
+    b_max = tl.full([BT], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BT], tl.float32)
+    b_weighted = tl.zeros([BT], tl.float32)
+    b_expected = tl.zeros([BT], tl.float32)
+    b_q_max = tl.full([BT], float("-inf"), tl.float32)
+    b_q_sum = tl.zeros([BT], tl.float32)
+    p_sums = sums + o_t
+    for _ in range(0, num_splits):
+        b_max2 = tl.load(p_sums, m_t, 0.0)
+        b_sum2 = tl.load(p_sums + plane, m_t, 0.0)
+        b_top = tl.maximum(b_max, b_max2)
+        b_scale, b_shift = rescale(b_max, b_sum, b_top)
+        b_scale2, b_shift2 = rescale(b_max2, b_sum2, b_top)
+        b_weighted2 = tl.load(p_sums + 2 * plane, m_t, 0.0)
+        b_weighted = b_scale * (b_weighted + b_shift * b_sum) + b_scale2 * (b_weighted2 + b_shift2 * b_sum2)
+        b_expected = b_scale * b_expected + b_scale2 * tl.load(p_sums + 3 * plane, m_t, 0.0)
+        b_sum = b_scale * b_sum + b_scale2 * b_sum2
+        b_max = b_top
+        b_q_max2 = tl.load(p_sums + 4 * plane, m_t, 0.0)
+        b_q_sum2 = tl.load(p_sums + 5 * plane, m_t, 0.0)
+        b_q_top = tl.maximum(b_q_max, b_q_max2)
+        b_scale, _ = rescale(b_q_max, b_q_sum, b_q_top)
+        b_scale2, _ = rescale(b_q_max2, b_q_sum2, b_q_top)
+        b_q_sum = b_scale * b_q_sum + b_scale2 * b_q_sum2
+        b_q_max = b_q_top
+        p_sums += num_rows
+    b_target = tl.load(targets + o_t, m_t, 0)
+    m_ignored = b_target == ignore_index
+    m_inside = (b_target >= 0) & (b_target < vocab)
+    b_log_sum = tl.log(b_sum)
+    b_logprob = (tl.load(target_logits + o_t, m_t & m_inside, 0.0) - b_max) - b_log_sum
+    b_entropy = b_log_sum - b_weighted / b_sum
+    outputs = (
+        tl.where(b_logprob > 0, 0.0, b_logprob),
+        tl.where(b_entropy < 0, 0.0, b_entropy),
+        tl.load(target_logits + num_rows.to(tl.int64) + o_t, m_t & m_inside, 0.0),
+        b_expected / b_sum,
+        beta * (b_q_max + tl.log(b_q_sum)),
+    )
+    p_results = results + o_t
+    for i in tl.static_range(5):
+        tl.store(p_results, tl.where(m_ignored, 0.0, tl.where(m_inside, outputs[i], float("nan"))), m_t)
+        p_results += num_rows
+
+
+def forward(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    q_hidden: Tensor,
+    q_weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    beta: float,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    num_rows, vocab = len(targets), len(q_weight)
+    num_splits = triton.cdiv(vocab, SPLIT)
+    tensors = policy_hidden, policy_weight, q_hidden, q_weight
+    results = policy_hidden.new_empty(5, num_rows, dtype=torch.float32)
+    if num_rows:
+        with torch.cuda.device_of(targets):
+            sums = policy_hidden.new_empty(6, num_splits, num_rows, dtype=torch.float32)
+            target_logits = policy_hidden.new_empty(2, num_rows, dtype=torch.float32)
+            described = describable(*tensors)
+            launch = launch_of(policy_hidden.dtype, capability(policy_hidden), described)
+            linear_q_values_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
+                *(operand(x, described, launch[("BT", "BV")[i % 2]], launch["BD"]) for i, x in enumerate(tensors)),
+                targets,
+                per_row(temperature, temperatures, targets),
+                sums,
+                target_logits,
+                *(x.stride(0) for x in tensors),
+                num_rows,
+                vocab,
+                policy_hidden.shape[1],
+                q_hidden.shape[1],
+                beta,
+                described,
+                SPLIT,
+                GROUP,
+                **launch,
+            )
+            linear_q_values_merge[(triton.cdiv(num_rows, MERGE["BT"]),)](
+                sums, target_logits, targets, results, num_rows, vocab, num_splits, beta, ignore_index, **MERGE
+            )
+    return tuple(x.clone() for x in results)
+
+
+def launch_of(dtype: torch.dtype, capability: int, described: bool) -> dict[str, int]:
+    """Those of the product, with half the columns, for two blocks share the registers; pointers take theirs too."""
+    launch = blocks(dtype, capability, described, False)
+    return {**launch, "BV": launch["BV"] // 2, "BD": min(launch["BD"], 64 if described else 32)}
+
+
+_linear_q_values.register_kernel("cuda")(forward)
+
+
+def _aot(dtype: str, capability: int, described: bool, **constants) -> tuple:
+    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
+    launch = launch_of({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], capability // 10, described)
+    names = "policy_hidden", "policy_weight", "q_hidden", "q_weight"
+    types: dict[str, str] = dict.fromkeys(("temperatures", "sums", "target_logits"), "*fp32")
+    for i, name in enumerate(names):
+        height = launch[("BT", "BV")[i % 2]]
+        types[name] = f"tensordesc<{dtype}[{height},{launch['BD']}]>" if described else f"*{dtype}"
+        types[f"stride_{name}"] = "i32:16"
+    types |= {"targets": "*i64", "num_rows": "i32", "vocab": "i32", "beta": "fp32"}
+    types |= dict.fromkeys(("policy_dim", "q_dim"), "i32:16")
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= launch | {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP}
+    return linear_q_values_fold, types, constants, options, dtype != "fp32", capability
+
+
+AOT = [
+    _aot("bf16", 80, False),
+    _aot("bf16", 90, True, temperatures=None),
+    _aot("bf16", 90, True),
+    _aot("bf16", 90, False),
+    _aot("bf16", 100, True),
+    _aot("fp32", 90, False),
+    (
+        linear_q_values_merge,
+        dict.fromkeys(linear_q_values_merge.arg_names, "i32")
+        | dict.fromkeys(("sums", "target_logits", "results"), "*fp32")
+        | {"targets": "*i64", "beta": "fp32"},
+        {"BT": MERGE["BT"]},
+        MERGE["num_warps"],
+        False,
+    ),
+]
