@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../check.h"
@@ -16,7 +17,11 @@ class CuSeqlens {
         wide_(cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Long),
         num_sequences_(cu_seqlens.size(0) - 1) {
     CHECK_VALUE((*this)[0] == 0, name, " must start at 0, got ", (*this)[0]);
-    for (int64_t i = 0; i < num_sequences_; ++i) {
+    const int64_t size = num_sequences_ + 1;
+    const bool sorted =
+        wide_ ? std::is_sorted(static_cast<const int64_t*>(data_), static_cast<const int64_t*>(data_) + size)
+              : std::is_sorted(static_cast<const int32_t*>(data_), static_cast<const int32_t*>(data_) + size);
+    for (int64_t i = 0; !sorted && i < num_sequences_; ++i) {
       CHECK_VALUE((*this)[i] <= (*this)[i + 1], name, " must not decrease, got ", (*this)[i], " then ", (*this)[i + 1],
                   " at index ", i + 1);
     }

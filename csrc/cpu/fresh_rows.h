@@ -1,5 +1,6 @@
-// Results of ops bound by memory. Fresh memory arrives page by page from the operating system, and with pages of 4 KiB
-// that alone takes longer than the op: large results ask for huge pages.
+// Results of ops bound by memory. The operating system hands out fresh memory page by page, zeroed; with pages of 4 KiB
+// that alone takes longer than the op. Large results ask for huge pages, and threads that would meet in one, and each
+// zero it, first take turns to touch them all.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -16,11 +17,19 @@ namespace qrm_fast {
 inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64_t num_rows) {
   torch::stable::Tensor rows = torch::stable::new_empty(like, {num_rows}, acc_dtype(like.scalar_type()));
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(rows.data_ptr()) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = begin + num_rows * rows.element_size() / kPage * kPage;
-  // A hint: where the system declines, the pages are small.
-  if (end - begin >= 2 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin - kPage, MADV_HUGEPAGE);
+  constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
+  const int64_t address = reinterpret_cast<int64_t>(rows.data_ptr());
+  const int64_t begin = (address + kPage - 1) / kPage * kPage;
+  const int64_t num_bytes = (address + num_rows * int64_t(rows.element_size()) - begin) / kPage * kPage;
+  if (num_bytes >= 2 * kHugePage) {
+    madvise(reinterpret_cast<void*>(begin), num_bytes, MADV_HUGEPAGE);  // a hint, which the system may decline
+    const auto touch = [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePage), 0, __ATOMIC_RELAXED);
+      }
+    };
+    torch::stable::parallel_for(0, (num_bytes + kHugePage - 1) / kHugePage, 1, touch);
+  }
 #endif
   return rows;
 }

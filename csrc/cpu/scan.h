@@ -54,6 +54,13 @@ struct Lanes : Simd<double, Bytes> {
 
   QRM_FAST_INLINE static Vec load(const double* p) { return Base::load(p); }
   QRM_FAST_INLINE static Vec load(const float* p) {
+#if defined(__x86_64__)
+    if constexpr (Bytes == 64) {  // __builtin_convertvector takes four instructions where there is one
+      Vec v;
+      asm("vcvtps2pd %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const float (*)[kLanes]>(p)));
+      return v;
+    }
+#endif
     FloatVec v;
     std::memcpy(&v, p, sizeof v);
     return __builtin_convertvector(v, Vec);
@@ -222,6 +229,14 @@ class Slot {
   double x_;
 };
 
+// All sequences follow one rule.
+template <typename R>
+struct SameRule {
+  using Rule = R;
+  Rule rule;
+  const Rule& operator()(int64_t) const { return rule; }
+};
+
 template <typename Rules, typename T>
 struct PackedScan {
   using Rule = typename Rules::Rule;
@@ -239,7 +254,9 @@ struct PackedScan {
     slots = std::vector<Slot>(num_units + 1);
     std::atomic<int64_t> num_taken{0};
     torch::stable::parallel_for(0, num_units, 1, [&](int64_t, int64_t) {
-      for (int64_t i; (i = num_taken.fetch_add(1)) < num_units;) unit(cu, num_tokens, num_units - 1 - i);
+      for (int64_t i; (i = num_taken.fetch_add(1)) < num_units;) {
+        unit(cu, num_tokens, num_units - 1 - i);
+      }
     });
   }
 
@@ -270,46 +287,60 @@ struct PackedScan {
 
   template <int Bytes>
   QRM_FAST_INLINE void block(int64_t s, int64_t u, int64_t bos, int64_t begin, int64_t end, int64_t eos) {
-    const Rule rule = rules(s);
-    Columns<Rule, S> columns;
-    S in_buffer[Rule::kInputs][BLOCK + 2 * kMaxLanes], out_buffer[Rule::kOutputs][BLOCK + kMaxLanes];
     const bool holes = mask != nullptr && std::memchr(mask + begin, 0, end - begin) != nullptr;
     if (!holes && std::is_same_v<T, S>) {
+      Columns<Rule, S> columns;
       for (int i = 0; i < Rule::kInputs; ++i) columns.in[i] = reinterpret_cast<const S*>(in[i]) + begin;
+      for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = out[i] + begin;
       columns.num_rows = end - begin;
       columns.num_readable = begin;
+      dense_block<Bytes>(s, u, begin > bos, end, eos, columns);
     } else {
-      for (int i = 0; i < Rule::kInputs; ++i) {
-        columns.in[i] = in_buffer[i] + kMaxLanes;
-        S* rows = in_buffer[i] + kMaxLanes;
-        columns.num_rows =
-            holes ? squeeze(in[i] + begin, mask + begin, end - begin, rows) : convert(in[i] + begin, end - begin, rows);
-      }
-      columns.num_readable = kMaxLanes;
+      staged_block<Bytes>(s, u, begin > bos, begin, end, eos, holes);
+    }
+  }
+
+  // Through buffers that stay in cache: rows of 16 bits, or with holes.
+  template <int Bytes>
+  QRM_FAST_INLINE void staged_block(int64_t s, int64_t u, bool goes_on, int64_t begin, int64_t end, int64_t eos,
+                                    bool holes) {
+    S in_buffer[Rule::kInputs][BLOCK + 2 * kMaxLanes], out_buffer[Rule::kOutputs][BLOCK + kMaxLanes];
+    Columns<Rule, S> columns;
+    columns.num_readable = kMaxLanes;
+    for (int i = 0; i < Rule::kInputs; ++i) {
+      S* rows = in_buffer[i] + kMaxLanes;
+      columns.in[i] = rows;
+      columns.num_rows =
+          holes ? squeeze(in[i] + begin, mask + begin, end - begin, rows) : convert(in[i] + begin, end - begin, rows);
     }
     for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = holes ? out_buffer[i] : out[i] + begin;
-
-    Handed handed = rule.end(bootstrap != nullptr ? bootstrap[s] : Rule::kNoBootstrap);
-    if constexpr (Rule::kNext >= 0) {
-      for (int64_t t = end; t < eos; ++t) {
-        if (mask == nullptr || mask[t]) {
-          handed.next = rule.next(static_cast<S>(in[Rule::kNext][t]));
-          break;
-        }
-      }
-    }
-    using Scan = RowScan<Rule, S, Bytes>;
-    if (begin > bos) {
-      const auto map = Scan::fold(rule, columns, handed.next);
-      if (end < eos) handed.x = slots[u + 1].take();
-      slots[u].give(map(handed.x));
-    } else if (end < eos) {
-      handed.x = slots[u + 1].take();
-    }
-    Scan::scan(rule, columns, handed);
+    dense_block<Bytes>(s, u, goes_on, end, eos, columns);
     if (holes) {
       for (int i = 0; i < Rule::kOutputs; ++i) spread(out_buffer[i], mask + begin, end - begin, out[i] + begin);
     }
+  }
+
+  // `goes_on`: the sequence has rows in front of this block, which wait for what it hands on.
+  template <int Bytes>
+  QRM_FAST_INLINE void dense_block(int64_t s, int64_t u, bool goes_on, int64_t end, int64_t eos,
+                                   const Columns<Rule, S>& columns) {
+    using Scan = RowScan<Rule, S, Bytes>;
+    const Rule rule = rules(s);
+    Handed handed = rule.end(bootstrap != nullptr ? bootstrap[s] : Rule::kNoBootstrap);
+    if (end == eos && !goes_on) return Scan::scan(rule, columns, handed);
+    if constexpr (Rule::kNext >= 0) {
+      int64_t t = end;
+      while (t < eos && mask != nullptr && !mask[t]) ++t;
+      if (t < eos) handed.next = rule.next(static_cast<S>(in[Rule::kNext][t]));
+    }
+    if (goes_on) {
+      const auto map = Scan::fold(rule, columns, handed.next);
+      if (end < eos) handed.x = slots[u + 1].take();
+      slots[u].give(map(handed.x));
+    } else {
+      handed.x = slots[u + 1].take();
+    }
+    Scan::scan(rule, columns, handed);
   }
 };
 
