@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 
 from .ops.clip_delta import clip_delta
+from .ops.discounted_returns import discounted_returns
 from .ops.gae import Advantages, gae
 from .ops.gather_logprobs import gather_logprobs
 from .ops.group_advantages import group_advantages
@@ -17,6 +18,7 @@ from .ops.linear_q_values import QValues, linear_q_values
 from .ops.loss_weights import loss_weights
 from .ops.merge_logprobs import merge_logprobs
 from .ops.min_form_returns import MinForm, min_form_returns
+from .ops.min_gae import min_gae
 from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.prm_rewards import prm_rewards
@@ -26,6 +28,7 @@ from .ops.q_advantages import q_advantages
 from .ops.q_token_rewards import q_token_rewards
 from .ops.token_q import token_q
 from .ops.value_loss import value_loss
+from .ops.vtrace import VTrace, vtrace
 from .ops.whiten import whiten  # isort: split
 
 # The imports below are the dispatch order: the reference above serves every device, a compiled kernel overrides it.
@@ -63,7 +66,9 @@ __all__ = [
     "PolicyMetrics",
     "QValues",
     "TokenLogprobs",
+    "VTrace",
     "clip_delta",
+    "discounted_returns",
     "from_padded",
     "gae",
     "gather_logprobs",
@@ -77,6 +82,7 @@ __all__ = [
     "loss_weights",
     "merge_logprobs",
     "min_form_returns",
+    "min_gae",
     "pack",
     "pairwise_q_loss",
     "per_token",
@@ -91,5 +97,6 @@ __all__ = [
     "token_q",
     "unpack",
     "value_loss",
+    "vtrace",
     "whiten",
 ]

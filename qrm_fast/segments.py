@@ -1,7 +1,11 @@
-"""Sums over packed sequences and over groups of sequences in plain PyTorch, for the references of the ops.
+"""Packed sequences and groups of sequences in plain PyTorch, for the references of the ops.
 
-Deterministic on every device and without a host synchronisation (`index_add` would use float atomics on CUDA).
+The sums are deterministic on every device and without a host synchronisation (`index_add` would use float atomics on
+CUDA).
 """
+
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,3 +38,9 @@ def _over_groups(x: Tensor, group_ids: Tensor, reduce: str) -> Tensor:
     of_groups = torch.segment_reduce(x[order], reduce, offsets=bounds, unsafe=True)
     inside = (group_ids >= 0) & (group_ids < num_sequences)
     return of_groups[group_ids.where(inside, 0)].where(inside, torch.nan)
+
+
+def rows_from_the_end(cu_seqlens: Tensor, mask: Tensor | None) -> Iterator[tuple[int, list[int]]]:
+    """Every sequence and its unmasked rows, last row first. Reads cu_seqlens and mask on the host."""
+    for s, (bos, eos) in enumerate(pairwise(cu_seqlens.tolist())):
+        yield s, [t for t in reversed(range(bos, eos)) if mask is None or mask[t]]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..segments import rows_from_the_end
 
 
 class Advantages(NamedTuple):
@@ -67,15 +68,14 @@ def _gae(
     acc = torch.promote_types(rewards.dtype, torch.float32)
     r, v = rewards.to(acc), values.to(acc)
     advantages, returns = torch.zeros_like(r), torch.zeros_like(r)
-    for s, (bos, eos) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+    for s, rows in rows_from_the_end(cu_seqlens, mask):
         lam_s = lam if lam_per_sequence is None else lam_per_sequence[s]
         advantage = r.new_zeros(())
         next_value = advantage if bootstrap is None else bootstrap[s]
-        for t in reversed(range(bos, eos)):
-            if mask is None or mask[t]:
-                advantage = r[t] + gamma * next_value - v[t] + gamma * lam_s * advantage
-                next_value = v[t]
-                advantages[t], returns[t] = advantage, advantage + v[t]
+        for t in rows:
+            advantage = r[t] + gamma * next_value - v[t] + gamma * lam_s * advantage
+            next_value = v[t]
+            advantages[t], returns[t] = advantage, advantage + v[t]
     return advantages, returns
 
 
