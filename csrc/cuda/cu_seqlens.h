@@ -15,9 +15,12 @@ class DeviceCuSeqlens {
         num_sequences_(cu_seqlens.size(0) - 1),
         num_tokens_(num_tokens) {}
 
+  __device__ int64_t raw(int64_t i) const {
+    return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
+  }
   // In [0, T]; a sequence whose end precedes its start is empty to every loop from one to the other.
   __device__ int64_t operator[](int64_t i) const {
-    const int64_t t = wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
+    const int64_t t = raw(i);
     return t < 0 ? 0 : t > num_tokens_ ? num_tokens_ : t;
   }
   __host__ __device__ int64_t num_sequences() const { return num_sequences_; }

@@ -1,0 +1,305 @@
+// What one block of threads does in a scan over packed sequences, for device and host: a test runs it on the CPU.
+//
+// Rows are read once and results written once, both coalesced, through shared memory. Sequences are cut from their
+// *end* into blocks of BLOCK rows and blocks into pieces of PIECE rows; a unit serves the blocks whose last row lies in
+// its BLOCK packed rows: whole short sequences, and of a longer one exactly one block. A thread takes a piece row by
+// row. The maps of a block's pieces are composed by doubling distances (a piece reaches only towards the end of its own
+// block, so the order of every product depends on the distance to that end alone). A long sequence's blocks publish
+// their maps, GROUP consecutive ones are composed once more, and every block applies the groups and then the blocks
+// behind it in order: a tree of fixed shape, whatever the packing and the timing. A unit waits only for units with more
+// distant rows, which take their tickets earlier.
+#pragma once
+#include <cstdint>
+
+#include "../scan.h"
+
+namespace qrm_fast {
+
+constexpr int THREADS = 128;
+constexpr int PIECE = 16;
+constexpr int BLOCK = 1024;
+constexpr int GROUP = 64;
+constexpr int MAX_ROWS = 2 * BLOCK;
+constexpr int MAX_PIECES = 2 * MAX_ROWS / PIECE;  // of sequences longer than a piece
+
+// Calls f(thread) on every thread, then waits for all.
+template <typename F>
+QRM_FAST_HOST_DEVICE inline void on_all_threads(F f) {
+#if defined(__CUDA_ARCH__)
+  f(static_cast<int>(threadIdx.x));
+  __syncthreads();
+#else
+  for (int thread = 0; thread < THREADS; ++thread) f(thread);
+#endif
+}
+
+QRM_FAST_HOST_DEVICE inline int add_shared(int* x, int value) {
+#if defined(__CUDA_ARCH__)
+  return atomicAdd(x, value);
+#else
+  *x += value;
+  return *x - value;
+#endif
+}
+
+QRM_FAST_HOST_DEVICE inline void max_shared(int* x, int value) {
+#if defined(__CUDA_ARCH__)
+  atomicMax(x, value);
+#else
+  *x = *x > value ? *x : value;
+#endif
+}
+
+// A map on its way between units.
+template <typename Map>
+struct Published {
+  Map map;
+  int ready;
+
+  QRM_FAST_HOST_DEVICE void give(const Map& given) {
+    map = given;
+#if defined(__CUDA_ARCH__)
+    __threadfence();
+    atomicExch(&ready, 1);
+#else
+    ready = 1;
+#endif
+  }
+  QRM_FAST_HOST_DEVICE Map take() {
+    Map taken;
+#if defined(__CUDA_ARCH__)
+    while (atomicAdd(&ready, 0) == 0) __nanosleep(20);
+    __threadfence();
+    // Past the L1 cache, which may hold this line from before.
+    const volatile int* from = reinterpret_cast<const volatile int*>(&map);
+    int* to = reinterpret_cast<int*>(&taken);
+    for (unsigned i = 0; i < sizeof(Map) / sizeof(int); ++i) to[i] = from[i];
+#else
+    taken = map;
+#endif
+    return taken;
+  }
+};
+
+// The block of a sequence whose last row lies in [low, high), high - low <= BLOCK: rows [begin, end), none if equal.
+struct BlockRows {
+  int64_t begin, end;
+  int64_t index;  // 0 for the block at the sequence's end
+
+  QRM_FAST_HOST_DEVICE static BlockRows of(int64_t bos, int64_t eos, int64_t high) {
+    const int64_t index = eos <= high ? 0 : (eos - high + BLOCK - 1) / BLOCK;
+    const int64_t end = eos - index * BLOCK, begin = end - BLOCK > bos ? end - BLOCK : bos;
+    return {begin, end > begin ? end : begin, index};
+  }
+};
+
+// The first sequence with a row at or after t.
+template <typename Cu>
+QRM_FAST_HOST_DEVICE inline int64_t first_ending_after(const Cu& cu, int64_t t) {
+  int64_t low = 0, high = cu.num_sequences();
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cu[middle + 1] > t) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+template <typename Rows>
+struct UnitMemory {
+  using Map = typename Rows::Map;
+
+  struct Piece {
+    int64_t sequence;
+    int end, num_rows;  // rows [end - num_rows, end) of the unit
+    int distance;       // pieces between this one and the end of its block
+    bool receives;      // its block has a block behind it
+  };
+
+  float columns[Rows::kInputs][MAX_ROWS + MAX_ROWS / PIECE];
+  bool masked_out[MAX_ROWS];
+  Piece pieces[MAX_PIECES];
+  Map maps[2][MAX_PIECES];
+  Map gathered[THREADS];
+  typename Rows::State received;
+  int num_pieces, most_pieces, end;
+  int giver;  // last piece of the block with rows in front of it, or -1
+  int64_t giver_index, receiver_index, receiver;
+};
+
+// `Rules` gives the Rows of sequence s as rules(s); T is what the columns hold, Cu the boundaries.
+template <typename Rules, typename T, typename Cu>
+struct UnitScan {
+  using Rows = typename Rules::Rows;
+  using Map = typename Rows::Map;
+  using State = typename Rows::State;
+  using Memory = UnitMemory<Rows>;
+
+  const T* in[Rows::kInputs];
+  float* out[Rows::kOutputs];
+  const bool* mask;        // [T] or nullptr
+  const float* bootstrap;  // [S] or nullptr
+  Rules rules;
+  Cu cu;
+  int64_t num_tokens;
+  Published<Map>* blocks;  // [units], the map of the block that has rows in front of it
+  Published<Map>* groups;  // [units], of the GROUP blocks up to that one
+
+  // One word is left free after each piece's worth of rows: threads that walk pieces side by side meet no bank twice.
+  QRM_FAST_HOST_DEVICE static int skewed(int row) { return row + row / PIECE; }
+
+  QRM_FAST_HOST_DEVICE State end(const Rows& rows, int64_t s) const {
+    return bootstrap != nullptr ? rows.end(bootstrap[s]) : rows.end();
+  }
+
+  QRM_FAST_HOST_DEVICE void load(const Memory& m, int row, float* values) const {
+    for (int i = 0; i < Rows::kInputs; ++i) values[i] = m.columns[i][skewed(row)];
+  }
+
+  QRM_FAST_HOST_DEVICE void walk(Memory& m, const Rows& rows, int end, int num_rows, State state) const {
+    for (int row = end - 1; row >= end - num_rows; --row) {
+      float values[Rows::kInputs], results[Rows::kOutputs] = {};
+      if (!m.masked_out[row]) {
+        load(m, row, values);
+        state = rows.step(values, state, results);
+      }
+      for (int i = 0; i < Rows::kOutputs; ++i) m.columns[i][skewed(row)] = results[i];
+    }
+  }
+
+  QRM_FAST_HOST_DEVICE Map folded(const Memory& m, const Rows& rows, int end, int num_rows) const {
+    Map map = Map::identity();
+    for (int row = end - 1; row >= end - num_rows; --row) {
+      float values[Rows::kInputs];
+      if (m.masked_out[row]) continue;
+      load(m, row, values);
+      map = rows.map(values).after(map);
+    }
+    return map;
+  }
+
+  // Maps [first, last) of a sequence's blocks or groups to the state, in order. `ahead(i)` is where map i is published.
+  template <typename Ahead>
+  QRM_FAST_HOST_DEVICE void receive(Memory& m, int64_t first, int64_t last, Ahead ahead) const {
+    for (int64_t i = first; i < last; i += THREADS) {
+      const int count = last - i < THREADS ? static_cast<int>(last - i) : THREADS;
+      on_all_threads([&](int thread) {
+        if (thread < count) m.gathered[thread] = ahead(i + thread)->take();
+      });
+      on_all_threads([&](int thread) {
+        for (int k = 0; thread == 0 && k < count; ++k) m.received = m.gathered[k](m.received);
+      });
+    }
+  }
+
+  // `first`: first_ending_after(cu, u * BLOCK).
+  QRM_FAST_HOST_DEVICE void run(Memory& m, int64_t u, int64_t first) const {
+    const int64_t low = u * BLOCK, high = low + BLOCK < num_tokens ? low + BLOCK : num_tokens;
+    const int64_t begin = BlockRows::of(cu[first], cu[first + 1], high).begin;
+
+    on_all_threads([&](int thread) {
+      for (int row = thread; row < high - begin; row += THREADS) {
+        for (int i = 0; i < Rows::kInputs; ++i) m.columns[i][skewed(row)] = static_cast<float>(in[i][begin + row]);
+        m.masked_out[row] = mask != nullptr && !mask[begin + row];
+      }
+      if (thread == 0) {
+        m.num_pieces = m.most_pieces = m.end = 0;
+        m.giver = m.receiver = -1;
+      }
+    });
+
+    // Sequences of one piece are finished here; the pieces of the others are listed in any order of the sequences.
+    on_all_threads([&](int thread) {
+      for (int64_t s = first + thread; s < cu.num_sequences() && cu[s] < high; s += THREADS) {
+        const int64_t bos = cu[s], eos = cu[s + 1];
+        const BlockRows block = BlockRows::of(bos, eos, high);
+        const int num_rows = static_cast<int>(block.end - block.begin), end = static_cast<int>(block.end - begin);
+        if (num_rows == 0) continue;
+        max_shared(&m.end, end);
+        const bool gives = block.begin > bos, receives = block.index > 0;
+        if (num_rows <= PIECE && !receives) {
+          const Rows rows = rules(s);
+          walk(m, rows, end, num_rows, this->end(rows, s));
+          continue;
+        }
+        const int count = (num_rows + PIECE - 1) / PIECE, base = add_shared(&m.num_pieces, count);
+        max_shared(&m.most_pieces, count);
+        for (int k = 0; k < count; ++k) {
+          const int rest = num_rows - k * PIECE;
+          m.pieces[base + k] = {s, end - k * PIECE, rest < PIECE ? rest : PIECE, k, receives};
+        }
+        if (gives) {
+          m.giver = base + count - 1;
+          m.giver_index = block.index;
+        }
+        if (receives) {
+          m.receiver = s;
+          m.receiver_index = block.index;
+        }
+      }
+    });
+
+    if (m.num_pieces > 0) {
+      on_all_threads([&](int thread) {
+        for (int i = thread; i < m.num_pieces; i += THREADS) {
+          const auto& piece = m.pieces[i];
+          m.maps[0][i] = folded(m, rules(piece.sequence), piece.end, piece.num_rows);
+        }
+      });
+      int now = 0;
+      for (int step = 1; step < m.most_pieces; step *= 2, now = 1 - now) {
+        on_all_threads([&](int thread) {
+          for (int i = thread; i < m.num_pieces; i += THREADS) {
+            const Map& map = m.maps[now][i];
+            m.maps[1 - now][i] = m.pieces[i].distance < step ? map : map.after(m.maps[now][i - step]);
+          }
+        });
+      }
+      if (m.giver >= 0) give(m, u, m.maps[now][m.giver]);
+      if (m.receiver >= 0) {
+        const int64_t j = m.receiver_index;
+        on_all_threads([&](int thread) {
+          if (thread == 0) m.received = end(rules(m.receiver), m.receiver);
+        });
+        receive(m, 0, j / GROUP, [&](int64_t g) { return groups + u + j - (g * GROUP + GROUP - 1); });
+        receive(m, j / GROUP * GROUP, j, [&](int64_t i) { return blocks + u + j - i; });
+      }
+      on_all_threads([&](int thread) {
+        for (int i = thread; i < m.num_pieces; i += THREADS) {
+          const auto& piece = m.pieces[i];
+          const Rows rows = rules(piece.sequence);
+          State state = piece.receives ? m.received : end(rows, piece.sequence);
+          if (piece.distance > 0) state = m.maps[now][i - 1](state);
+          walk(m, rows, piece.end, piece.num_rows, state);
+        }
+      });
+    }
+
+    on_all_threads([&](int thread) {
+      for (int row = thread; row < m.end; row += THREADS) {
+        for (int i = 0; i < Rows::kOutputs; ++i) out[i][begin + row] = m.columns[i][skewed(row)];
+      }
+    });
+  }
+
+  // Publishes the block's map and, of the last block of a group, the group's.
+  QRM_FAST_HOST_DEVICE void give(Memory& m, int64_t u, const Map& map) const {
+    on_all_threads([&](int thread) {
+      if (thread == 0) blocks[u].give(map);
+      const bool completes = m.giver_index % GROUP == GROUP - 1;
+      if (completes && thread > 0 && thread < GROUP) m.gathered[thread] = blocks[u + thread].take();
+    });
+    if (m.giver_index % GROUP != GROUP - 1) return;
+    on_all_threads([&](int thread) {
+      if (thread > 0) return;
+      Map group = m.gathered[GROUP - 1];
+      for (int k = GROUP - 2; k > 0; --k) group = m.gathered[k].after(group);
+      groups[u].give(map.after(group));
+    });
+  }
+};
+
+}  // namespace qrm_fast
