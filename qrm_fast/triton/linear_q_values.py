@@ -14,7 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_q_values import _linear_q_values
-from .linear_logprobs import GROUP, MERGE, SPLIT, blocks, capability, describable, logits, operand, per_row
+from .linear_logprobs import MERGE, SPLIT, logits, per_row, target_column
+from .product import GROUP, blocks, capability, describable, grouped, operand
 
 
 @triton.jit
@@ -59,12 +60,8 @@ def linear_q_values_fold(
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    i_p = tl.program_id(0)
-    num_blocks, num_splits = tl.cdiv(num_rows, BT), tl.cdiv(vocab, SPLIT)
-    i_group = i_p // (GROUP * num_splits)
-    height = tl.minimum(num_blocks - i_group * GROUP, GROUP)
-    i_p -= i_group * GROUP * num_splits
-    i_t, i_s = (i_group * GROUP + i_p % height) * BT, i_p // height
+    i_t, i_s = grouped(tl.program_id(0), tl.cdiv(num_rows, BT), tl.cdiv(vocab, SPLIT), GROUP)
+    i_t *= BT
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < num_rows
     b_target = tl.load(targets + o_t, m_t, -1)
@@ -81,7 +78,7 @@ def linear_q_values_fold(
     b_target_z = tl.zeros([BT], tl.float32)
     b_target_q = tl.zeros([BT], tl.float32)
     for i_v in range(i_s * SPLIT, tl.minimum(i_s * SPLIT + SPLIT, vocab), BV):
-        b_here = tl.where((b_target >= i_v) & (b_target < i_v + BV), b_target - i_v, -1).to(tl.int32)
+        b_here = target_column(b_target, i_v, BV)
         b_z = logits(
             policy_hidden,
             policy_weight,
@@ -137,7 +134,7 @@ def linear_q_values_fold(
         b_q_sum = b_q_scale * b_q_sum + tl.sum(tl.exp2(1.4426950408889634 * b_q), 1)
         b_q_max = b_q_top
 
-    plane = num_splits.to(tl.int64) * num_rows
+    plane = tl.cdiv(vocab, SPLIT).to(tl.int64) * num_rows
     p_sums = sums + i_s.to(tl.int64) * num_rows + o_t
     tl.store(p_sums, b_max, m_t)
     tl.store(p_sums + plane, b_sum, m_t)
@@ -257,7 +254,7 @@ def forward(
 
 def launch_of(dtype: torch.dtype, capability: int, described: bool) -> dict[str, int]:
     """Those of the product, with half the columns, for two blocks share the registers; pointers take theirs too."""
-    launch = blocks(dtype, capability, described, False)
+    launch = blocks(dtype, capability, described)
     return {**launch, "BV": launch["BV"] // 2, "BD": min(launch["BD"], 64 if described else 32)}
 
 
