@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <vector>
 
+#include "../csrc/cpu/head_panels.h"
+
 using namespace qrm_fast;
 
 namespace {
@@ -32,19 +34,6 @@ std::vector<S> values(int64_t count, double scale) {
 template <typename S>
 void check(const char* set, const HeadKernels<S>& kernels) {
   const double eps = sizeof(S) == 4 ? 2e-6 : 1e-13;
-  const int64_t depth = 37;
-  const auto a = values<S>(depth * kernels.gemm.mr, 1), b = values<S>(depth * kernels.gemm.nr, 2);
-  std::vector<S> c(kernels.gemm.mr * kernels.gemm.nr, S(0.5));
-  for (bool accumulate : {true, false}) {
-    kernels.gemm.tile(depth, a.data(), b.data(), c.data(), kernels.gemm.nr, accumulate);
-    for (int64_t i = 0; i < kernels.gemm.mr; ++i) {
-      for (int64_t j = 0; j < kernels.gemm.nr; ++j) {
-        double want = accumulate ? 0.5 : 0;
-        for (int64_t k = 0; k < depth; ++k) want += double(a[k * kernels.gemm.mr + i]) * b[k * kernels.gemm.nr + j];
-        expect(set, "tile", c[i * kernels.gemm.nr + j], want, 40 * eps);
-      }
-    }
-  }
   for (int64_t n : {1, 7, 16, 63, 250}) {
     for (double softcap : {0.0, 3.0}) {
       const auto bias = values<S>(n, 1);
@@ -88,19 +77,120 @@ void check(const char* set, const HeadKernels<S>& kernels) {
   std::printf("%s %s\n", set, sizeof(S) == 4 ? "float" : "double");
 }
 
+// A tile over a depth beyond two panels: A by rows, by columns, and in panels of nr.
+template <typename S>
+void check_tile(const char* set, const GemmKernel<S>& gemm) {
+  const double eps = sizeof(S) == 4 ? 2e-6 : 1e-13;
+  const int64_t mr = gemm.mr, nr = gemm.nr, depth = 2 * nr + 5;
+  const auto a = values<S>(3 * nr * mr, 1), b = values<S>(depth * nr, 2);
+  struct Layout {
+    int64_t row, step, jump;
+  };
+  for (const Layout& l : {Layout{3 * nr, 1, 0}, Layout{1, mr, 0}, Layout{nr, 1, mr * nr - nr}}) {
+    for (bool accumulate : {true, false}) {
+      std::vector<S> c(mr * nr, S(0.5));
+      gemm.tile({depth, a.data(), l.row, l.step, l.jump, b.data(), c.data(), nr, accumulate, a.data(), 0});
+      for (int64_t i = 0; i < mr; ++i) {
+        for (int64_t j = 0; j < nr; ++j) {
+          double want = accumulate ? 0.5 : 0;
+          for (int64_t k = 0; k < depth; ++k) {
+            want += double(a[i * l.row + k * l.step + k / nr * l.jump]) * b[k * nr + j];
+          }
+          expect(set, "tile", c[i * nr + j], want, 40 * eps);
+        }
+      }
+    }
+  }
+}
+
+template <typename S>
+void check_panels(const char* set, const PanelKernels<S>& kernels) {
+  check_tile(set, kernels.gemm);
+  const double eps = sizeof(S) == 4 ? 2e-6 : 1e-13;
+  const int64_t nr = kernels.gemm.nr;
+  const S inf = std::numeric_limits<S>::infinity();
+  for (int64_t n : {1, 9, 50}) {
+    for (double softcap : {0.0, 3.0}) {
+      const auto bias = values<S>(n, 1);
+      auto z = values<S>(n * nr, 20), temperature = values<S>(nr, 0.3);
+      for (S& t : temperature) t += S(1);
+      const auto product = z;
+      kernels.finish(z.data(), n, {bias.data(), S(softcap), temperature.data()});
+      std::vector<S> stats(3 * nr, S(0)), more(3 * nr, S(0)), fields[5];
+      std::fill_n(stats.begin(), nr, -inf);
+      std::fill_n(more.begin(), nr, -inf);
+      kernels.fold(z.data(), n / 2, stats.data());
+      kernels.fold(z.data() + n / 2 * nr, n - n / 2, more.data());
+      kernels.merge(stats.data(), more.data());
+      for (auto& f : fields) f.resize(nr);
+      std::vector<double> want(n * nr);
+      for (int64_t j = 0; j < nr; ++j) {
+        double max = -1e300, sum = 0, weighted = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          double x = double(product[i * nr + j]) + bias[i];
+          if (softcap != 0) x = softcap * std::tanh(x / softcap);
+          want[i * nr + j] = x / temperature[j];
+          expect(set, "panel finish", z[i * nr + j], want[i * nr + j], 30 * eps);
+          max = std::max(max, want[i * nr + j]);
+        }
+        for (int64_t i = 0; i < n; ++i) {
+          const double shifted = want[i * nr + j] - max;
+          sum += std::exp(shifted);
+          weighted += shifted * std::exp(shifted);
+        }
+        expect(set, "panel max", stats[j], max, 30 * eps);
+        expect(set, "panel sum", stats[nr + j], sum, 30 * eps * sum);
+        expect(set, "panel weighted", stats[2 * nr + j], weighted, 60 * eps * sum);
+        const double lse = max + std::log(sum);
+        fields[0][j] = S(0.8) / temperature[j];
+        fields[1][j] = S(-0.3) / temperature[j];
+        fields[2][j] = S(lse);
+        fields[3][j] = S(lse - fields[2][j]);
+        fields[4][j] = S(std::log(sum) - weighted / sum);
+      }
+      kernels.gradient(z.data(), n,
+                       {fields[0].data(), fields[1].data(), fields[2].data(), fields[3].data(), fields[4].data(),
+                        temperature.data(), S(softcap)});
+      for (int64_t i = 0; i < n * nr; ++i) {
+        const int64_t j = i % nr;
+        const double logp = want[i] - fields[2][j] - fields[3][j];
+        const double y = softcap == 0 ? 0 : want[i] * temperature[j] / softcap;
+        const double d = -std::exp(logp) * (0.8 - 0.3 * (logp + fields[4][j])) / temperature[j] * (1 - y * y);
+        expect(set, "panel gradient", z[i], d, 30 * eps);
+      }
+    }
+  }
+  std::vector<S> z(20 * nr, -inf), stats(3 * nr, S(0));
+  std::fill_n(stats.begin(), nr, -inf);
+  kernels.fold(z.data(), 20, stats.data());
+  expect(set, "panel all masked", stats[nr], 0, 0);
+  z[18 * nr] = S(NAN);
+  z[18 * nr + 1] = S(-1000);
+  kernels.fold(z.data(), 20, stats.data());
+  expect(set, "panel NaN among masked", stats[nr], NAN, 0);
+  expect(set, "panel one unmasked", stats[nr + 1], 1, 0);
+  expect(set, "panel one unmasked, weighted", stats[2 * nr + 1], 0, 0);
+}
+
 }  // namespace
 
 int main() {
   check("portable", PortableHead<float>::kernels());
+  check_panels("portable", PortablePanel<float>::kernels());
   check("portable", PortableHead<double>::kernels());
+  check_panels("portable", PortablePanel<double>::kernels());
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     check("avx2", Avx2Head<float>::kernels());
+    check_panels("avx2", Avx2Panel<float>::kernels());
     check("avx2", Avx2Head<double>::kernels());
+    check_panels("avx2", Avx2Panel<double>::kernels());
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
     check("avx512", Avx512Head<float>::kernels());
+    check_panels("avx512", Avx512Panel<float>::kernels());
     check("avx512", Avx512Head<double>::kernels());
+    check_panels("avx512", Avx512Panel<double>::kernels());
   }
 #endif
   return failures > 0;

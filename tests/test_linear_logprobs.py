@@ -22,7 +22,7 @@ SHAPES = [
         (0, 16, 1100),
         (1, 3, 1280),
         (130, 17, 2176),
-        (9, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
+        (40, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
         (1300, 9, 1500),  # rows beyond one unit of work, vocabulary beyond one slab
     ]
 ]

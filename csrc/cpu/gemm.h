@@ -1,70 +1,144 @@
-// GEMM on packed panels: C [M, N] += A [M, K] B [K, N], accumulated in float or double.
+// Register tiles of C [m, n] += A [m, K] B [K, n], accumulated in float or double.
 //
-// A is packed as panels of `mr` rows, [panel][K][mr]; B as panels of `nr` columns, [panel][K][nr]. A register tile is
-// mr x nr accumulators and walks K in order, kDepth steps at a time, so an element of C has the same bits whatever M,
-// N, its position and the thread count are: the reason that a vendor GEMM is not used here.
+// An element of A is broadcast and read where it lies: A is the weight itself, or the logits' gradient itself. A row of
+// B is `nr` contiguous elements of a panel [K][nr]. A tile walks K in order, so an element of C has the same bits
+// whatever m, n, its position and the thread count are: the reason that a vendor GEMM is not used here.
 #pragma once
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "simd.h"
 
 namespace qrm_fast {
 
-inline constexpr int64_t kDepth = 256;  // K steps per pass: an A panel stays in L1, a B block in L2
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Uninitialised scratch, aligned to a cache line.
+// Uninitialised scratch in huge pages where the system has them: a call's first touch of 4 KiB pages would cost it
+// several percent.
 template <typename S>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<S*>(::operator new(std::max<int64_t>(count, 1) * sizeof(S), kAlign))) {}
+  explicit Scratch(int64_t count) {
+    const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(S);
+    const bool huge = bytes >= kHuge;
+    data_.reset(static_cast<S*>(::operator new(bytes, std::align_val_t(huge ? kHuge : kLine))));
+    data_.get_deleter().align = std::align_val_t(huge ? kHuge : kLine);
+    if (huge) madvise(data_.get(), bytes / kHuge * kHuge, MADV_HUGEPAGE);  // a hint: nothing to do where it is refused
+  }
   S* get() const { return data_.get(); }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
+  static constexpr int64_t kLine = 64, kHuge = 2 << 20;
   struct Delete {
-    void operator()(S* p) const { ::operator delete(p, kAlign); }
+    std::align_val_t align{64};
+    void operator()(S* p) const { ::operator delete(p, align); }
   };
   std::unique_ptr<S, Delete> data_;
 };
 
-// A register tile: c[mr][nr] (row stride ldc) = (accumulate ? c : 0) + a[k][mr]^T b[k][nr].
+// One tile: c[i][j] = (accumulate ? c[i][j] : 0) + sum_k A(i, k) b[k * nr + j] with
+//   A(i, k) = a[i * a_row + k * a_step + k / nr * a_jump]
+// where a_jump is for an A that itself is stored in panels. Meanwhile the tile fetches what the next tiles will read: a
+// cache line from `ahead` on every kAheadSteps steps, and `ahead_jump` further after nr steps.
+template <typename S>
+struct Tile {
+  int64_t depth;
+  const S* a;
+  int64_t a_row, a_step, a_jump;
+  const S* b;
+  S* c;
+  int64_t ldc;
+  bool accumulate;
+  const S* ahead;
+  int64_t ahead_jump;
+};
+
+inline constexpr int64_t kDepth = 256;     // steps of K that a tile sums at a time
+inline constexpr int64_t kAheadSteps = 8;  // divides every nr
+inline constexpr int64_t kLineBytes = 64;
+
+// Elements that a tile fetches between two jumps of `ahead`.
+template <typename S>
+int64_t ahead_piece(int64_t nr) {
+  return nr / kAheadSteps * kLineBytes / sizeof(S);
+}
+
 template <typename S>
 struct GemmKernel {
   int64_t mr, nr;
-  void (*tile)(int64_t depth, const S* a, const S* b, S* c, int64_t ldc, bool accumulate);
+  void (*tile)(const Tile<S>& t);
 };
 
 inline constexpr int64_t kLargestTile = 512;  // elements
 
 template <typename S, int Bytes, int Rows, int Vectors>
-QRM_FAST_INLINE void register_tile(int64_t depth, const S* a, const S* b, S* c, int64_t ldc, bool accumulate) {
+QRM_FAST_INLINE void register_tile(const Tile<S>& t) {
   using V = Simd<S, Bytes>;
+  constexpr int64_t kWidth = Vectors * V::kLanes;
+  static_assert(kWidth % kAheadSteps == 0 && Rows * kWidth <= kLargestTile);
   typename V::Vec acc[Rows][Vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  const S *b = t.b, *ahead = t.ahead;
+  // Rows are addressed as base + {0, 1, 2} strides: a pointer for each would not fit the registers.
+  constexpr int kPerBase = 3;
+  static_assert(Rows % kPerBase == 0);
+  const int64_t a_row = t.a_row * sizeof(S), a_step = t.a_step * sizeof(S);
+  const char* a[Rows / kPerBase];
+  for (int i = 0; i < Rows / kPerBase; ++i) a[i] = reinterpret_cast<const char*>(t.a) + kPerBase * i * a_row;
+  const auto step = [&]() __attribute__((always_inline)) {
     typename V::Vec row[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) row[j] = V::load(b + j * V::kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const S scale = a[i];
+      const S scale = *reinterpret_cast<const S*>(a[i / kPerBase] + i % kPerBase * a_row);
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) acc[i][j] += row[j] * scale;
     }
-    a += Rows;
-    b += Vectors * V::kLanes;
+    for (const char*& base : a) base += a_step;
+    b += kWidth;
+  };
+  int64_t k = 0;
+  while (k + kAheadSteps <= t.depth) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kLineBytes / sizeof(S);
+    for (int s = 0; s < kAheadSteps; ++s) step();
+    k += kAheadSteps;
+    if (k % kWidth == 0) {
+      for (const char*& base : a) base += t.a_jump * sizeof(S);
+      ahead += t.ahead_jump;
+    }
   }
+  for (; k < t.depth; ++k) step();
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
-      S* out = c + i * ldc + j * V::kLanes;
-      V::store(out, accumulate ? V::load(out) + acc[i][j] : acc[i][j]);
+      S* out = t.c + i * t.ldc + j * V::kLanes;
+      V::store(out, t.accumulate ? V::load(out) + acc[i][j] : acc[i][j]);
+    }
+  }
+}
+
+// A tile of which only `rows` x `columns` elements of C exist.
+template <typename S>
+void partial_tile(const GemmKernel<S>& kernel, Tile<S> t, int64_t rows, int64_t columns) {
+  S edge[kLargestTile];
+  S* c = t.c;
+  const int64_t ldc = t.ldc;
+  t.c = edge;
+  t.ldc = kernel.nr;
+  const bool accumulate = std::exchange(t.accumulate, false);
+  kernel.tile(t);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      S& out = c[i * ldc + j];
+      out = accumulate ? out + edge[i * kernel.nr + j] : edge[i * kernel.nr + j];
     }
   }
 }
@@ -96,31 +170,30 @@ void pack_panels(const In* src, int64_t stride, int64_t depth_stride, const int6
   }
 }
 
-// C [m, n] = (accumulate ? C : 0) + A B from packed panels of full depth. Tiles over the edge go through a small
-// buffer.
+// C [m, n] = A B from packed panels of full depth, [m / mr][depth][mr] and [n / nr][depth][nr].
 template <typename S>
 void multiply_panels(const GemmKernel<S>& kernel, int64_t m, int64_t n, int64_t depth, const S* a, const S* b, S* c,
-                     int64_t ldc, bool accumulate) {
+                     int64_t ldc) {
   const int64_t mr = kernel.mr, nr = kernel.nr;
-  S edge[kLargestTile];
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t step = std::min(kDepth, depth - k);
-    const bool add = accumulate || k > 0;
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     for (int64_t i = 0; i < m; i += mr) {
       for (int64_t j = 0; j < n; j += nr) {
         const S* a_panel = a + i * depth + k * mr;
-        const S* b_panel = b + j * depth + k * nr;
-        S* out = c + i * ldc + j;
+        const Tile<S> tile{std::min(kDepth, depth - k),
+                           a_panel,
+                           1,
+                           mr,
+                           0,
+                           b + j * depth + k * nr,
+                           c + i * ldc + j,
+                           ldc,
+                           k > 0,
+                           a_panel,
+                           0};
         if (i + mr <= m && j + nr <= n) {
-          kernel.tile(step, a_panel, b_panel, out, ldc, add);
-          continue;
-        }
-        kernel.tile(step, a_panel, b_panel, edge, nr, false);
-        for (int64_t r = 0; r < std::min(mr, m - i); ++r) {
-          for (int64_t q = 0; q < std::min(nr, n - j); ++q) {
-            S& element = out[r * ldc + q];
-            element = add ? element + edge[r * nr + q] : edge[r * nr + q];
-          }
+          kernel.tile(tile);
+        } else {
+          partial_tile(kernel, tile, std::min(mr, m - i), std::min(nr, n - j));
         }
       }
     }

@@ -1,22 +1,34 @@
-// Shared by the head kernels: the inputs as pointers, parallel packing, and the three things done with a block of
-// logits while it is in cache: fold it into softmax statistics, turn it into dZ, multiply dZ into dX, dW and db.
+// Shared by the head kernels: the inputs as pointers, their packing, and what is done with a block of logits while it
+// is in cache: fold it into softmax statistics, turn it into dZ, multiply dZ into dX, dW and db.
+//
+// Logits are stored transposed, as panels [vocabulary][lanes] of `nr` batch rows. Then all three products broadcast
+// elements of an operand that is read where it lies (the weight's rows, dZ), stream the other one from a panel in L2,
+// and only hidden rows are packed, once per block of rows:
+//   z  [v][row] = sum_k W[v, k] X^T[k][row]        dW [v][d] = sum_row dZ[v][row] X[row][d]
+//   dX^T [d][row] = sum_v W^T[d, v] dZ[v][row], where a chunk of W is packed for all rows of the block.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
 #include "../check.h"
 #include "dtypes.h"
+#include "head_panels.h"
 #include "head_tiles.h"
 
 namespace qrm_fast {
 
-inline constexpr int64_t kSplit = 2048;  // columns whose statistics one unit of work folds, cut from V only
-inline constexpr int64_t kChunk = 256;   // columns per product block; a multiple of every tile's width
-inline constexpr int64_t kSlab = 1024;   // weight rows per step of a backward pass; a multiple of kChunk
-inline constexpr int64_t kBlock = 96;    // hidden rows per product block; a multiple of every tile's height
-inline constexpr int64_t kRows = 960;    // hidden rows per unit of work; a multiple of kBlock
+inline constexpr int64_t kResident = 512;  // steps along D per pass: X^T of kRows rows and so many steps stays in L2
+inline constexpr int64_t kRows = 256;      // hidden rows whose panels one thread sweeps the vocabulary with
+inline constexpr int64_t kChunk = 96;  // columns folded or differentiated at a time; a multiple of every tile's rows
+inline constexpr int64_t kSweep = 4;   // splits of weight that all blocks of rows pass before the next: they stay in L3
+inline constexpr int64_t kSplit = 480;   // columns whose statistics one unit of work folds, cut from V; of kChunk
+inline constexpr int64_t kSlab = 4032;   // columns between two barriers of a backward pass; a multiple of kChunk
+inline constexpr int64_t kSteps = 256;   // columns per step of dX
+inline constexpr int64_t kMostRows = 6;  // of a tile
+inline constexpr int64_t kGroup = 512;   // columns of D per pass of dW, whose X stays in L2
 
 struct [[gnu::visibility("hidden")]] HeadOptions {
   std::optional<torch::stable::Tensor> bias;
@@ -31,6 +43,16 @@ void parallel(int64_t count, F f) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
+}
+
+// Runs `worker(next)` on every thread, where next() is the next of `count` units or `count` when none is left. Which
+// thread gets which must not matter to the results.
+template <typename F>
+void parallel_workers(int64_t count, F worker) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] { return std::min(taken.fetch_add(1), count); };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(next); });
 }
 
 // What the fold of one row comes to. lse + lse_residual is the log-partition to twice the precision.
@@ -49,6 +71,41 @@ struct RowResult {
   }
 };
 
+// Statistics of rows, [split][panel][3][lanes], and their targets' logits, NaN where the target is not a column.
+template <typename S>
+class FoldedRows {
+ public:
+  FoldedRows(const PanelKernels<S>& kernels, int64_t panels, int64_t splits)
+      : target_logits(panels * kernels.gemm.nr, std::numeric_limits<S>::quiet_NaN()),
+        kernels_(kernels),
+        panels_(panels),
+        splits_(splits),
+        stats_(splits * panels * size()) {}
+
+  S* of(int64_t split, int64_t panel) const { return stats_.get() + (split * panels_ + panel) * size(); }
+
+  // Joins the splits in their order.
+  void merge() const {
+    parallel(panels_, [&](int64_t panel) {
+      for (int64_t split = 1; split < splits_; ++split) kernels_.merge(of(0, panel), of(split, panel));
+    });
+  }
+  SoftmaxStats<S> total(int64_t row) const {
+    const int64_t nr = kernels_.gemm.nr;
+    const S* at = of(0, row / nr) + row % nr;
+    return {at[0], at[nr], at[2 * nr]};
+  }
+
+  std::vector<S> target_logits;
+
+ private:
+  int64_t size() const { return 3 * kernels_.gemm.nr; }
+
+  const PanelKernels<S>& kernels_;
+  int64_t panels_, splits_;
+  Scratch<S> stats_;
+};
+
 // In: the dtype of hidden, weight and bias; S: what is accumulated. `rows` are the packed rows that take part: a row
 // left out is never read.
 template <typename In, typename S>
@@ -58,7 +115,7 @@ class Head {
        const torch::stable::Tensor& target_ids, const HeadOptions& options)
       : dim(hidden.size(1)),
         vocab(weight.size(0)),
-        kernels(head_kernels<S>()),
+        kernels(panel_kernels<S>()),
         x_(static_cast<const In*>(hidden.const_data_ptr())),
         w_(static_cast<const In*>(weight.const_data_ptr())),
         targets_(static_cast<const int64_t*>(target_ids.const_data_ptr())),
@@ -88,14 +145,29 @@ class Head {
     }
   }
 
-  // Rows [begin, begin + count) as left operand of a product over D.
+  int64_t lanes() const { return kernels.gemm.nr; }
+
+  // Panels of the rows [begin, begin + count), [panel][D][lanes]: right operand of the logits. Lanes without a row are
+  // 0.
   void pack_hidden(int64_t begin, int64_t count, S* dst) const {
-    pack_all(x_, x_stride_, 1, rows.data() + begin, count, dim, kernels.gemm.mr, dst);
+    const int64_t nr = lanes();
+    parallel(ceil_div(count, nr), [&](int64_t panel) {
+      S* out = dst + panel * dim * nr;
+      const int64_t filled = std::min(nr, count - panel * nr);
+      if (filled < nr) std::fill(out, out + dim * nr, S(0));
+      for (int64_t k0 = 0; k0 < dim; k0 += kLine) {
+        const int64_t k1 = std::min(dim, k0 + kLine);
+        for (int64_t j = 0; j < filled; ++j) {
+          const In* in = x_ + rows[begin + panel * nr + j] * x_stride_;
+          for (int64_t k = k0; k < k1; ++k) out[k * nr + j] = static_cast<S>(in[k]);
+        }
+      }
+    });
   }
 
-  // The same rows as right operand of a product over the rows: [D / nr][count][nr].
+  // The same rows as right operand of dW: [ceil(D / lanes)][count][lanes].
   void pack_hidden_by_dim(int64_t begin, int64_t count, S* dst) const {
-    const int64_t nr = kernels.gemm.nr;
+    const int64_t nr = lanes();
     parallel(ceil_div(dim, nr), [&](int64_t panel) {
       S* out = dst + panel * count * nr;
       const int64_t filled = std::min(nr, dim - panel * nr);
@@ -106,68 +178,254 @@ class Head {
     });
   }
 
-  // Weight rows [begin, begin + count) as right operand of a product over D; in this thread.
-  void pack_weight(int64_t begin, int64_t count, S* dst) const {
-    pack_panels(w_, w_stride_, 1, nullptr, begin, count, dim, kernels.gemm.nr, dst);
-  }
-
-  // The same rows as right operand of a product over those rows: [D / nr][count][nr].
-  void pack_weight_by_dim(int64_t begin, int64_t count, S* dst) const {
-    pack_all(w_ + begin * w_stride_, 1, w_stride_, static_cast<const int64_t*>(nullptr), dim, count, kernels.gemm.nr,
-             dst);
-  }
-
-  // Finished logits of `height` rows from `row` on and `width` columns from `column` on. `a`, `b`: packed operands.
-  void logits(int64_t row, int64_t height, int64_t column, int64_t width, const S* a, const S* b, S* z,
-              int64_t ldz) const {
-    multiply_panels(kernels.gemm, height, width, dim, a, b, z, ldz, false);
-    for (int64_t i = 0; i < height; ++i) {
-      const LogitTransform<S> t = transform(rows[row + i], column);
-      if (!t.is_identity()) kernels.finish(z + i * ldz, width, t);
+  // Finished logits of `width` columns from `column` on and the rows of `panels` panels from `row` on, packed in `x`.
+  // Panel p goes to z + p * z_panel; lines up to the next multiple of mr beyond `width` are overwritten.
+  void logits(int64_t row, int64_t panels, int64_t column, int64_t width, const S* x, S* z, int64_t z_panel) const {
+    const GemmKernel<S>& gemm = kernels.gemm;
+    for (int64_t k = 0; k == 0 || k < dim; k += kResident) {
+      for (int64_t i = 0; i < width; i += gemm.mr) {
+        logits_of_tile_row(column + i, std::min(gemm.mr, width - i), k, panels, x, z + i * gemm.nr, z_panel);
+      }
+    }
+    if (bias_.empty() && softcap_ == S(0) && temperatures_ == nullptr && temperature_ == S(1)) return;
+    for (int64_t p = 0; p < panels; ++p) {
+      S temperature[kLargestTile];
+      temperatures_of(row + p * gemm.nr, temperature);
+      kernels.finish(z + p * z_panel, width, {bias_.empty() ? nullptr : bias_.data() + column, softcap_, temperature});
     }
   }
 
-  // Folds a block of finished logits into each row's statistics, and keeps the target's logit.
-  void fold(int64_t row, int64_t height, int64_t column, int64_t width, const S* z, int64_t ldz, SoftmaxStats<S>* stats,
-            S* target_logits) const {
-    for (int64_t i = 0; i < height; ++i) {
-      const int64_t target = targets_[rows[row + i]] - column;
-      if (target >= 0 && target < width) target_logits[i] = z[i * ldz + target];
-      stats[i].merge(kernels.fold(z + i * ldz, width));
+  // Joins the finished logits of one panel, whose first row is `row`, to `stats` [3][lanes]; keeps the targets' logits.
+  void fold(int64_t row, int64_t column, int64_t width, const S* z, S* stats, S* target_logits) const {
+    kernels.fold(z, width, stats);
+    for_targets(row, column, width, [&](int64_t j, int64_t v) { target_logits[j] = z[v * lanes() + j]; });
+  }
+
+  // Folds one split of `panels` panels, which are those from `panel` on of `folded`. The logits are kept in panels
+  // [V][lanes] of z, or go from chunk to chunk over the same panels [kChunk][lanes].
+  void fold_split(int64_t row, int64_t panels, int64_t split, const S* x, S* z, int64_t z_panel, bool keep,
+                  FoldedRows<S>& folded, int64_t panel) const {
+    const int64_t nr = lanes(), end = std::min(vocab, (split + 1) * kSplit);
+    for (int64_t p = 0; p < panels; ++p) {
+      S* stats = folded.of(split, panel + p);
+      std::fill_n(stats, nr, -std::numeric_limits<S>::infinity());
+      std::fill_n(stats + nr, 2 * nr, S(0));
+    }
+    for (int64_t column = split * kSplit; column < end; column += kChunk) {
+      const int64_t width = std::min(kChunk, end - column);
+      S* chunk = keep ? z + column * nr : z;
+      logits(row, panels, column, width, x, chunk, z_panel);
+      for (int64_t p = 0; p < panels; ++p) {
+        fold(row + p * nr, column, width, chunk + p * z_panel, folded.of(split, panel + p),
+             folded.target_logits.data() + (panel + p) * nr);
+      }
     }
   }
 
-  // Block of finished logits -> dZ in place, with the coefficients of each of its rows.
-  void to_gradient(int64_t row, int64_t height, int64_t column, int64_t width, S* z, int64_t ldz,
-                   const RowGradient<S>* gradients) const {
-    for (int64_t i = 0; i < height; ++i) {
-      const int64_t target = targets_[rows[row + i]] - column;
-      const bool here = target >= 0 && target < width;
-      const LogitTransform<S> t = transform(rows[row + i], column);
-      S* dz = z + i * ldz;
-      const S y = here && softcap_ != S(0) ? dz[target] * t.temperature / softcap_ : S(0);
-      kernels.gradient(dz, width, t, gradients[i]);
-      if (here) dz[target] += gradients[i].logprob / t.temperature * (S(1) - y * y);
+  // Finished logits of one panel -> dZ in place.
+  void to_gradient(int64_t row, int64_t column, int64_t width, S* z, const PanelGradient<S>& g) const {
+    const int64_t nr = lanes();
+    S own[kLargestTile];
+    for_targets(row, column, width, [&](int64_t j, int64_t v) {
+      const S y = softcap_ == S(0) ? S(0) : z[v * nr + j] * g.temperature[j] / softcap_;
+      own[j] = g.logprob[j] * (S(1) - y * y);
+    });
+    kernels.gradient(z, width, g);
+    for_targets(row, column, width, [&](int64_t j, int64_t v) { z[v * nr + j] += own[j]; });
+  }
+
+  // dX^T [panels][padded_dim()][lanes] (+)= W^T dZ over `columns` columns from `column` on. A thread owns some of D;
+  // sums run through V in fixed steps: a row's bits are its own.
+  void add_hidden_gradient(int64_t column, int64_t columns, const S* dz, int64_t z_panel, int64_t panels, S* dx) const {
+    const int64_t mr = kernels.gemm.mr, most = ceil_div(kSteps, mr);
+    torch::stable::parallel_for(0, ceil_div(dim, mr), 1, [&](int64_t begin, int64_t end) {
+      Scratch<S> w(most * packed_pitch(kSteps));
+      for (int64_t first = begin; first < end; first += most) {
+        const int64_t count = std::min(most, end - first);
+        for (int64_t k = 0; k < columns; k += kSteps) {
+          const int64_t steps = std::min(kSteps, columns - k);
+          pack_weight_by_dim(column + k, steps, first * mr, count, w.get());
+          add_hidden_gradient_step(column + k, steps, first, count, w.get(), dz + k * lanes(), z_panel, panels, dx);
+        }
+      }
+    });
+  }
+
+  // dW [width, D] (+)= dZ X for one chunk.
+  void add_weight_gradient(int64_t width, const S* dz, int64_t z_panel, int64_t height, const S* x_by_dim, S* dw,
+                           bool accumulate) const {
+    const GemmKernel<S>& gemm = kernels.gemm;
+    const int64_t piece = ahead_piece<S>(gemm.nr), slots = std::max<int64_t>(1, height / gemm.nr);
+    Tile<S> tile;
+    tile.depth = height;
+    tile.a_row = gemm.nr;
+    tile.a_step = 1;
+    tile.a_jump = z_panel - gemm.nr;
+    tile.ldc = dim;
+    tile.accumulate = accumulate;
+    tile.ahead_jump = dim - piece;
+    for (int64_t group = 0; group < dim; group += kGroup) {
+      const int64_t group_end = std::min(dim, group + kGroup);
+      for (int64_t i = 0; i < width; i += gemm.mr) {
+        tile.a = dz + i * gemm.nr;
+        for (int64_t d = group; d < group_end; d += gemm.nr) {
+          const int64_t t = (d - group) / gemm.nr, pieces = ceil_div(kGroup, piece);
+          tile.ahead = dw + (i + gemm.mr + t / pieces * slots) * dim + group + t % pieces * piece;
+          tile.b = x_by_dim + d * height;
+          tile.c = dw + i * dim + d;
+          if (i + gemm.mr <= width && d + gemm.nr <= dim) {
+            gemm.tile(tile);
+          } else {
+            partial_tile(gemm, tile, std::min(gemm.mr, width - i), std::min(gemm.nr, dim - d));
+          }
+        }
+      }
     }
   }
+
+  // db [width] += sums of dZ over the rows, for one chunk.
+  void add_bias_gradient(int64_t width, const S* dz, int64_t z_panel, int64_t height, double* db) const {
+    const int64_t nr = lanes();
+    for (int64_t row = 0; row < height; row += nr, dz += z_panel) {
+      const int64_t filled = std::min(nr, height - row);
+      for (int64_t v = 0; v < width; ++v) {
+        for (int64_t j = 0; j < filled; ++j) db[v] += dz[v * nr + j];
+      }
+    }
+  }
+
+  // dX^T of a block of rows -> rows of the gradient, rounded once.
+  template <typename Out>
+  void unpack_hidden_gradient(int64_t row, int64_t height, const S* dx, Out* out) const {
+    const int64_t nr = lanes();
+    parallel(ceil_div(height, kLine), [&](int64_t unit) {
+      for (int64_t d0 = 0; d0 < dim; d0 += kLine) {
+        for (int64_t i = unit * kLine; i < std::min(height, (unit + 1) * kLine); ++i) {
+          const S* from = dx + i / nr * padded_dim() * nr + i % nr;
+          Out* to = out + rows[row + i] * dim;
+          for (int64_t d = d0; d < std::min(dim, d0 + kLine); ++d) to[d] = static_cast<Out>(from[d * nr]);
+        }
+      }
+    });
+  }
+
+  int64_t padded_dim() const { return round_up(dim, kernels.gemm.mr); }
+
+  void temperatures_of(int64_t row, S* out) const {
+    const int64_t filled = std::min<int64_t>(lanes(), rows.size() - row);
+    std::fill(out, out + lanes(), temperatures_ ? S(1) : temperature_);
+    for (int64_t j = 0; temperatures_ && j < filled; ++j) out[j] = temperatures_[rows[row + j]];
+  }
+  S softcap() const { return softcap_; }
 
   int64_t dim, vocab;
-  const HeadKernels<S>& kernels;
+  const PanelKernels<S>& kernels;
   std::vector<int64_t> rows;
 
  private:
-  LogitTransform<S> transform(int64_t t, int64_t column) const {
-    return {bias_.empty() ? nullptr : bias_.data() + column, softcap_, temperatures_ ? temperatures_[t] : temperature_};
+  static constexpr int64_t kLine = 16;
+
+  // f(lane, column within the chunk) for the rows of a panel whose target lies in it.
+  template <typename F>
+  void for_targets(int64_t row, int64_t column, int64_t width, F f) const {
+    const int64_t filled = std::min<int64_t>(lanes(), rows.size() - row);
+    for (int64_t j = 0; j < filled; ++j) {
+      const int64_t v = targets_[rows[row + j]] - column;
+      if (v >= 0 && v < width) f(j, v);
+    }
   }
 
-  template <typename Index>
-  static void pack_all(const In* src, int64_t stride, int64_t depth_stride, const Index* index, int64_t count,
-                       int64_t depth, int64_t width, S* dst) {
-    const int64_t block = ceil_div(kBlock, width) * width;
-    parallel(ceil_div(count, block), [&](int64_t i) {
-      pack_panels(src, stride, depth_stride, index, i * block, std::min(block, count - i * block), depth, width,
-                  dst + i * block * depth);
-    });
+  // `count` rows of weight in S, [mr][kDepth], zeros beyond.
+  void convert_rows(const In* w, int64_t count, int64_t depth, S* dst) const {
+    for (int64_t r = 0; r < kernels.gemm.mr; ++r) {
+      for (int64_t q = 0; q < depth; ++q) dst[r * kDepth + q] = r < count ? static_cast<S>(w[r * w_stride_ + q]) : S(0);
+    }
+  }
+
+  // z (+)= `count` weight rows times the panels of x, over kResident steps of D from `first` on.
+  void logits_of_tile_row(int64_t column, int64_t count, int64_t first, int64_t panels, const S* x, S* z,
+                          int64_t z_panel) const {
+    const GemmKernel<S>& gemm = kernels.gemm;
+    const In* w = w_ + column * w_stride_;
+    const bool direct = std::is_same_v<In, S> && count == gemm.mr;
+    const int64_t piece = ahead_piece<S>(gemm.nr), stride = w_stride_ * sizeof(In) / sizeof(S);
+    const S* next = reinterpret_cast<const S*>(w + gemm.mr * w_stride_ + first);  // beyond the last row only a hint
+    S converted[kMostRows * kDepth];
+    Tile<S> tile;
+    tile.a_row = direct ? w_stride_ : kDepth;
+    tile.a_step = 1;
+    tile.a_jump = 0;
+    tile.ldc = gemm.nr;
+    tile.ahead_jump = stride - piece;
+    const int64_t end = std::max<int64_t>(1, std::min(dim, first + kResident));
+    for (int64_t k = first; k < end; k += kDepth, next += kDepth / gemm.nr * stride) {
+      tile.depth = std::min(kDepth, dim - k);
+      if (!direct) convert_rows(w + k, count, tile.depth, converted);
+      tile.a = direct ? reinterpret_cast<const S*>(w + k) : converted;
+      tile.accumulate = k > 0;
+      for (int64_t p = 0; p < panels; ++p) {
+        tile.b = x + (p * dim + k) * gemm.nr;
+        tile.c = z + p * z_panel;
+        tile.ahead = next + p * piece;
+        gemm.tile(tile);
+      }
+    }
+  }
+
+  // From one packed panel of weight to the next: a line more than it holds, or the panels, which are written side by
+  // side, would share their cache sets.
+  int64_t packed_pitch(int64_t steps) const { return steps * kernels.gemm.mr + kLine; }
+
+  // Weight rows [begin, begin + count) as left operand of dX^T: `panels` panels [count][mr] from dimension d0 on.
+  void pack_weight_by_dim(int64_t begin, int64_t count, int64_t d0, int64_t panels, S* dst) const {
+    const In* w = w_ + begin * w_stride_ + d0;
+    const int64_t pitch = packed_pitch(count);
+    switch (kernels.gemm.mr) {
+      case 6:
+        return pack_columns<6>(w, w_stride_, count, panels, dim - d0, pitch, dst);
+      default:
+        return pack_columns<3>(w, w_stride_, count, panels, dim - d0, pitch, dst);
+    }
+  }
+
+  template <int Rows>
+  static void pack_columns(const In* w, int64_t stride, int64_t count, int64_t panels, int64_t dims, int64_t pitch,
+                           S* dst) {
+    const int64_t whole = std::min(panels, dims / Rows);
+    for (int64_t k = 0; k < count; ++k, w += stride) {
+      for (int64_t i = 0; i < whole; ++i) {
+        for (int r = 0; r < Rows; ++r) dst[i * pitch + k * Rows + r] = static_cast<S>(w[i * Rows + r]);
+      }
+      for (int64_t d = whole * Rows; d < panels * Rows; ++d) {
+        dst[d / Rows * pitch + k * Rows + d % Rows] = d < dims ? static_cast<S>(w[d]) : S(0);
+      }
+    }
+  }
+
+  void add_hidden_gradient_step(int64_t column, int64_t steps, int64_t first, int64_t count, const S* w, const S* dz,
+                                int64_t z_panel, int64_t panels, S* dx) const {
+    const GemmKernel<S>& gemm = kernels.gemm;
+    const int64_t piece = ahead_piece<S>(gemm.nr), stride = w_stride_ * sizeof(In) / sizeof(S);
+    const int64_t pieces = ceil_div(count * gemm.mr * sizeof(In) / sizeof(S), piece), slots = steps / gemm.nr;
+    const S* next = reinterpret_cast<const S*>(w_ + (column + steps) * w_stride_ + first * gemm.mr);
+    Tile<S> tile;
+    tile.depth = steps;
+    tile.a_row = 1;
+    tile.a_step = gemm.mr;
+    tile.a_jump = 0;
+    tile.ldc = gemm.nr;
+    tile.accumulate = column > 0;
+    tile.ahead_jump = stride - piece;
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t t = p * count + i;
+        tile.ahead = next + t / pieces * slots * stride + t % pieces * piece;
+        tile.a = w + i * packed_pitch(steps);
+        tile.b = dz + p * z_panel;
+        tile.c = dx + (p * padded_dim() + (first + i) * gemm.mr) * gemm.nr;
+        gemm.tile(tile);
+      }
+    }
   }
 
   const In* x_;
@@ -180,86 +438,62 @@ class Head {
   int64_t ignore_index_;
 };
 
-// The selected rows' statistics, [splits][rows], and their targets' logits, NaN where the target is not a column.
-template <typename S>
-struct FoldedRows {
-  FoldedRows(int64_t count, int64_t splits)
-      : stats(splits * count, SoftmaxStats<S>::empty()), target_logits(count, std::numeric_limits<S>::quiet_NaN()) {}
-
-  SoftmaxStats<S> total(int64_t row) const {
-    SoftmaxStats<S> sum = stats[row];
-    for (size_t i = row + target_logits.size(); i < stats.size(); i += target_logits.size()) sum.merge(stats[i]);
-    return sum;
-  }
-
-  std::vector<SoftmaxStats<S>> stats;
-  std::vector<S> target_logits;
-};
-
 // A forward pass over the selected rows.
 template <typename In, typename S>
 FoldedRows<S> fold_rows(const Head<In, S>& head) {
-  const int64_t count = head.rows.size(), dim = head.dim;
-  Scratch<S> a(ceil_div(count, kBlock) * kBlock * dim);
-  head.pack_hidden(0, count, a.get());
-
-  const int64_t splits = ceil_div(head.vocab, kSplit), blocks = ceil_div(count, kRows);
-  FoldedRows<S> folded(count, splits);
-  torch::stable::parallel_for(0, splits * blocks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<S> b(kChunk * dim), z(kBlock * kChunk);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t split = unit / blocks, first_row = unit % blocks * kRows;
-      const int64_t last_row = std::min(count, first_row + kRows);
-      const int64_t last_column = std::min(head.vocab, (split + 1) * kSplit);
-      for (int64_t column = split * kSplit; column < last_column; column += kChunk) {
-        const int64_t width = std::min(kChunk, last_column - column);
-        head.pack_weight(column, width, b.get());
-        for (int64_t row = first_row; row < last_row; row += kBlock) {
-          const int64_t height = std::min(kBlock, last_row - row);
-          head.logits(row, height, column, width, a.get() + row * dim, b.get(), z.get(), kChunk);
-          head.fold(row, height, column, width, z.get(), kChunk, folded.stats.data() + split * count + row,
-                    folded.target_logits.data() + row);
-        }
+  const int64_t count = head.rows.size(), dim = head.dim, nr = head.lanes();
+  const int64_t panels = ceil_div(count, nr), most = kRows / nr, blocks = ceil_div(panels, most);
+  const int64_t splits = ceil_div(head.vocab, kSplit), sweeps = ceil_div(splits, kSweep);
+  Scratch<S> x(panels * dim * nr);
+  head.pack_hidden(0, count, x.get());
+  FoldedRows<S> folded(head.kernels, panels, splits);
+  parallel_workers(sweeps * blocks, [&](auto next) {
+    Scratch<S> z(kRows * kChunk);
+    for (int64_t unit; (unit = next()) < sweeps * blocks;) {
+      const int64_t sweep = unit / blocks, first = unit % blocks * most, here = std::min(most, panels - first);
+      for (int64_t split = sweep * kSweep; split < std::min(splits, (sweep + 1) * kSweep); ++split) {
+        head.fold_split(first * nr, here, split, x.get() + first * dim * nr, z.get(), kChunk * nr, false, folded,
+                        first);
       }
     }
   });
+  folded.merge();
   return folded;
 }
 
-// dX [height, D] (+)= dZ [height, columns] W. Sums over V run in the order of the slabs: a row's bits are its own.
+// The coefficients of a block of rows, per lane. A lane without a row has coefficients 0 and p = 0.
 template <typename S>
-void add_hidden_gradient(const GemmKernel<S>& gemm, const S* dz, int64_t ldz, int64_t height, int64_t columns,
-                         const S* w_by_dim, int64_t dim, S* dx, bool accumulate) {
-  parallel(ceil_div(height, kBlock), [&](int64_t unit) {
-    const int64_t i0 = unit * kBlock, block = std::min(kBlock, height - i0);
-    Scratch<S> a(kBlock * columns);
-    pack_panels(dz + i0 * ldz, ldz, 1, nullptr, 0, block, columns, gemm.mr, a.get());
-    multiply_panels(gemm, block, dim, columns, a.get(), w_by_dim, dx + i0 * dim, dim, accumulate);
-  });
-}
+class BlockGradient {
+ public:
+  BlockGradient(int64_t panels, int64_t lanes) : lanes_(lanes), values_(kFields * panels * lanes) {}
 
-// dW [columns, D] (+)= dZ^T X.
-template <typename S>
-void add_weight_gradient(const GemmKernel<S>& gemm, const S* dz, int64_t ldz, int64_t height, int64_t columns,
-                         const S* x_by_dim, int64_t dim, S* dw, bool accumulate) {
-  parallel(ceil_div(columns, kBlock), [&](int64_t unit) {
-    const int64_t i0 = unit * kBlock, block = std::min(kBlock, columns - i0);
-    Scratch<S> a(kBlock * height);
-    pack_panels(dz + i0, 1, ldz, nullptr, 0, block, height, gemm.mr, a.get());
-    multiply_panels(gemm, block, dim, height, a.get(), x_by_dim, dw + i0 * dim, dim, accumulate);
-  });
-}
-
-// db [columns] += column sums of dZ.
-template <typename S>
-void add_bias_gradient(const S* dz, int64_t ldz, int64_t height, int64_t columns, double* db) {
-  parallel(ceil_div(columns, kChunk), [&](int64_t chunk) {
-    const int64_t begin = chunk * kChunk, end = std::min(columns, begin + kChunk);
-    for (int64_t i = 0; i < height; ++i) {
-      for (int64_t j = begin; j < end; ++j) db[j] += dz[i * ldz + j];
+  template <typename In>
+  void set(const Head<In, S>& head, int64_t row, int64_t height, const RowGradient<S>* rows) {
+    for (int64_t p = 0; p * lanes_ < height; ++p) {
+      S* at = values_.data() + p * kFields * lanes_;
+      S* temperature = at + 5 * lanes_;
+      head.temperatures_of(row + p * lanes_, temperature);
+      for (int64_t j = 0; j < lanes_; ++j) {
+        const int64_t i = p * lanes_ + j;
+        const RowGradient<S> g = i < height ? rows[i] : RowGradient<S>{0, 0, std::numeric_limits<S>::infinity(), 0, 0};
+        const S fields[] = {g.logprob / temperature[j], g.entropy / temperature[j], g.lse, g.lse_residual, g.h};
+        for (int f = 0; f < 5; ++f) at[f * lanes_ + j] = fields[f];
+      }
     }
-  });
-}
+    softcap_ = head.softcap();
+  }
+
+  PanelGradient<S> panel(int64_t p) const {
+    const S* at = values_.data() + p * kFields * lanes_;
+    return {at, at + lanes_, at + 2 * lanes_, at + 3 * lanes_, at + 4 * lanes_, at + 5 * lanes_, softcap_};
+  }
+
+ private:
+  static constexpr int64_t kFields = 6;
+  int64_t lanes_;
+  std::vector<S> values_;
+  S softcap_ = 0;
+};
 
 // dst[i] = src[i] in the gradient's dtype, rounded once.
 template <typename Out, typename S>

@@ -1,8 +1,6 @@
-// What a head kernel does with a row of logits while it is in cache: finish it (bias, softcap, temperature), fold it
-// into running softmax statistics, or turn it into the gradient of the loss with respect to the product hidden .
-// weight.
+// What is done with a row of logits while it is in cache: finish it (bias, softcap, temperature), fold it into running
+// softmax statistics, or turn it into the gradient of the loss with respect to the unfinished logits.
 #pragma once
-#include "gemm.h"
 #include "simd.h"
 
 namespace qrm_fast {
@@ -107,32 +105,26 @@ struct HeadTile {
 // The kernels of one instruction set, for float or double.
 template <typename S>
 struct HeadKernels {
-  GemmKernel<S> gemm;
   void (*finish)(S* z, int64_t n, const LogitTransform<S>& t);
   SoftmaxStats<S> (*fold)(const S* z, int64_t n);
   void (*gradient)(S* z, int64_t n, const LogitTransform<S>& t, const RowGradient<S>& g);
 };
 
-#define QRM_FAST_HEAD_KERNELS(NAME, TARGET, BYTES, ROWS, VECTORS)                                                   \
+#define QRM_FAST_HEAD_KERNELS(NAME, TARGET, BYTES)                                                                  \
   template <typename S>                                                                                             \
   struct NAME {                                                                                                     \
-    TARGET static void tile(int64_t depth, const S* a, const S* b, S* c, int64_t ldc, bool accumulate) {            \
-      register_tile<S, BYTES, ROWS, VECTORS>(depth, a, b, c, ldc, accumulate);                                      \
-    }                                                                                                               \
     TARGET static void finish(S* z, int64_t n, const LogitTransform<S>& t) { HeadTile<S, BYTES>::finish(z, n, t); } \
     TARGET static SoftmaxStats<S> fold(const S* z, int64_t n) { return HeadTile<S, BYTES>::fold(z, n); }            \
     TARGET static void gradient(S* z, int64_t n, const LogitTransform<S>& t, const RowGradient<S>& g) {             \
       HeadTile<S, BYTES>::gradient(z, n, t, g);                                                                     \
     }                                                                                                               \
-    static constexpr HeadKernels<S> kernels() {                                                                     \
-      return {{ROWS, VECTORS * BYTES / int(sizeof(S)), tile}, finish, fold, gradient};                              \
-    }                                                                                                               \
+    static constexpr HeadKernels<S> kernels() { return {finish, fold, gradient}; }                                  \
   };
 
-QRM_FAST_HEAD_KERNELS(PortableHead, , 16, 6, 2)
+QRM_FAST_HEAD_KERNELS(PortableHead, , 16)
 #if defined(__x86_64__)
-QRM_FAST_HEAD_KERNELS(Avx2Head, QRM_FAST_TARGET_AVX2, 32, 6, 2)
-QRM_FAST_HEAD_KERNELS(Avx512Head, QRM_FAST_TARGET_AVX512, 64, 6, 4)
+QRM_FAST_HEAD_KERNELS(Avx2Head, QRM_FAST_TARGET_AVX2, 32)
+QRM_FAST_HEAD_KERNELS(Avx512Head, QRM_FAST_TARGET_AVX512, 64)
 #endif
 
 template <typename S>

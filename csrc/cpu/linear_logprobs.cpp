@@ -1,13 +1,13 @@
 // linear_logprobs: log_softmax(hidden @ weight.T) at the targets, and its entropy, without [T, V] logits.
 //
-// Forward: a chunk of weight rows is packed once and multiplied with every block of hidden rows; the product stays in
-// L2, where it is folded into (max, sum, weighted sum) per row before the next block overwrites it. 2 T D V FLOP.
-// V is cut into splits of kSplit columns, from V only, and their statistics are merged in order; a row's bits therefore
-// depend on that row, weight and bias alone.
+// Forward: a block of kRows hidden rows stays in L2 while a thread sweeps the weight's rows past it; a chunk of kChunk
+// columns is folded into (max, sum, weighted sum) per row before the next overwrites it. 2 T D V FLOP. V is cut into
+// splits of kSplit columns, from V only, and their statistics are merged in order; a row's bits therefore depend on
+// that row, weight and bias alone.
 //
-// Backward: per slab of kSlab weight rows and block of kRows hidden rows, the logits are computed again, turned into
-// dZ in place, and multiplied twice: dX += dZ W, dW += dZ^T X. 6 T D V FLOP; dZ is the only buffer that is not packed
-// input or result. Ignored rows, and rows without upstream gradient, are never read.
+// Backward: per slab of kBackwardSlab weight rows and block of kRows hidden rows, the logits are computed again, turned
+// into dZ in place, and multiplied twice: dX += dZ W, dW += dZ^T X. 6 T D V FLOP; dZ is the only buffer that is not
+// packed input or result. Ignored rows, and rows without upstream gradient, are never read.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -18,6 +18,8 @@ namespace qrm_fast {
 namespace {
 
 using torch::stable::Tensor;
+
+constexpr int64_t kBackwardSlab = 2016;  // weight rows per step of the backward pass; a multiple of kChunk
 
 template <typename In>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
@@ -59,60 +61,58 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
   gradients.reserve(head.rows.size());
   for (int64_t t : head.rows) gradients.push_back({g[t], e[t], data(lse)[t], data(lse_residual)[t], data(entropy)[t]});
 
-  const GemmKernel<S>& gemm = head.kernels.gemm;
-  const int64_t count = head.rows.size(), dim = head.dim, vocab = head.vocab;
-  const int64_t slab = std::min(kSlab, ceil_div(vocab, kChunk) * kChunk);
-  const int64_t wide = ceil_div(dim, gemm.nr) * gemm.nr;
-  Scratch<S> x(ceil_div(count, kBlock) * kBlock * dim), x_by_dim(need_weight ? count * wide : 0);
+  const int64_t count = head.rows.size(), dim = head.dim, vocab = head.vocab, nr = head.lanes();
+  const int64_t panels = ceil_div(count, nr), most = kRows / nr, wide = round_up(dim, nr);
+  const int64_t slab = std::min(kBackwardSlab, round_up(vocab, kChunk));
+  constexpr bool kRounded = !std::is_same_v<In, S>;
+  Scratch<S> x(panels * dim * nr), x_by_dim(need_weight ? count * wide : 0), z(kRows * slab);
+  Scratch<S> dx(need_hidden ? panels * head.padded_dim() * nr : 0), dw(need_weight && kRounded ? slab * dim : 0);
   head.pack_hidden(0, count, x.get());
-  if (need_weight) {
-    for (int64_t row = 0; row < count; row += kRows) {
-      head.pack_hidden_by_dim(row, std::min(kRows, count - row), x_by_dim.get() + row * wide);
-    }
+  for (int64_t row = 0; row < count && need_weight; row += kRows) {
+    head.pack_hidden_by_dim(row, std::min(kRows, count - row), x_by_dim.get() + row * wide);
   }
-  Scratch<S> w(slab * dim), w_by_dim(need_hidden ? slab * wide : 0), dz(kRows * slab);
-  Scratch<S> dx(need_hidden ? count * dim : 0), dw(need_weight ? slab * dim : 0);
   std::vector<double> db(need_bias ? vocab : 0, 0.0);
   Tensor hidden_grad =
       need_hidden ? torch::stable::new_zeros(hidden, hidden.sizes()) : torch::stable::new_empty(hidden, {0});
-  Tensor weight_grad =
-      need_weight ? torch::stable::new_zeros(weight, weight.sizes()) : torch::stable::new_empty(hidden, {0});
+  Tensor weight_grad = !need_weight ? torch::stable::new_empty(hidden, {0})
+                       : count == 0 ? torch::stable::new_zeros(weight, weight.sizes())
+                                    : torch::stable::new_empty(weight, weight.sizes());
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
   In* hidden_out = static_cast<In*>(hidden_grad.mutable_data_ptr());
   In* weight_out = static_cast<In*>(weight_grad.mutable_data_ptr());
+  BlockGradient<S> coefficients(most, nr);
 
   for (int64_t column = 0; column < vocab && count > 0; column += slab) {
-    const int64_t columns = std::min(slab, vocab - column), chunks = ceil_div(columns, kChunk);
-    parallel(chunks, [&](int64_t chunk) {
-      const int64_t j = chunk * kChunk;
-      head.pack_weight(column + j, std::min(kChunk, columns - j), w.get() + j * dim);
-    });
-    if (need_hidden) head.pack_weight_by_dim(column, columns, w_by_dim.get());
+    const int64_t columns = std::min(slab, vocab - column), z_panel = slab * nr;
+    S* dw_slab = dw.get();
+    if constexpr (!kRounded) dw_slab = weight_out + column * dim;
     for (int64_t row = 0; row < count; row += kRows) {
-      const int64_t height = std::min(kRows, count - row), blocks = ceil_div(height, kBlock);
-      parallel(blocks * chunks, [&](int64_t unit) {
-        const int64_t i = unit % blocks * kBlock, j = unit / blocks * kChunk;
-        const int64_t block = std::min(kBlock, height - i), width = std::min(kChunk, columns - j);
-        S* tile = dz.get() + i * slab + j;
-        head.logits(row + i, block, column + j, width, x.get() + (row + i) * dim, w.get() + j * dim, tile, slab);
-        head.to_gradient(row + i, block, column + j, width, tile, slab, gradients.data() + row + i);
+      const int64_t height = std::min(kRows, count - row), here = ceil_div(height, nr);
+      coefficients.set(head, row, height, gradients.data() + row);
+      parallel_workers(ceil_div(columns, kChunk), [&](auto next) {
+        for (int64_t unit; (unit = next()) * kChunk < columns;) {
+          const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
+          S* chunk = z.get() + j * nr;
+          head.logits(row, here, column + j, width, x.get() + row * dim, chunk, z_panel);
+          for (int64_t p = 0; p < here; ++p) {
+            head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
+          }
+          if (need_weight) {
+            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim.get() + row * wide, dw_slab + j * dim,
+                                     row > 0);
+          }
+          if (need_bias) head.add_bias_gradient(width, chunk, z_panel, height, db.data() + column + j);
+        }
       });
       if (need_hidden) {
-        add_hidden_gradient(gemm, dz.get(), slab, height, columns, w_by_dim.get(), dim, dx.get() + row * dim,
-                            column > 0);
+        head.add_hidden_gradient(column, columns, z.get(), z_panel, here, dx.get() + row * head.padded_dim());
       }
-      if (need_weight) {
-        add_weight_gradient(gemm, dz.get(), slab, height, columns, x_by_dim.get() + row * wide, dim, dw.get(), row > 0);
-      }
-      if (need_bias) add_bias_gradient(dz.get(), slab, height, columns, db.data() + column);
     }
-    if (need_weight) {
+    if (need_weight && kRounded) {
       parallel(columns, [&](int64_t j) { round_into(weight_out + (column + j) * dim, dw.get() + j * dim, dim); });
     }
   }
-  if (need_hidden) {
-    parallel(count, [&](int64_t i) { round_into(hidden_out + head.rows[i] * dim, dx.get() + i * dim, dim); });
-  }
+  if (need_hidden) head.unpack_hidden_gradient(0, count, dx.get(), hidden_out);
   round_into(static_cast<In*>(bias_grad.mutable_data_ptr()), db.data(), db.size());
   return {hidden_grad, weight_grad, bias_grad};
 }

@@ -22,38 +22,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kFewestRows = 192;  // fewer, and the traffic of dW, once per block of rows, dominates
-constexpr int64_t kBlocks = 11;
-
-// Logits of `height` rows from `row` on over all of V, and the statistics of each row.
-template <typename In, typename S>
-std::vector<RowResult<S>> logits_of_rows(const Head<In, S>& head, int64_t row, int64_t height, const S* x, S* z) {
-  const int64_t splits = ceil_div(head.vocab, kSplit);
-  std::vector<SoftmaxStats<S>> stats(splits * height, SoftmaxStats<S>::empty());
-  std::vector<S> target_logits(height);
-  torch::stable::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
-    Scratch<S> w(kChunk * head.dim);
-    for (int64_t column = begin * kSplit; column < std::min(head.vocab, end * kSplit); column += kChunk) {
-      const int64_t width = std::min(kChunk, head.vocab - column), split = column / kSplit;
-      head.pack_weight(column, width, w.get());
-      for (int64_t i = 0; i < height; i += kBlock) {
-        const int64_t block = std::min(kBlock, height - i);
-        S* tile = z + i * head.vocab + column;
-        head.logits(row + i, block, column, width, x + i * head.dim, w.get(), tile, head.vocab);
-        head.fold(row + i, block, column, width, tile, head.vocab, stats.data() + split * height + i,
-                  target_logits.data() + i);
-      }
-    }
-  });
-  std::vector<RowResult<S>> results;
-  results.reserve(height);
-  for (int64_t i = 0; i < height; ++i) {
-    SoftmaxStats<S> total = stats[i];
-    for (int64_t split = 1; split < splits; ++split) total.merge(stats[split * height + i]);
-    results.emplace_back(total, target_logits[i]);
-  }
-  return results;
-}
+constexpr int64_t kFewestRows = 192;     // fewer, and the traffic of W and dW, once per block of rows, dominates
+constexpr int64_t kMostBlockRows = 960;  // more gain nothing
+constexpr int64_t kBlocks = 8;
 
 // Where the selected rows may be cut into blocks: anywhere, so at every `most` rows; for gspo between sequences.
 std::vector<int64_t> cuts(const std::vector<int64_t>& rows, int64_t most, const CuSeqlens* cu) {
@@ -80,7 +51,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   const S* weights = data_or_null<S>(token_weights);
   head.select_rows([&](int64_t t) { return weights == nullptr || weights[t] != S(0); });
   const int64_t count = head.rows.size(), dim = head.dim, vocab = head.vocab;
-  const GemmKernel<S>& gemm = head.kernels.gemm;
 
   const auto dtype = acc_dtype(hidden.scalar_type());
   const auto zeros = [&](bool needed, int64_t rows, int64_t columns) {
@@ -92,22 +62,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   Tensor logprobs = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
   Tensor entropy = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
   Tensor hidden_grad = zeros(need_hidden, hidden.size(0), dim);
-  Tensor weight_grad = zeros(need_weight, vocab, dim);
+  Tensor weight_grad =
+      need_weight && count > 0 ? torch::stable::new_empty(hidden, {vocab, dim}, dtype) : zeros(need_weight, vocab, dim);
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0}, dtype);
   S* logprobs_out = static_cast<S*>(logprobs.mutable_data_ptr());
   S* entropy_out = static_cast<S*>(entropy.mutable_data_ptr());
   S* hidden_out = static_cast<S*>(hidden_grad.mutable_data_ptr());
   S* weight_out = static_cast<S*>(weight_grad.mutable_data_ptr());
 
+  const int64_t nr = head.lanes(), splits = ceil_div(vocab, kSplit);
   const int64_t rows_per_block =
-      std::min(std::max(ceil_div(count, kBlocks * kFewestRows / 4) * kFewestRows / 4, kFewestRows), kRows);
-  const int64_t wide = ceil_div(dim, gemm.nr) * gemm.nr;
+      std::min(round_up(std::max(ceil_div(count, kBlocks), kFewestRows), nr), kMostBlockRows);
+  const int64_t panels = ceil_div(std::min(count, rows_per_block), nr), wide = round_up(dim, nr);
+  const int64_t z_panel = round_up(vocab, head.kernels.gemm.mr) * nr;
   const bool gradients_needed = need_hidden || need_weight || need_bias;
-  Scratch<S> x(ceil_div(rows_per_block, kBlock) * kBlock * dim), z(std::min(count, rows_per_block) * vocab);
-  Scratch<S> x_by_dim(need_weight ? rows_per_block * wide : 0), w_by_dim(need_hidden ? kSlab * wide : 0);
-  Scratch<S> dx(need_hidden ? rows_per_block * dim : 0);
+  Scratch<S> x(panels * dim * nr), z(panels * z_panel);
+  Scratch<S> x_by_dim(need_weight ? rows_per_block * wide : 0);
+  Scratch<S> dx(need_hidden ? panels * head.padded_dim() * nr : 0);
   std::vector<double> db(need_bias ? vocab : 0, 0.0);
   std::vector<RowGradient<S>> gradients(rows_per_block);
+  BlockGradient<S> coefficients(panels, nr);
   PolicySums sums;
 
   std::optional<CuSeqlens> cu;
@@ -116,8 +90,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   using Results = std::vector<RowResult<S>>;
 
   const auto score = [&](int64_t row, int64_t height) -> Results {
+    const int64_t here = ceil_div(height, nr);
     head.pack_hidden(row, height, x.get());
-    return logits_of_rows(head, row, height, x.get(), z.get());
+    const int64_t groups = ceil_div(here, kRows / nr);
+    FoldedRows<S> folded(head.kernels, here, splits);
+    parallel_workers(groups * splits, [&](auto next) {
+      for (int64_t unit; (unit = next()) < groups * splits;) {
+        const int64_t split = unit % splits, first = unit / splits * (kRows / nr);
+        head.fold_split(row + first * nr, std::min(kRows / nr, here - first), split, x.get() + first * dim * nr,
+                        z.get() + first * z_panel, z_panel, true, folded, first);
+      }
+    });
+    folded.merge();
+    Results results;
+    results.reserve(height);
+    for (int64_t i = 0; i < height; ++i) results.emplace_back(folded.total(i), folded.target_logits[i]);
+    return results;
   };
   const auto log_ratio = [&](int64_t i, const RowResult<S>& r) {
     return r.logprob - (old ? old[head.rows[i]] : r.logprob);
@@ -138,27 +126,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     }
     if (!gradients_needed) return;
     if (need_weight) head.pack_hidden_by_dim(row, height, x_by_dim.get());
+    const int64_t here = ceil_div(height, nr);
+    coefficients.set(head, row, height, gradients.data());
     for (int64_t column = 0; column < vocab; column += kSlab) {
       const int64_t columns = std::min(kSlab, vocab - column);
-      const int64_t blocks = ceil_div(height, kBlock), chunks = ceil_div(columns, kChunk);
-      S* dz = z.get() + column;
-      parallel(blocks * chunks, [&](int64_t unit) {
-        const int64_t i = unit % blocks * kBlock, j = unit / blocks * kChunk;
-        head.to_gradient(row + i, std::min(kBlock, height - i), column + j, std::min(kChunk, columns - j),
-                         dz + i * vocab + j, vocab, gradients.data() + i);
+      S* dz = z.get() + column * nr;
+      parallel_workers(ceil_div(columns, kChunk), [&](auto next) {
+        for (int64_t unit; (unit = next()) * kChunk < columns;) {
+          const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
+          S* chunk = dz + j * nr;
+          for (int64_t p = 0; p < here; ++p) {
+            head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
+          }
+          if (need_weight) {
+            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim.get(), weight_out + (column + j) * dim,
+                                     row > 0);
+          }
+          if (need_bias) head.add_bias_gradient(width, chunk, z_panel, height, db.data() + column + j);
+        }
       });
-      if (need_hidden) {
-        head.pack_weight_by_dim(column, columns, w_by_dim.get());
-        add_hidden_gradient(gemm, dz, vocab, height, columns, w_by_dim.get(), dim, dx.get(), column > 0);
-      }
-      if (need_weight) {
-        add_weight_gradient(gemm, dz, vocab, height, columns, x_by_dim.get(), dim, weight_out + column * dim, row > 0);
-      }
-      if (need_bias) add_bias_gradient(dz, vocab, height, columns, db.data() + column);
+      if (need_hidden) head.add_hidden_gradient(column, columns, dz, z_panel, here, dx.get());
     }
-    if (need_hidden) {
-      parallel(height, [&](int64_t i) { round_into(hidden_out + head.rows[row + i] * dim, dx.get() + i * dim, dim); });
-    }
+    if (need_hidden) head.unpack_hidden_gradient(row, height, dx.get(), hidden_out);
   };
 
   // Whole sequences while they fit into a block; a longer one is scored once more before, for its mean.

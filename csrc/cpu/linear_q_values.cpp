@@ -95,7 +95,7 @@ class LaneHead {
         w_(static_cast<const In*>(weight.const_data_ptr())),
         x_stride_(hidden.stride(0)),
         w_stride_(weight.stride(0)),
-        gemm_(head_kernels<S>().gemm),
+        gemm_(panel_kernels<S>().gemm),
         packed_(0) {}
 
   void pack_hidden(const std::vector<int64_t>& rows) {
@@ -116,7 +116,7 @@ class LaneHead {
 
   // [width][kLaneRows] logits of the block of rows from `row` on.
   void logits(const S* a, int64_t width, int64_t row, S* z) const {
-    multiply_panels(gemm_, width, kLaneRows, dim_, a, packed_.get() + row * dim_, z, kLaneRows, false);
+    multiply_panels(gemm_, width, kLaneRows, dim_, a, packed_.get() + row * dim_, z, kLaneRows);
   }
 
  private:
