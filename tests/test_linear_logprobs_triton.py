@@ -21,8 +21,7 @@ pytestmark = [
 # Rows, depth and vocabulary around the blocks; an odd depth cannot be described to the copy engine.
 SHAPES = [(5, 8, 1), (2, 3, 2), (63, 20, 17), (1, 64, 127), (2, 33, 1000), (0, 16, 1100), (3, 72, 1280), (63, 17, 2176)]
 CASES = {
-    "float32": (torch.float32, OPTIONS["plain"]),
-    "float32-everything": (torch.float32, OPTIONS["everything"]),
+    "float32": (torch.float32, OPTIONS["everything"]),
     "bfloat16": (torch.bfloat16, OPTIONS["temperature"]),
     "bfloat16-everything": (torch.bfloat16, OPTIONS["everything"]),
     "float16": (torch.float16, OPTIONS["plain"]),
@@ -132,7 +131,7 @@ def assert_gradients(forward, dtype, shapes, options, scale=1.0):
 @pytest.mark.parametrize(("dtype", "options"), CASES.values(), ids=CASES)
 def test_gradients(forward, dtype, options):
     """Of the size that a mean over many tokens has, as far as the dtype of the result can hold it."""
-    shapes = [(5, 8, 1), (63, 20, 17), (1, 64, 127), (2, 33, 1000), (130, 72, 300)]
+    shapes = [(5, 8, 1), (63, 20, 17), (1, 64, 127), (130, 72, 300)]
     assert_gradients(forward, dtype, shapes, options, scale=1e-3 if dtype == torch.float16 else 1e-6)
 
 

@@ -50,7 +50,9 @@ def linear_policy_loss(
 
     are formed from the logits of a block of rows before the next block overwrites them; `linear_logprobs` has to
     compute them a second time. gspo's g depends on every row of its sequence: blocks end between sequences, and for
-    a sequence longer than a block the logits are computed twice (4 GEMMs for its rows).
+    a sequence longer than a block the logits are computed twice (4 GEMMs for its rows). On CUDA, where the host does
+    not know the sequences' ends, gspo takes 4 GEMMs for more rows than one block. There dZ has the inputs' dtype, for
+    16-bit tensor cores take no other; sums, loss and statistics are float32.
 
     Only `loss` is differentiable, once; gradients are formed in the forward pass, only for inputs that require them, in
     float32 (float64), and rounded to the input's dtype in the backward pass. `logprobs` and `entropy` are [T] float32,

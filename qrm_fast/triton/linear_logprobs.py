@@ -31,6 +31,20 @@ SCALE = {"BT": 4, "BD": 512, "num_warps": 4}
 
 
 @triton.jit
+def store_block(
+    x, stride, i_r, i_c, num_rows, num_columns, b, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """Block b [BR, BC] to rows from i_r and columns i_c of x on, in its dtype; what lies outside is left out."""
+    if DESCRIBED:
+        x.store([i_r, i_c], b.to(x.dtype))
+    else:
+        o_r = i_r + tl.arange(0, BR)
+        o_c = i_c + tl.arange(0, BC)
+        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+        tl.store(p, b.to(x.dtype.element_ty), (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :])
+
+
+@triton.jit
 def tanh(x):
     """Below 0.25 its series: there 1 - exp(-2 x) cancels."""
     b_e = tl.exp2(-2.8853900817779268 * tl.abs(x))
@@ -106,8 +120,11 @@ def linear_logprobs_fold(
     sums,
     weighteds,
     target_logits,  # [T]
+    kept,  # [T, V] or None: e^(z - top), or z where tops is None
+    tops,  # [blocks of columns, T] or None: the top of each block of BV columns
     stride_hidden,
     stride_weight,
+    stride_kept,
     num_rows,
     vocab,
     dim,
@@ -154,8 +171,14 @@ def linear_logprobs_fold(
         if tl.max(b_here, 0) >= 0:
             b_target_logit += tl.sum(tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_z, 0.0), 1)
         b_top = tl.max(b_z, 1)
-        b_shift = b_z - tl.where(b_top == float("-inf"), 0.0, b_top)[:, None]
+        b_origin = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_shift = b_z - b_origin[:, None]
         b_e = tl.exp2(1.4426950408889634 * b_shift)
+        if tops is not None:
+            tl.store(tops + i_v // BV * num_rows + o_t, b_origin, m_t)
+        if kept is not None:
+            b_kept = b_z if tops is None else b_e
+            store_block(kept, stride_kept, i_t, i_v, num_rows, vocab, b_kept, DESCRIBED, BT, BV)
         # where e is 0 the shift may be -inf
         b_max, b_sum, b_weighted = merged(
             b_max, b_sum, b_weighted, b_top, tl.sum(b_e, 1), tl.sum(b_e * tl.maximum(b_shift, -1000.0), 1)
@@ -214,20 +237,6 @@ def linear_logprobs_merge(
     for i in tl.static_range(4):
         b = tl.where(m_ignored, 0.0, tl.where(m_inside, results[i], float("nan")))
         tl.store(outputs[i] + o_t, b, m_t)
-
-
-@triton.jit
-def store_block(
-    x, stride, i_r, i_c, num_rows, num_columns, b, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """Block b [BR, BC] to rows from i_r and columns i_c of x on, in its dtype; what lies outside is left out."""
-    if DESCRIBED:
-        x.store([i_r, i_c], b.to(x.dtype))
-    else:
-        o_r = i_r + tl.arange(0, BR)
-        o_c = i_c + tl.arange(0, BC)
-        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
-        tl.store(p, b.to(x.dtype.element_ty), (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :])
 
 
 @triton.jit
@@ -395,13 +404,18 @@ def fold(
     temperatures: Tensor | None,
     softcap: float | None,
     target_logits: Tensor,
+    kept: Tensor | None = None,
+    tops: Tensor | None = None,
 ) -> Tensor:
-    """Statistics [3, splits, T] of every split; writes the logits of those targets that are columns."""
+    """Statistics [3, splits, T] of every split; writes the logits of those targets that are columns.
+
+    `kept` [T, V] receives the logits, or their exponentials where `tops` receives what they are relative to.
+    """
     (num_rows, dim), vocab = hidden.shape, weight.shape[0]
     num_splits = triton.cdiv(vocab, SPLIT)
     statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
     described = describable(hidden, weight)
-    launch = blocks(hidden.dtype, capability(hidden), described, halved=softcap is not None)
+    launch = fold_blocks(hidden.dtype, capability(hidden), described, softcap is not None, kept is not None)
     linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
         operand(hidden, described, launch["BT"], launch["BD"]),
         operand(weight, described, launch["BV"], launch["BD"]),
@@ -411,8 +425,11 @@ def fold(
         softcap,
         *statistics,
         target_logits,
+        None if kept is None else operand(kept, described, launch["BT"], launch["BV"]),
+        tops,
         hidden.stride(0),
         weight.stride(0),
+        0 if kept is None else kept.stride(0),
         num_rows,
         vocab,
         dim,
@@ -422,6 +439,11 @@ def fold(
         **launch,
     )
     return statistics
+
+
+def fold_blocks(dtype: torch.dtype, capability: int, described: bool, capped: bool, kept: bool) -> dict[str, int]:
+    halved = capped or (kept and not described)
+    return blocks(dtype, capability, described, halved=halved, stored=kept and described)
 
 
 def forward(
@@ -447,7 +469,12 @@ def forward(
     return tuple(results)
 
 
-def backward(
+def backward(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    return gradients(hidden.dtype, grad_logprobs, grad_entropy, hidden, *rest)
+
+
+def gradients(
+    dtype: torch.dtype,
     grad_logprobs: Tensor,
     grad_entropy: Tensor,
     hidden: Tensor,
@@ -465,12 +492,13 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias in `dtype`; an empty [0] tensor where one is not needed."""
     (num_rows, dim), vocab = hidden.shape, weight.shape[0]
     dx = hidden.new_empty(hidden.shape if need_hidden else 0, dtype=torch.float32)
-    grad_weight = hidden.new_empty(weight.shape if need_weight else 0)
-    grad_bias = hidden.new_empty(vocab if need_bias else 0)
+    grad_weight = hidden.new_empty(weight.shape if need_weight else 0, dtype=dtype)
+    grad_bias = hidden.new_empty(vocab if need_bias else 0, dtype=dtype)
     if num_rows == 0:
-        return dx.to(hidden.dtype), grad_weight.zero_(), grad_bias.zero_()
+        return dx.to(dtype), grad_weight.zero_(), grad_bias.zero_()
     temperatures = per_row(temperature, temperatures, targets)
     with torch.cuda.device_of(hidden):
         scale, *factors = row_factors(grad_logprobs, grad_entropy, entropy, targets, temperatures, vocab, ignore_index)
@@ -519,7 +547,7 @@ def backward(
                 grad_weight[column : column + COLUMNS].copy_(dw_rows[: len(w)])
         if need_bias:
             grad_bias.copy_(bias_sums.sum(0))
-    return dx.to(hidden.dtype), grad_weight, grad_bias
+    return dx.to(dtype), grad_weight, grad_bias
 
 
 def dz_blocks(dtype: torch.dtype, capability: int, described: bool, crowded: bool) -> dict[str, int]:
@@ -573,25 +601,31 @@ _backward.register_kernel("cuda")(backward)
 
 
 def _types(dtype: str, launch: dict[str, int], described: bool) -> dict[str, str]:
-    types = dict.fromkeys(("bias", "hidden", "weight", "dz", "scaled"), f"*{dtype}") | {"targets": "*i64"}
+    types = {"kept": "*fp32" if dtype == "fp32" else "*fp16", "tops": "*fp32"}
+    types |= dict.fromkeys(("bias", "hidden", "weight", "dz", "scaled"), f"*{dtype}") | {"targets": "*i64"}
     if described:
         types["hidden"] = f"tensordesc<{dtype}[{launch['BT']},{launch['BD']}]>"
         types["weight"] = f"tensordesc<{dtype}[{launch['BV']},{launch['BD']}]>"
         types["dz"] = f"tensordesc<{dtype}[{launch['BT']},{launch['BV']}]>"
+        types["kept"] = f"tensordesc<fp16[{launch['BT']},{launch['BV']}]>"
     statistics = ("maxima", "sums", "weighteds", "target_logits", "logprobs", "entropy", "lse", "lse_residual")
     gradients = ("scale", "at_target", "at_all", "at_logp", "bias_sums", "grad_logprobs", "grad_entropy", "top")
     types |= dict.fromkeys((*statistics, *gradients, "temperatures"), "*fp32") | {"softcap": "fp32"}
     types |= dict.fromkeys(("num_rows", "vocab", "num_splits", "ignore_index", "first_column", "num_columns"), "i32")
-    return types | dict.fromkeys(("stride_hidden", "stride_weight", "stride_dz", "stride_scaled", "dim"), "i32:16")
+    return types | dict.fromkeys(
+        ("stride_hidden", "stride_weight", "stride_kept", "stride_dz", "stride_scaled", "dim"), "i32:16"
+    )
 
 
-def _aot(kernel, dtype: str, capability: int, described=True, crowded=False, **constants) -> tuple:
+def _aot(kernel, dtype: str, capability: int, described=True, crowded=False, kept=False, **constants) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     if kernel is linear_logprobs_dz:
         launch = dz_blocks(torch_dtype, capability // 10, described, crowded)
     else:
-        launch = blocks(torch_dtype, capability // 10, described, halved=crowded)
+        launch = fold_blocks(torch_dtype, capability // 10, described, crowded, kept)
+        if not kept:
+            constants |= {"kept": None, "tops": None}
     if kernel is linear_logprobs_dz and dtype != "fp32":
         constants["lse_residual"] = None
     if not crowded:
@@ -608,19 +642,14 @@ def _aot_rows(kernel, launch: dict[str, int]) -> tuple:
 
 
 AOT = [
-    _aot(linear_logprobs_fold, "bf16", 90, bias=None, temperatures=None),
     _aot(linear_logprobs_fold, "bf16", 80, described=False),
     _aot(linear_logprobs_fold, "bf16", 90),
     _aot(linear_logprobs_fold, "bf16", 100),
-    _aot(linear_logprobs_fold, "bf16", 90, crowded=True),
-    _aot(linear_logprobs_fold, "bf16", 90, described=False),
     _aot(linear_logprobs_fold, "fp32", 90, described=False, crowded=True),
-    _aot(linear_logprobs_dz, "bf16", 90, bias=None, temperatures=None),
     _aot(linear_logprobs_dz, "bf16", 80, described=False),
     _aot(linear_logprobs_dz, "bf16", 90),
-    _aot(linear_logprobs_dz, "bf16", 100),
     _aot(linear_logprobs_dz, "bf16", 90, crowded=True),
-    _aot(linear_logprobs_dz, "bf16", 90, described=False),
+    _aot(linear_logprobs_dz, "bf16", 100),
     _aot(linear_logprobs_dz, "fp32", 90, described=False, crowded=True),
     _aot_rows(linear_logprobs_merge, MERGE),
     _aot_rows(linear_logprobs_rows, MERGE),

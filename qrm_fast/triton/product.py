@@ -157,10 +157,9 @@ def _aot(dtype: str, capability: int, described: bool, transposed: bool) -> tupl
 
 
 AOT = [
+    _aot("bf16", 80, described=False, transposed=True),
     _aot("bf16", 90, described=True, transposed=False),
     _aot("bf16", 90, described=True, transposed=True),
     _aot("bf16", 100, described=True, transposed=True),
-    _aot("bf16", 80, described=False, transposed=True),
-    _aot("bf16", 90, described=False, transposed=False),
     _aot("fp32", 90, described=False, transposed=True),
 ]
