@@ -23,8 +23,10 @@ from .ops.pairwise_q_loss import PairLoss, pairwise_q_loss
 from .ops.policy_loss import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.prm_rewards import prm_rewards
 from .ops.process_advantages import process_advantages
+from .ops.process_diagnostics import ProcessDiagnostics, process_diagnostics
 from .ops.progress_rewards import progress_rewards
 from .ops.q_advantages import q_advantages
+from .ops.q_head_advantages import q_head_advantages
 from .ops.q_token_rewards import q_token_rewards
 from .ops.token_q import token_q
 from .ops.value_loss import value_loss
@@ -52,6 +54,9 @@ if torch.version.cuda:
     from .triton import linear_policy_loss as _linear_policy_loss_triton  # noqa: F401
     from .triton import linear_q_values as _linear_q_values_triton  # noqa: F401
     from .triton import merge_logprobs as _merge_logprobs_triton  # noqa: F401
+    from .triton import min_form_returns as _min_form_returns_triton  # noqa: F401
+    from .triton import q_head_advantages as _q_head_advantages_triton  # noqa: F401
+    from .triton import step_rows as _step_rows_triton  # noqa: F401
     from .triton import token_q as _token_q_triton  # noqa: F401
     from .triton import value_loss as _value_loss_triton  # noqa: F401
 
@@ -65,6 +70,7 @@ __all__ = [
     "PairLoss",
     "PolicyLoss",
     "PolicyMetrics",
+    "ProcessDiagnostics",
     "QValues",
     "TokenLogprobs",
     "VTrace",
@@ -91,8 +97,10 @@ __all__ = [
     "policy_loss",
     "prm_rewards",
     "process_advantages",
+    "process_diagnostics",
     "progress_rewards",
     "q_advantages",
+    "q_head_advantages",
     "q_token_rewards",
     "to_padded",
     "token_q",

@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from qrm_fast import min_form_returns
 from qrm_fast.ops.min_form_returns import OPERATORS, _min_form_returns
 from qrm_fast.ops.step_rows import step_rows
+from qrm_fast.triton import min_form_returns as min_form_triton
+from qrm_fast.triton import step_rows as rows_triton
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
 
 GOLDEN = torch.tensor([0.9, 0.8, 0.95, -0.6, 0.7], dtype=torch.float64)
 TIES = torch.tensor([-0.5, 0.3, -0.5, 0.2], dtype=torch.float64)
@@ -300,6 +304,92 @@ def test_compiles_whole_and_for_any_length():
             compiled(*arguments, num_tokens=sum(lengths)), min_form_returns(*arguments), strict=True
         ):
             assert torch.equal(graph, eager)
+
+
+# Triton, on the GPU or in the interpreter
+
+
+@pytest.fixture
+def by_triton(triton_device, monkeypatch):
+    """The public function through the launchers, with blocks of 4 steps and 16 rows."""
+    monkeypatch.setitem(min_form_triton.LAUNCH, "BK", 4)
+    monkeypatch.setitem(rows_triton.LAUNCH, "BT", 16)
+    monkeypatch.setattr("qrm_fast.ops.min_form_returns._min_form_returns", min_form_triton.launch)
+    monkeypatch.setattr("qrm_fast.ops.min_form_returns.step_rows", rows_triton.launch)
+
+    def run(rewards, ends, cu, **options):
+        arguments = (x.to(triton_device) for x in (rewards, ends, cu))
+        return [x.cpu() for x in min_form_returns(*arguments, num_tokens=int(cu[-1]), **options)]
+
+    return run
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_triton_agrees_with_the_definition(by_triton, operator):
+    for lengths, dtype in (
+        ([30, 0, 1, 61], torch.float32),
+        ([], torch.float32),
+        ([0], torch.bfloat16),
+        ([40], torch.half),
+    ):
+        rewards, ends, cu = inputs(lengths, dtype, share=0.3)
+        *exact, worst = oracle(rewards, ends, cu, operator)
+        *result, result_worst = by_triton(rewards, ends.int(), cu, operator=operator)
+        assert torch.equal(result_worst, worst)
+        for ours, want, torchs in zip(result, exact, float32_path(rewards, ends, cu, operator), strict=True):
+            assert_as_accurate(ours, want, torchs)
+
+
+def test_triton_ties_temperatures_and_rows_after_the_last_step(by_triton):
+    ties = torch.tensor([0.5, -0.5, 0.25, 0.5, -0.5, 0.75, 0.5])
+    ends, cu = torch.arange(7) * 2 + 1, torch.tensor([0, 14, 17])
+    for operator, temperature in itertools.product(("soft", "causal_soft"), (0.0, 0.01, 0.1, math.inf)):
+        expected = min_form_returns(ties, ends, cu, operator=operator, temperature=temperature)
+        result = by_triton(ties, ends, cu, operator=operator, temperature=temperature)
+        for ours, want in zip(result, expected, strict=True):
+            torch.testing.assert_close(ours, want, rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", ["soft", "causal_soft", "sum"])
+def test_triton_steps_that_are_not_finite_spoil_their_own_sequence(by_triton, operator):
+    for poison in math.nan, math.inf, -math.inf:
+        rewards, ends = torch.tensor([0.5, 0.25, poison, 0.75]), torch.tensor([0, 1, 4, 7])
+        returns, outcome, worst = by_triton(rewards, ends, torch.tensor([0, 3, 6, 8]), operator=operator)
+        assert returns.isnan().tolist() == [False] * 3 + [True] * 3 + [False] * 2
+        assert outcome.isnan().tolist() == [False, True, False] and worst[1] == -1
+
+
+@pytest.mark.unpoisoned
+def test_triton_bits_do_not_depend_on_the_packing(by_triton):
+    rewards, ends, cu = inputs([30, 7, 45], share=0.3)
+    mine = (ends >= 37) & (ends < 82)
+    for operator in "soft", "causal_soft", "sum":
+        packed = by_triton(rewards, ends, cu, operator=operator)
+        alone = by_triton(rewards[mine], ends[mine] - 37, torch.tensor([0, 45]), operator=operator)
+        assert torch.equal(alone[0], packed[0][37:]) and alone[1] == packed[1][2]
+
+
+def test_triton_whitens_and_masks_as_the_kernel_does(triton_device, monkeypatch):
+    monkeypatch.setitem(rows_triton.LAUNCH, "BT", 16)
+    rewards, ends, cu = inputs([30, 0, 20], share=0.3)
+    values, base = rewards.double().masked_fill(rewards > 0.5, 0.0), torch.tensor([0.5, 0.0, 0.25]).double()
+    stats = torch.tensor([[33.0, 0.25, 7.0], [4.0, 0, 0]], dtype=torch.float64)
+    for penalty, whitening, masked in (None, "nonzero", True), (torch.rand(50), "unbiased", False):
+        options = (penalty, stats, whitening, 50, masked, False)
+        on_device = [x.to(triton_device) if isinstance(x, torch.Tensor) else x for x in options]
+        result = rows_triton.launch(*(x.to(triton_device) for x in (values, base, ends, cu)), *on_device)
+        torch.testing.assert_close(result.cpu(), step_rows(values, base, ends, cu, *options), rtol=2e-7, atol=1e-9)
+
+
+def test_triton_stays_inside_its_tensors(triton_device):
+    """Boundaries that a CPU kernel would refuse."""
+    rewards, ends = torch.rand(5, device=triton_device), torch.tensor([1, 3, 4, 8, 9], device=triton_device)
+    for bounds in [0, 500], [-5, 4], [4, 1, 6], [1 << 40, 3], [7]:
+        cu = torch.tensor(bounds, device=triton_device)
+        for wild in ends, ends.flip(0), ends - 7, ends + 100:
+            values, _, _ = min_form_triton.launch(rewards, wild, cu, 10, "soft", 0.1)
+            rows = rows_triton.launch(values, None, wild, cu, None, None, "", 10, True, False)
+            assert values.shape == (5,) and rows.shape == (10,)
 
 
 R, ENDS, CU = torch.zeros(3), torch.tensor([1, 2, 5]), torch.tensor([0, 3, 6])

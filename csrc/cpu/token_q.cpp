@@ -4,6 +4,8 @@
 // once more and forms its gradient, rank-1 in the head, while the row is in cache. The head's gradient sums rows in
 // blocks of the order sorted by action, in float32: pieces that cross blocks are combined in order, so no bit depends
 // on the number of threads and workspace is 3 D floats per block.
+#include "token_q.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -397,6 +399,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_q_backward(const Tensor& grad_q
 }
 
 }  // namespace
+
+template <typename T>
+acc_t<T> row_dot(const T* x, const T* w, int64_t n) {
+  return dot<T>(x, w, n);
+}
+
+template float row_dot(const float*, const float*, int64_t);
+template double row_dot(const double*, const double*, int64_t);
+template float row_dot(const torch::headeronly::BFloat16*, const torch::headeronly::BFloat16*, int64_t);
+template float row_dot(const torch::headeronly::Half*, const torch::headeronly::Half*, int64_t);
+
 }  // namespace qrm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) {
