@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..checks import BOOL, INTS, Checker
 from ..segments import group_sum, sequence_ids, sequence_sum
-from .gae import gae
+from .discounted_returns import discounted_returns
 from .min_form_returns import _min_form_returns, check_steps, form_of
 from .moments import join_ranks, moments
 from .step_rows import step_rows
@@ -99,7 +99,7 @@ def process_advantages(
         if num_tokens is not None and num_tokens != kl.shape[0]:
             raise ValueError(f"num_tokens must be the length of kl, {kl.shape[0]}, got {num_tokens}")
         num_tokens = kl.shape[0]
-        penalty = gae(kl, torch.zeros_like(kl), cu_seqlens, gamma=1.0, lam=1.0).advantages
+        penalty = discounted_returns(kl, cu_seqlens, gamma=1.0)
     elif num_tokens is None:
         num_tokens = int(cu_seqlens[-1])
     process_coef = 1.0 if process_coef is None else float(process_coef)
