@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 import qrm_fast
 
-# A sample answer: seven steps, the fifth of them wrong, with the rows each takes.
-STEP_REWARDS = torch.tensor([0.9, 0.7, 0.95, 0.3, -0.6, 0.8, 0.6])
+# A sample answer: seven steps, the fifth of them the worst, with the rows each takes.
+STEP_REWARDS = torch.tensor([0.9, 0.7, 0.95, -0.45, -0.6, 0.8, 0.6])
 STEP_ROWS = torch.tensor([24, 30, 18, 36, 28, 20, 30])
 OPERATORS = ["sum", "mean", "soft", "hard", "causal_soft", "revmin"]
 

@@ -10,8 +10,10 @@
 
 #include "cu_seqlens.h"
 #include "dtypes.h"
+#include "fresh_rows.h"
 #include "moments.h"
 #include "steps.h"
+#include "target_clones.h"
 
 namespace qrm_fast {
 namespace {
@@ -41,7 +43,8 @@ Affine whitening_of(const std::optional<Tensor>& stats, const std::string& name)
 }
 
 template <typename A>
-void fill_rows(double value, const A* penalty, const Affine& affine, int64_t begin, int64_t end, A* rows) {
+QRM_FAST_TARGET_CLONES void fill_rows(double value, const A* penalty, const Affine& affine, int64_t begin, int64_t end,
+                                      A* rows) {
   if (penalty == nullptr) {
     std::fill(rows + begin, rows + end, static_cast<A>(affine(value)));
   } else {
@@ -58,7 +61,7 @@ Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const 
   const double* b = data_or_null<double>(base);
   const Affine map = whitening_of(stats, whitening);
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(values, {num_tokens}, dtype);
+  Tensor out = fresh_rows(torch::stable::new_empty(values, {0}, dtype), num_tokens);
   dispatch_floating(dtype, [&](auto zero) {
     using A = acc_t<decltype(zero)>;
     const A* p = data_or_null<A>(penalty);

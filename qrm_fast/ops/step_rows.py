@@ -46,16 +46,23 @@ def step_rows(
     if penalty is not None:
         x = x - penalty
     if stats is not None:
-        (count, mean, m2), (num_zeros, _, _) = stats
-        if whitening == "nonzero":
-            variance = (m2 + num_zeros * mean.square()) / count.clamp(min=1)
-            x = ((x - mean) * variance.clamp(min=1e-8).rsqrt()).where(x != 0, 0.0)
-        else:
-            x = (x - mean) * (m2 / (count - 1).clamp(min=1) + 1e-8).rsqrt()
+        shift, scale = shift_and_scale(stats, whitening)
+        y = (x - shift) * scale
+        x = y.where(x != 0, 0.0) if whitening == "nonzero" else y
     if mask_step_ends:
         at_end = (i_step < num_steps) & (torch.cat([ends, ends.new_zeros(1)])[i_step] == rows)
         x = x.where(~at_end, 0.0)
     return x.to(torch.float64 if wide else torch.float32)
+
+
+def shift_and_scale(stats: Tensor, whitening: str) -> Tensor:
+    """[2] float64: what whitening subtracts from every row, and what it multiplies with."""
+    (count, mean, m2), (num_zeros, _, _) = stats
+    if whitening == "nonzero":
+        variance = ((m2 + num_zeros * mean.square()) / count.clamp(min=1)).clamp(min=1e-8)
+    else:
+        variance = m2 / (count - 1).clamp(min=1) + 1e-8
+    return torch.stack([mean, variance.rsqrt()])
 
 
 @step_rows.register_fake
