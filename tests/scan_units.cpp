@@ -45,7 +45,7 @@ Results scan(const R& rows, const std::vector<std::vector<float>>& in, const std
   const int64_t num_tokens = cu.back(), num_units = (num_tokens + BLOCK - 1) / BLOCK;
   Results out(R::kOutputs, std::vector<float>(num_tokens, 7e7f));
   std::vector<Published<typename R::Map>> blocks(num_units), groups(num_units);
-  UnitScan<Same<R>, float, Boundaries> unit{
+  UnitScan<Same<R>, const float*, Boundaries> unit{
       {}, {}, mask, bootstrap, {rows}, {cu.data(), int64_t(cu.size())}, num_tokens, blocks.data(), groups.data()};
   for (int i = 0; i < R::kInputs; ++i) unit.in[i] = in[i].data();
   for (int i = 0; i < R::kOutputs; ++i) unit.out[i] = out[i].data();

@@ -16,9 +16,7 @@ Tensor discounted_returns(const Tensor& rewards, const Tensor& cu_seqlens, doubl
                           const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
   Tensor returns = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
   const SameRows<ReturnRows> rules{{static_cast<float>(gamma)}};
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    scan_packed<decltype(zero)>({rewards}, {returns}, cu_seqlens, bootstrap, mask, rules);
-  });
+  scan_packed({rewards}, {returns}, cu_seqlens, bootstrap, mask, rules);
   return returns;
 }
 

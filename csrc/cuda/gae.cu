@@ -28,10 +28,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
   Tensor advantages = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
   Tensor returns = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    scan_packed<decltype(zero)>({rewards, values}, {advantages, returns}, cu_seqlens, bootstrap, mask,
-                                GaeRules{gamma, lam, data_or_null<float>(lam_per_sequence)});
-  });
+  scan_packed({rewards, values}, {advantages, returns}, cu_seqlens, bootstrap, mask,
+              GaeRules{gamma, lam, data_or_null<float>(lam_per_sequence)});
   return {advantages, returns};
 }
 

@@ -18,9 +18,7 @@ std::tuple<Tensor, Tensor> min_gae(const Tensor& rewards, const Tensor& values, 
   Tensor advantages = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
   Tensor returns = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
   const SameRows<MinRows> rules{{static_cast<float>(lam), static_cast<float>(1 - lam)}};
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    scan_packed<decltype(zero)>({rewards, values}, {advantages, returns}, cu_seqlens, bootstrap, mask, rules);
-  });
+  scan_packed({rewards, values}, {advantages, returns}, cu_seqlens, bootstrap, mask, rules);
   return {advantages, returns};
 }
 

@@ -17,6 +17,26 @@ namespace qrm_fast {
 
 constexpr int SETUP_BLOCKS = 64;
 
+// Rows of any floating dtype. The branch is the same for all threads and waits for memory anyway: a kernel per dtype
+// would be no faster.
+class FloatingColumn {
+ public:
+  FloatingColumn() = default;
+  explicit FloatingColumn(const torch::stable::Tensor& x) : data_(x.const_data_ptr()), dtype_(x.scalar_type()) {
+    STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half,
+                    "the public function admits only floating dtypes other than float64");
+  }
+  __device__ float operator[](int64_t t) const {
+    if (dtype_ == ScalarType::Float) return static_cast<const float*>(data_)[t];
+    if (dtype_ == ScalarType::BFloat16) return static_cast<const torch::headeronly::BFloat16*>(data_)[t];
+    return static_cast<const torch::headeronly::Half*>(data_)[t];
+  }
+
+ private:
+  const void* data_;
+  ScalarType dtype_;
+};
+
 template <typename Map>
 struct ScanWorkspace {
   Published<Map>*blocks, *groups;  // [units]
@@ -69,7 +89,7 @@ __global__ void __launch_bounds__(THREADS) scan_units(UnitScan<Rules, T, DeviceC
 }
 
 // Columns in, columns out, all [T]; every row is NaN where the boundaries are not those of T packed rows.
-template <typename T, typename Rules, int kInputs, int kOutputs>
+template <typename Rules, int kInputs, int kOutputs>
 void scan_packed(const torch::stable::Tensor (&in)[kInputs], const torch::stable::Tensor (&out)[kOutputs],
                  const torch::stable::Tensor& cu_seqlens, const std::optional<torch::stable::Tensor>& bootstrap,
                  const std::optional<torch::stable::Tensor>& mask, const Rules& rules) {
@@ -84,16 +104,16 @@ void scan_packed(const torch::stable::Tensor (&in)[kInputs], const torch::stable
       torch::stable::new_empty(in[0], {ScanWorkspace<Map>::num_bytes(num_units)}, ScalarType::Byte);
   const ScanWorkspace<Map> workspace(memory.mutable_data_ptr(), num_units);
   const DeviceCuSeqlens cu(cu_seqlens, num_tokens);
-  UnitScan<Rules, T, DeviceCuSeqlens> scan{{},
-                                           {},
-                                           data_or_null<bool>(mask),
-                                           data_or_null<float>(bootstrap),
-                                           rules,
-                                           cu,
-                                           num_tokens,
-                                           workspace.blocks,
-                                           workspace.groups};
-  for (int i = 0; i < kInputs; ++i) scan.in[i] = static_cast<const T*>(in[i].const_data_ptr());
+  UnitScan<Rules, FloatingColumn, DeviceCuSeqlens> scan{{},
+                                                        {},
+                                                        data_or_null<bool>(mask),
+                                                        data_or_null<float>(bootstrap),
+                                                        rules,
+                                                        cu,
+                                                        num_tokens,
+                                                        workspace.blocks,
+                                                        workspace.groups};
+  for (int i = 0; i < kInputs; ++i) scan.in[i] = FloatingColumn(in[i]);
   for (int i = 0; i < kOutputs; ++i) scan.out[i] = static_cast<float*>(out[i].mutable_data_ptr());
   scan_setup<<<SETUP_BLOCKS, 256, 0, static_cast<cudaStream_t>(stream)>>>(cu, num_tokens, num_units, workspace);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -130,15 +130,15 @@ struct UnitMemory {
   int64_t giver_index, receiver_index, receiver;
 };
 
-// `Rules` gives the Rows of sequence s as rules(s); T is what the columns hold, Cu the boundaries.
-template <typename Rules, typename T, typename Cu>
+// `Rules` gives the Rows of sequence s as rules(s), a `Column` its rows as floats, `Cu` the boundaries.
+template <typename Rules, typename Column, typename Cu>
 struct UnitScan {
   using Rows = typename Rules::Rows;
   using Map = typename Rows::Map;
   using State = typename Rows::State;
   using Memory = UnitMemory<Rows>;
 
-  const T* in[Rows::kInputs];
+  Column in[Rows::kInputs];
   float* out[Rows::kOutputs];
   const bool* mask;        // [T] or nullptr
   const float* bootstrap;  // [S] or nullptr
@@ -202,7 +202,7 @@ struct UnitScan {
 
     on_all_threads([&](int thread) {
       for (int row = thread; row < high - begin; row += THREADS) {
-        for (int i = 0; i < Rows::kInputs; ++i) m.columns[i][skewed(row)] = static_cast<float>(in[i][begin + row]);
+        for (int i = 0; i < Rows::kInputs; ++i) m.columns[i][skewed(row)] = in[i][begin + row];
         m.masked_out[row] = mask != nullptr && !mask[begin + row];
       }
       if (thread == 0) {

@@ -21,9 +21,7 @@ std::tuple<Tensor, Tensor> vtrace(const Tensor& rewards, const Tensor& values, c
   Tensor advantages = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
   const SameRows<VtraceRows> rules{{static_cast<float>(gamma), static_cast<float>(gamma * lam),
                                     static_cast<float>(rho_bar), static_cast<float>(c_bar)}};
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    scan_packed<decltype(zero)>({rewards, values, ratios}, {targets, advantages}, cu_seqlens, bootstrap, mask, rules);
-  });
+  scan_packed({rewards, values, ratios}, {targets, advantages}, cu_seqlens, bootstrap, mask, rules);
   return {targets, advantages};
 }
 
