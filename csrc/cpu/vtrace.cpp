@@ -42,7 +42,8 @@ struct VtraceRule {
     // Eight factors of a vector multiply to zero only through a zero: see decay_product.
     QRM_FAST_INLINE Vec factor(const Vec* in) const {
       const Vec f = decay * L::minimum(in[2], c_bar), least = L::broadcast(1e-38);
-      return (f < least) & (f > 0) ? least : f;
+      const Vec floored = f < least ? least : f;
+      return f > 0 ? floored : f;
     }
     template <int K>
     QRM_FAST_INLINE static void compose(Maps& m) {

@@ -37,7 +37,7 @@ def gae(
     NaN and infinities reach the rows that they reach in this recurrence, and those of no other sequence.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, and, on CPU, ValueError where cu_seqlens do
-    not start at 0, decrease, or do not end at T.
+    not start at 0, decrease, or do not end at T; on CUDA every row is then NaN.
     """
     check = Checker()
     check("rewards", rewards, "T", FLOATS)
