@@ -194,6 +194,16 @@ def test_more_than_2_31_logits():
     assert torch.isfinite(result.logprobs).all()
 
 
+@pytest.mark.parametrize("v", [32000, 50257, 151936, 152064])
+def test_vocabularies_in_use(v):
+    """Beyond many splits and slabs, none of which these sizes are a multiple of."""
+    tensors, rest = make(3, 5, v, torch.float32, bias=True)
+    rest["targets"] = torch.tensor([0, v - 1, v // 2])
+    ours, exact = run(linear_logprobs, tensors, rest, torch.float32), run(naive, tensors, rest, torch.float64)
+    for got, want in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
 def test_strided_rows():
     tensors, rest = make(40, 12, 100, torch.float32)
     wide = torch.full((40, 2, 12), math.nan)

@@ -142,6 +142,18 @@ def test_same_as_its_two_parts(kind):
     torch.testing.assert_close(torch.stack(out.metrics), torch.stack(parts.metrics))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 50257), (3, 5, 152064), (65537, 2, 17)], ids=str)
+def test_large_sizes(shape):
+    """Beyond many slabs of columns or blocks of rows, as autograd in float64."""
+    inputs, constants, options = make(*shape, torch.float64)
+    for got, want in zip(
+        run(ours, inputs, constants, options, torch.float32),
+        run(naive, inputs, constants, options, torch.float64),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
 def test_micro_batches_add_up():
     """Weights with a global denominator: the parts' losses, gradients and metrics sum to the whole's."""
     inputs, constants, options = make(200, 16, 90, torch.float64, extra=True)

@@ -3,7 +3,7 @@
 // The coefficient of a row's gradient depends on that row's log-probability alone, so it is known as soon as the row's
 // fold is complete. A block of rows keeps its logits [rows, V] in float32 meanwhile; they become dZ in place and are
 // multiplied into dX and dW before the next block overwrites them. 6 T D V FLOP with both gradients; the block is about
-// an eleventh of [T, V], at least kFewestRows and at most kRows rows. Rows that are ignored or weigh 0 are never read.
+// an eighth of [T, V], between kFewestRows and kMostBlockRows rows. Rows that are ignored or weigh 0 are never read.
 //
 // gspo's coefficient needs every row of the sequence: its blocks end between sequences, and only the logits of a
 // sequence longer than a block are computed twice.
