@@ -56,10 +56,10 @@ def process_diagnostics(
     per_sequence, shares = _process_diagnostics(
         step_rewards, step_ends, cu_seqlens, temperature, int(min_tokens), advantages
     )
-    one_step, short, one_step_mass, short_mass = shares.unbind()
-    if advantages is None:
-        return ProcessDiagnostics(*per_sequence.unbind(), one_step, short, None, None)
-    return ProcessDiagnostics(*per_sequence.unbind(), one_step, short, one_step_mass, short_mass)
+    outcome, worst_position, effective_steps = per_sequence.unbind()
+    one_step, short, *mass = shares.unbind()
+    one_step_mass, short_mass = mass if advantages is not None else (None, None)
+    return ProcessDiagnostics(outcome, worst_position, effective_steps, one_step, short, one_step_mass, short_mass)
 
 
 @torch.library.custom_op("qrm_fast::process_diagnostics", mutates_args=())

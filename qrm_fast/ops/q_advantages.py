@@ -1,5 +1,7 @@
 """Advantages with a Q-RM in the place of GAE: normalised token scores minus the scaled values of a critic."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,7 +48,9 @@ def q_advantages(
     does, and TypeError or ValueError for values of a wrong dtype, shape or device.
     """
     check = Checker()
-    options = dict(mask=mask, scope=scope, group_ids=group_ids, eos_rescore=eos_rescore, kl_coef=kl_coef)
+    options: dict[str, Any] = dict(
+        mask=mask, scope=scope, group_ids=group_ids, eos_rescore=eos_rescore, kl_coef=kl_coef
+    )
     options |= dict(kl_estimator=kl_estimator, logprobs=logprobs, ref_logprobs=ref_logprobs, min_std=min_std, eps=eps)
     check_rewards(check, q, cu_seqlens, process_group=process_group, **options)
     if values is not None:
