@@ -226,9 +226,7 @@ def _aot(kernel, launch: dict[str, int], dtype: str, **constants) -> tuple:
 PLAIN = {"temperatures": None, "softcap": None}
 AOT = [
     _aot(gather_logprobs_fold, FOLD, "bf16", **PLAIN),
-    _aot(gather_logprobs_fold, FOLD, "bf16"),
     _aot(gather_logprobs_fold, FOLD, "fp32"),
     _aot(gather_logprobs_gradient, GRADIENT, "bf16", **PLAIN),
-    _aot(gather_logprobs_gradient, GRADIENT, "bf16"),
     _aot(gather_logprobs_gradient, GRADIENT, "fp32"),
 ]
