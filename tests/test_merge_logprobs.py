@@ -23,12 +23,13 @@ def fields(*shards):
 
 
 def assert_table(op):
-    """p = [1/8, 1/4, 5/8] in two shards, the first column alone; a -inf target; an ignored row; a row of NaN."""
+    """p = [1/8, 1/4, 5/8] in two shards, the first column alone; a -inf target; an ignored row; two rows of NaN."""
     two, five = math.log(2), math.log(5)
-    first = [(0.0, 1.0, 0.0, NAN), (0.0, 1.0, 0.0, NAN), (-INF, 0.0, 0.0, NAN), (-INF, NAN, NAN, NAN)]
+    first = [(0.0, 1.0, 0.0, NAN), (0.0, 1.0, 0.0, NAN), (-INF, 0.0, 0.0, NAN), *[(-INF, NAN, NAN, NAN)] * 2]
     second = [(five, 1.4, -0.4 * (five - two), two), (0.0, 1.0, 0.0, -INF), (-INF, 0.0, 0.0, NAN), (1.0, 1.0, 0.0, 1.0)]
+    second.append((-INF, NAN, NAN, NAN))
     entropy = (math.log(8) + 2 * math.log(4) + 5 * math.log(8 / 5)) / 8
-    want = [[-math.log(4), -INF, 0, NAN], [entropy, two, 0, NAN], [math.log(8), two, 0, NAN]]
+    want = [[-math.log(4), -INF, 0, NAN, NAN], [entropy, two, 0, NAN, NAN], [math.log(8), two, 0, NAN, NAN]]
     for shards in (first, second), (second, first):
         got = torch.stack(op(*fields(*shards)))
         torch.testing.assert_close(got, torch.tensor(want, device=got.device), equal_nan=True)
