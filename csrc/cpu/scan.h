@@ -122,10 +122,27 @@ struct Lanes : Simd<double, Bytes> {
   }
   QRM_FAST_INLINE static Vec powers(const DecayPowers& c) { return Base::load(c.powers + kMaxLanes - kLanes); }
 
-  // NaN wins. One comparison for each selection: GCC takes a combination of two apart, lane by lane.
+  // NaN wins. GCC takes comparisons of vectors apart before it knows the instruction set of the caller.
   QRM_FAST_INLINE static Vec minimum(Vec a, Vec b) {
-    const Vec least = a < b ? a : b;
-    return a == a ? least : a;
+#if defined(__x86_64__)
+    Vec least;  // vminpd gives a where one is NaN
+    if constexpr (Bytes == 64) {
+      asm("vminpd %1, %2, %0\n\tvcmpunordpd %2, %2, %%k1\n\tvmovapd %2, %0%{%%k1%}"
+          : "=&v"(least)
+          : "v"(a), "v"(b)
+          : "k1");
+      return least;
+    } else if constexpr (Bytes == 32) {
+      Vec unordered;
+      asm("vminpd %2, %3, %0\n\tvcmpunordpd %3, %3, %1\n\tvblendvpd %1, %3, %0, %0"
+          : "=&x"(least), "=&x"(unordered)
+          : "x"(a), "x"(b));
+      return least;
+    }
+#endif
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out[i] = qrm_fast::minimum(a[i], b[i]);
+    return out;
   }
 };
 

@@ -41,9 +41,9 @@ struct VtraceRule {
     QRM_FAST_INLINE Vec rho(const Vec* in) const { return L::minimum(in[2], rho_bar); }
     // Eight factors of a vector multiply to zero only through a zero: see decay_product.
     QRM_FAST_INLINE Vec factor(const Vec* in) const {
-      const Vec f = decay * L::minimum(in[2], c_bar), least = L::broadcast(1e-38);
-      const Vec floored = f < least ? least : f;
-      return f > 0 ? floored : f;
+      const Vec f = decay * L::minimum(in[2], c_bar);
+      // max(f, 1e-38), but 0 for 0: f times a large number is at most 1 only where it must be raised.
+      return -L::minimum(-f, -L::minimum(f * 1e300, L::broadcast(1e-38)));
     }
     template <int K>
     QRM_FAST_INLINE static void compose(Maps& m) {
