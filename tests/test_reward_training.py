@@ -18,12 +18,14 @@ from qrm_fast.tasks import Pair, arithmetic_demonstration, arithmetic_examples, 
 def write_pairs(path, num_prompts):
     """Right answers against answers with a slip, two pairs for every third prompt."""
     rng = Random(0)
-    rows = []
-    for i, (instruction, label) in enumerate(arithmetic_examples(num_prompts, split="train", seed=0)):
-        right = arithmetic_demonstration(instruction)
+    rows, prompts = [], 0
+    for instruction, label in arithmetic_examples(4 * num_prompts, split="train", seed=0):
         answers = dict.fromkeys(arithmetic_demonstration(instruction, rng) for _ in range(40))
-        wrong = [answer for answer in answers if not answer.endswith(label)][: 1 + (i % 3 == 0)]
-        rows += [Pair(instruction, right, answer) for answer in wrong]
+        wrong = [answer for answer in answers if not answer.endswith(label)]
+        if len(wrong) > 1 and prompts < num_prompts:  # a prompt may offer no occasion to slip
+            right = arithmetic_demonstration(instruction)
+            rows += [Pair(instruction, right, answer) for answer in wrong[: 1 + (prompts % 3 == 0)]]
+            prompts += 1
     write_jsonl(path, rows)
     return rows
 
