@@ -1,5 +1,7 @@
 """Heads over a vocabulary: bound by arithmetic, so the limit is the fastest whole GEMM of the same run."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,11 @@ from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
 
 from .harness import Case, case, gemm
 
-SHAPE = {"num_tokens": 2048, "dim": 512, "vocab": 32768}
+CPU = {"num_tokens": 2048, "dim": 512, "vocab": 32768}
+CUDA = [  # the heads of 7B and 1.5B models
+    {"dtype": "bfloat16", "num_tokens": 16384, "dim": 3584, "vocab": 152064},
+    {"dtype": "bfloat16", "num_tokens": 16384, "dim": 1536, "vocab": 151936},
+]
 
 
 def inputs(device: torch.device, dtype: torch.dtype, num_tokens: int, dim: int, vocab: int) -> tuple[Tensor, ...]:
@@ -33,24 +39,48 @@ def assert_exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         torch.testing.assert_close(got[rows].double(), want, rtol=0, atol=2e-5)
 
 
-@case(cpu=[{"dtype": "float32", **SHAPE}, {"dtype": "bfloat16", **SHAPE}])
+def compiled(device: torch.device, function: Callable) -> dict[str, Callable]:
+    """The same through torch.compile, where its logits fit beside ours."""
+    return {"torch.compile of it": torch.compile(function)} if device.type == "cuda" else {}
+
+
+def assert_gradients_exact(ours: Callable, theirs: Callable, hidden: Tensor, weight: Tensor) -> None:
+    """`ours` and `theirs` give the gradients of (hidden, weight); the truth is theirs of float32 copies.
+
+    float32 within 1e-5 of it; 16 bits no further from it than theirs in 16 bits.
+    """
+
+    def leaves(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return hidden.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
+
+    exact, same = leaves(torch.float32), leaves(hidden.dtype)
+    for got, eager, want in zip(ours(*same), theirs(*same), theirs(*exact), strict=True):
+        error, allowed = (got.float() - want).norm(), (eager.float() - want).norm()
+        assert error <= max(allowed if got.element_size() < 4 else 0, 1e-5 * want.norm())
+
+
+GATED = slice(0, 256)  # rows of a backward pass that the gate looks at
+
+
+@case(cpu=[{"dtype": "float32", **CPU}, {"dtype": "bfloat16", **CPU}], cuda=CUDA)
 def linear_logprobs_forward(device: torch.device, dtype: str, **shape: int) -> Case:
     hidden, weight, targets = inputs(device, getattr(torch, dtype), **shape)
     t, d, v = shape.values()
+    in_16_bits = {f"{dtype} GEMM": lambda: hidden @ weight.T} if dtype != "float32" else {}
     return Case(
         {
             "qrm_fast": lambda: linear_logprobs(hidden, weight, targets),
             "log_softmax, gather, entropy": lambda: naive(hidden, weight, targets),
+            **compiled(device, lambda: naive(hidden, weight, targets)),
         },
         gate=lambda: assert_exact(hidden, weight, targets),
-        limit=gemm(hidden.float(), weight.float())
-        | ({"bfloat16 GEMM": lambda: hidden @ weight.T} if dtype != "float32" else {}),
+        limit=gemm(hidden, weight) if device.type == "cuda" else gemm(hidden.float(), weight.float()) | in_16_bits,
         bytes=(t * d + v * d) * hidden.element_size() + 20 * t,
         flops=2 * t * d * v,
     )
 
 
-@case(cpu=[{"dtype": "float32", **SHAPE}])
+@case(cpu=[{"dtype": "float32", **CPU}], cuda=CUDA)
 def linear_logprobs_forward_backward(device: torch.device, dtype: str, **shape: int) -> Case:
     """The loss -mean(A logp) - 0.01 mean(H) and its gradients of hidden and weight: 4 GEMMs without kept logits."""
     hidden, weight, targets = inputs(device, getattr(torch, dtype), **shape)
@@ -58,16 +88,20 @@ def linear_logprobs_forward_backward(device: torch.device, dtype: str, **shape: 
     advantages = torch.randn(t, generator=torch.Generator().manual_seed(1)).to(device)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
-    def step(head) -> tuple[Tensor, ...]:
-        logprobs, entropy, *_ = head(hidden, weight, targets)
-        return torch.autograd.grad(-(advantages * logprobs + 0.01 * entropy).mean(), leaves)
+    def step(head: Callable, leaves: tuple[Tensor, ...] = leaves, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        logprobs, entropy, *_ = head(*leaves, targets[rows])
+        return torch.autograd.grad(-(advantages[rows] * logprobs + 0.01 * entropy).mean(), leaves)
 
     def gate() -> None:
-        for got, want in zip(step(linear_logprobs), step(naive), strict=True):
-            assert (got - want).norm() <= 1e-5 * want.norm()
+        ours, theirs = (lambda *x, head=head: step(head, x, GATED) for head in (linear_logprobs, naive))
+        assert_gradients_exact(ours, theirs, hidden[GATED], weight)
 
     return Case(
-        {"qrm_fast": lambda: step(linear_logprobs), "autograd through log_softmax": lambda: step(naive)},
+        {
+            "qrm_fast": lambda: step(linear_logprobs),
+            "autograd through log_softmax": lambda: step(naive),
+            **compiled(device, lambda: step(naive)),
+        },
         gate,
         limit=gemm(hidden.detach(), weight.detach()),
         limits_worth=4,
@@ -76,7 +110,7 @@ def linear_logprobs_forward_backward(device: torch.device, dtype: str, **shape: 
     )
 
 
-@case(cpu=[{"dtype": "float32", **SHAPE}])
+@case(cpu=[{"dtype": "float32", **CPU}], cuda=CUDA)
 def linear_policy_loss_forward_backward(device: torch.device, dtype: str, **shape: int) -> Case:
     """The clipped PPO loss with an entropy bonus and its gradients of hidden and weight, in three GEMMs."""
     hidden, weight, targets = inputs(device, getattr(torch, dtype), **shape)
@@ -84,20 +118,23 @@ def linear_policy_loss_forward_backward(device: torch.device, dtype: str, **shap
     generator = torch.Generator().manual_seed(1)
     advantages, noise = (torch.randn(t, generator=generator).to(device) for _ in range(2))
     old = linear_logprobs(hidden, weight, targets).logprobs + 0.1 * noise
-    options = {"old_logprobs": old, "entropy_coef": 0.01}
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
-    def ours() -> tuple[Tensor, ...]:
-        loss = linear_policy_loss(hidden, weight, targets, advantages, **options).loss
+    def ours(leaves: tuple[Tensor, ...] = leaves, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        loss = linear_policy_loss(
+            *leaves, targets[rows], advantages[rows], old_logprobs=old[rows], entropy_coef=0.01
+        ).loss
         return torch.autograd.grad(loss, leaves)
 
-    def two_ops(head) -> tuple[Tensor, ...]:
-        logprobs, entropy, *_ = head(hidden, weight, targets)
-        return torch.autograd.grad(policy_loss(logprobs, advantages, entropy=entropy, **options).loss, leaves)
+    def two_ops(head: Callable, leaves: tuple[Tensor, ...] = leaves, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        logprobs, entropy, *_ = head(*leaves, targets[rows])
+        loss = policy_loss(
+            logprobs.float(), advantages[rows], entropy=entropy.float(), old_logprobs=old[rows], entropy_coef=0.01
+        ).loss
+        return torch.autograd.grad(loss, leaves)
 
     def gate() -> None:
-        for got, want in zip(ours(), two_ops(naive), strict=True):
-            assert (got - want).norm() <= 1e-5 * want.norm()
+        assert_gradients_exact(lambda *x: ours(x, GATED), lambda *x: two_ops(naive, x, GATED), hidden[GATED], weight)
 
     return Case(
         {
