@@ -163,7 +163,7 @@ int main() {
     check("gae", GaeRows{0.99f, 0.99f * 0.95f}, 0, lengths, 10);
     check("gae, one step", GaeRows{1, 0}, 0, lengths, 10);
     check("gae, undiscounted", GaeRows{1, 1}, 0, lengths, 300);
-    check("gae, long memory", GaeRows{1, 0.99999f}, 0, lengths, 2000);
+    check("gae, long memory", GaeRows{1, 0.99999f}, 0, lengths, 4000);
     check("discounted_returns", ReturnRows{0.9f}, 0, lengths, 10);
     check("vtrace", VtraceRows{0.99f, 0.99f, 1, 1}, 0, lengths, 30);
     check("vtrace, bars apart", VtraceRows{0.99f, 0.9f, 1.5f, 0.8f}, 0, lengths, 30);

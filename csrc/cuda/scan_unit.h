@@ -5,9 +5,9 @@
 // its BLOCK packed rows: whole short sequences, and of a longer one exactly one block. A thread takes a piece row by
 // row. The maps of a block's pieces are composed by doubling distances (a piece reaches only towards the end of its own
 // block, so the order of every product depends on the distance to that end alone). A long sequence's blocks publish
-// their maps, GROUP consecutive ones are composed once more, and every block applies the groups and then the blocks
-// behind it in order: a tree of fixed shape, whatever the packing and the timing. A unit waits only for units with more
-// distant rows, which take their tickets earlier.
+// their maps, GROUP consecutive ones are composed once more, and every block composes the groups and then the blocks
+// behind it pair by pair: a tree whose shape is given by their number, whatever the packing and the timing. A unit
+// waits only for units with more distant rows, which take their tickets earlier.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ namespace qrm_fast {
 constexpr int THREADS = 128;
 constexpr int PIECE = 16;
 constexpr int BLOCK = 1024;
-constexpr int GROUP = 64;
+constexpr int GROUP = THREADS;
 constexpr int MAX_ROWS = 2 * BLOCK;
 constexpr int MAX_PIECES = 2 * MAX_ROWS / PIECE;  // of sequences longer than a piece
 
@@ -59,25 +59,20 @@ struct Published {
   QRM_FAST_HOST_DEVICE void give(const Map& given) {
     map = given;
 #if defined(__CUDA_ARCH__)
-    __threadfence();
-    atomicExch(&ready, 1);
+    asm volatile("st.release.gpu.s32 [%0], 1;" ::"l"(&ready) : "memory");
 #else
     ready = 1;
 #endif
   }
-  QRM_FAST_HOST_DEVICE Map take() {
-    Map taken;
+  QRM_FAST_HOST_DEVICE Map take() const {
 #if defined(__CUDA_ARCH__)
-    while (atomicAdd(&ready, 0) == 0) __nanosleep(20);
-    __threadfence();
-    // Past the L1 cache, which may hold this line from before.
-    const volatile int* from = reinterpret_cast<const volatile int*>(&map);
-    int* to = reinterpret_cast<int*>(&taken);
-    for (unsigned i = 0; i < sizeof(Map) / sizeof(int); ++i) to[i] = from[i];
-#else
-    taken = map;
+    for (int given = 0;;) {
+      asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(given) : "l"(&ready) : "memory");
+      if (given) break;
+      __nanosleep(20);
+    }
 #endif
-    return taken;
+    return map;
   }
 };
 
@@ -181,16 +176,28 @@ struct UnitScan {
     return map;
   }
 
-  // Maps [first, last) of a sequence's blocks or groups to the state, in order. `ahead(i)` is where map i is published.
-  template <typename Ahead>
-  QRM_FAST_HOST_DEVICE void receive(Memory& m, int64_t first, int64_t last, Ahead ahead) const {
+  // Composes the first `count` gathered maps, of which map k is of the rows behind those of map k + 1, to the first.
+  QRM_FAST_HOST_DEVICE void compose_gathered(Memory& m, int count) const {
+    for (int step = 1; step < count; step *= 2) {
+      on_all_threads([&](int thread) {
+        if (thread % (2 * step) == 0 && thread + step < count) {
+          m.gathered[thread] = m.gathered[thread + step].after(m.gathered[thread]);
+        }
+      });
+    }
+  }
+
+  // Applies maps [first, last) of a sequence's blocks or groups to the state. `behind(i)` is where map i is published.
+  template <typename Behind>
+  QRM_FAST_HOST_DEVICE void receive(Memory& m, int64_t first, int64_t last, Behind behind) const {
     for (int64_t i = first; i < last; i += THREADS) {
       const int count = last - i < THREADS ? static_cast<int>(last - i) : THREADS;
       on_all_threads([&](int thread) {
-        if (thread < count) m.gathered[thread] = ahead(i + thread)->take();
+        if (thread < count) m.gathered[thread] = behind(i + thread)->take();
       });
+      compose_gathered(m, count);
       on_all_threads([&](int thread) {
-        for (int k = 0; thread == 0 && k < count; ++k) m.received = m.gathered[k](m.received);
+        if (thread == 0) m.received = m.gathered[0](m.received);
       });
     }
   }
@@ -287,17 +294,15 @@ struct UnitScan {
 
   // Publishes the block's map and, of the last block of a group, the group's.
   QRM_FAST_HOST_DEVICE void give(Memory& m, int64_t u, const Map& map) const {
+    const bool completes = m.giver_index % GROUP == GROUP - 1;
     on_all_threads([&](int thread) {
       if (thread == 0) blocks[u].give(map);
-      const bool completes = m.giver_index % GROUP == GROUP - 1;
-      if (completes && thread > 0 && thread < GROUP) m.gathered[thread] = blocks[u + thread].take();
+      if (completes) m.gathered[thread] = thread == GROUP - 1 ? map : blocks[u + GROUP - 1 - thread].take();
     });
-    if (m.giver_index % GROUP != GROUP - 1) return;
+    if (!completes) return;
+    compose_gathered(m, GROUP);
     on_all_threads([&](int thread) {
-      if (thread > 0) return;
-      Map group = m.gathered[GROUP - 1];
-      for (int k = GROUP - 2; k > 0; --k) group = m.gathered[k].after(group);
-      groups[u].give(map.after(group));
+      if (thread == 0) groups[u].give(m.gathered[0]);
     });
   }
 };
