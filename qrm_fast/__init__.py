@@ -55,11 +55,15 @@ if torch.version.cuda:
     from .triton import linear_q_values as _linear_q_values_triton  # noqa: F401
     from .triton import merge_logprobs as _merge_logprobs_triton  # noqa: F401
     from .triton import min_form_returns as _min_form_returns_triton  # noqa: F401
+    from .triton import moments as _moments_triton  # noqa: F401
     from .triton import policy_loss as _policy_loss_triton  # noqa: F401
+    from .triton import q_advantages as _q_advantages_triton  # noqa: F401
     from .triton import q_head_advantages as _q_head_advantages_triton  # noqa: F401
+    from .triton import q_token_rewards as _q_token_rewards_triton  # noqa: F401
     from .triton import step_rows as _step_rows_triton  # noqa: F401
     from .triton import token_q as _token_q_triton  # noqa: F401
     from .triton import value_loss as _value_loss_triton  # noqa: F401
+    from .triton import whiten as _whiten_triton  # noqa: F401
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 

@@ -11,38 +11,49 @@ from test_q_token_rewards import CASES, CU, KL, SCORES, VALUES, close, float32_p
 from qrm_fast import q_advantages, q_token_rewards
 from qrm_fast.ops.q_advantages import _q_advantages
 from qrm_fast.ops.q_token_rewards import _q_token_rewards
+from qrm_fast.triton import moments as triton_moments
+from qrm_fast.triton import q_advantages as triton_kernels
+from qrm_fast.triton import q_token_rewards as triton_rows
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def implementation(request, monkeypatch):
-    if request.param == "reference":
+@pytest.fixture(params=["kernel", "reference", "triton"])
+def on(request, monkeypatch, triton_device):
+    """The device of the implementation that the public function now runs."""
+    if request.param == "triton":
+        monkeypatch.setitem(triton_moments.ROWS, "BT", 32)
+        monkeypatch.setitem(triton_rows.LAUNCH, "BT", 32)
+        monkeypatch.setattr("qrm_fast.ops.moments._moments", triton_moments.launch)
+        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_advantages", triton_kernels.launch)
+    elif request.param == "reference":
         monkeypatch.setattr("qrm_fast.ops.q_advantages._q_advantages", _q_advantages._init_fn)
         monkeypatch.setattr("qrm_fast.ops.q_advantages._q_token_rewards", _q_token_rewards._init_fn)
+    return triton_device if request.param == "triton" else "cpu"
 
 
-@pytest.mark.usefixtures("implementation")
-def test_golden_a():
-    advantages, returns = q_advantages(SCORES, VALUES, CU, **KL)
+def test_golden_a(on):
+    options = {name: x.to(on) if isinstance(x, torch.Tensor) else x for name, x in KL.items()}
+    advantages, returns = (x.cpu() for x in q_advantages(SCORES.to(on), VALUES.to(on), CU.to(on), **options))
     close(advantages, [0.371249, -0.777377, 1.518264, 1.142236, -0.402628, 0.169184, 2.271591])
     close(returns, [0.378469, -0.762937, 1.521874, 1.131406, -0.380969, 0.187234, 2.278811])
 
 
-@pytest.mark.usefixtures("implementation")
-def test_algorithm_1_of_the_paper():
+def test_algorithm_1_of_the_paper(on):
     """Standardised scores minus the critic's raw value."""
-    advantages, _ = q_advantages(SCORES, VALUES, CU, center=True, value_coef=1.0, value_normalize=False)
+    tensors = SCORES.to(on), VALUES.to(on), CU.to(on)
+    advantages = q_advantages(*tensors, center=True, value_coef=1.0, value_normalize=False).advantages.cpu()
     scores = SCORES.double()
     standardised = (scores - scores.mean()) / scores.std(correction=0)
     torch.testing.assert_close(advantages.double(), standardised - VALUES.double(), rtol=0, atol=3e-7)
 
 
-@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_agrees_with_the_definition(lengths, case):
-    q, cu, *rest = inputs(lengths)
+def test_agrees_with_the_definition(lengths, case, on, request):
+    if request.node.callspec.params["on"] == "triton":
+        lengths = lengths[:20]  # the interpreter is slow
+    q, cu, *rest = inputs(lengths, device=on)
     options = CASES[case](*rest)
-    values = torch.randn(len(q), generator=torch.Generator().manual_seed(5)).mul(2).add(3)
+    values = torch.randn(len(q), generator=torch.Generator().manual_seed(5)).mul(2).add(3).to(on)
     spread = {name: options[name] for name in ("mask", "scope", "group_ids", "eps") if name in options}
     exact_returns, exact_values = oracle(q, cu, **options), oracle(values, cu, **spread)
     peer_returns, peer_values = float32_path(q, cu, options), float32_path(values, cu, spread)
@@ -51,9 +62,8 @@ def test_agrees_with_the_definition(lengths, case):
     assert_as_accurate(advantages, exact_returns - 0.5 * exact_values, peer_returns - 0.5 * peer_values)
 
 
-@pytest.mark.usefixtures("implementation")
-def test_without_values_or_spread():
-    q, cu, mask, *_ = inputs([4, 0, 9])
+def test_without_values_or_spread(on):
+    q, cu, mask, *_ = inputs([4, 0, 9], device=on)
     advantages, returns = q_advantages(q, None, cu, mask=mask)
     assert torch.equal(advantages, returns) and torch.equal(returns, q_token_rewards(q, cu, mask=mask))
     for scope in "batch", "sequence":
@@ -63,10 +73,9 @@ def test_without_values_or_spread():
     torch.testing.assert_close(raw.advantages, raw.returns - 0.5)
 
 
-@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("scope", ["batch", "sequence", "group"])
-def test_masked_rows_are_never_read(scope):
-    q, cu, mask, group_ids, *_ = inputs([5, 9, 40, 3])
+def test_masked_rows_are_never_read(scope, on):
+    q, cu, mask, group_ids, *_ = inputs([5, 9, 40, 3], device=on)
     values = torch.randn_like(q)
     options = {"mask": mask, "scope": scope, "group_ids": group_ids if scope == "group" else None}
     clean, *poisoned = (

@@ -10,6 +10,8 @@ from grids import LENGTHS, cu_seqlens
 from qrm_fast import gae, q_token_rewards
 from qrm_fast.ops.moments import _moments
 from qrm_fast.ops.q_token_rewards import _q_token_rewards
+from qrm_fast.triton import moments as triton_moments
+from qrm_fast.triton import q_token_rewards as triton_kernels
 
 # Spec 2.8: two padded rows of the released code, packed. Scores, values, log-probabilities; sequences of 4 and 3.
 CU = torch.tensor([0, 4, 7])
@@ -186,11 +188,49 @@ def test_reference_agrees_with_the_definition(case, through_references):
     assert_as_accurate(q_token_rewards(q, cu, **options), oracle(q, cu, **options), float32_path(q, cu, options))
 
 
-def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(through_references):
-    """The references serve CUDA, where a kernel cannot raise."""
-    result = q_token_rewards(SCORES, CU, scope="group", group_ids=torch.tensor([2, 1]))
+@pytest.fixture
+def through_triton(monkeypatch):
+    """The public function through the launchers of the Triton kernels, with programs of 32 rows instead of 1024."""
+    monkeypatch.setitem(triton_moments.ROWS, "BT", 32)
+    monkeypatch.setitem(triton_kernels.LAUNCH, "BT", 32)
+    monkeypatch.setattr("qrm_fast.ops.moments._moments", triton_moments.launch)
+    monkeypatch.setattr("qrm_fast.ops.q_token_rewards._q_token_rewards", triton_kernels.launch)
+
+
+@pytest.mark.usefixtures("through_triton")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 3, 1, 7, 63, 0, 165]], ids=str)
+def test_triton_agrees_with_the_definition(lengths, case, triton_device):
+    q, cu, *rest = inputs(lengths, device=triton_device)
+    options = CASES[case](*rest)
+    assert_as_accurate(q_token_rewards(q, cu, **options), oracle(q, cu, **options), float32_path(q, cu, options))
+
+
+@pytest.mark.usefixtures("through_triton")
+def test_triton_bits_depend_on_the_own_sequence_only(triton_device):
+    q, cu, mask, *_ = inputs([1, 70, 3], device=triton_device)
+    options = {"scope": "sequence", "center": True, "eos_rescore": "mean"}
+    own = torch.tensor([0, 70], device=triton_device)
+    packed = q_token_rewards(q, cu, mask=mask, **options)
+    assert torch.equal(packed[1:71], q_token_rewards(q[1:71].clone(), own, mask=mask[1:71].clone(), **options))
+
+
+@pytest.mark.usefixtures("through_triton")
+def test_triton_stays_inside_its_tensors(triton_device):
+    q = torch.ones(30, device=triton_device)[5:25]
+    for boundaries in [-50, 5, 20], [0, 15, 5], [0, 10**9, 20], [0, 3, 3]:
+        cu = torch.tensor(boundaries, device=triton_device)
+        result = q_token_rewards(q, cu, scope="sequence", eos_rescore="mean", min_std=0.5)
+        assert result.shape == q.shape and not (result > 2.001).any()
+
+
+@pytest.mark.parametrize("by", ["through_references", "through_triton"])
+def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(by, request, triton_device):
+    request.getfixturevalue(by)
+    q, cu, ids = (x.to(triton_device) for x in (SCORES, CU, torch.tensor([2, 1])))
+    result = q_token_rewards(q, cu, scope="group", group_ids=ids)
     assert result[:4].isnan().all()
-    assert torch.equal(result[4:], q_token_rewards(SCORES[4:], torch.tensor([0, 3])))
+    assert torch.equal(result[4:], q_token_rewards(q[4:], cu[1:] - 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -1,0 +1,127 @@
+"""Triton kernels of moments: count, mean and sum of squared deviations in one read of the rows.
+
+Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: memory decides the speed. A program
+takes every `num_splits`-th block of a set's rows, counted from the set's first row, in registers about the block's own
+mean; a second launch joins a set's programs. No atomics; the bits of a sequence's moments depend on its own rows alone.
+In float64, where the mean of equal float32 values is exact. Block sizes have been compiled, not yet timed on a GPU.
+"""
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from ..ops.moments import _moments
+from ..segments import group_max, group_sum
+
+ROWS = {"BT": 1024, "num_warps": 4}
+BATCH_SPLITS = 1024  # programs that share one set of all rows
+SEQUENCE_SPLITS = 4  # a constant: a sequence's bits must not depend on the batch
+BATCH_JOIN = {"BP": BATCH_SPLITS, "num_warps": 8}
+SEQUENCE_JOIN = {"BP": SEQUENCE_SPLITS, "num_warps": 1}
+
+
+@triton.jit
+def moments_rows(
+    x,  # [T]
+    mask,  # [T] or None
+    cu_seqlens,  # [K+1] or None: one set of all rows
+    parts,  # [K, num_splits, 3]
+    num_rows,
+    BT: tl.constexpr,
+):
+    i_k, i_p, num_splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    bos = tl.full([], 0, tl.int64)
+    eos = bos + num_rows
+    if cu_seqlens is not None:
+        # Boundaries that a CPU kernel would refuse must not be read beyond the tensors.
+        bos = tl.maximum(tl.load(cu_seqlens + i_k).to(tl.int64), 0)
+        eos = tl.minimum(tl.load(cu_seqlens + i_k + 1).to(tl.int64), num_rows)
+    count = tl.full([], 0.0, tl.float64)
+    mean = tl.full([], 0.0, tl.float64)
+    m2 = tl.full([], 0.0, tl.float64)
+    for i_t in range(bos + i_p * BT, eos, num_splits * BT):
+        o_t = i_t + tl.arange(0, BT)
+        m_t = o_t < eos
+        if mask is not None:
+            m_t = m_t & (tl.load(mask + o_t, m_t, 0) != 0)
+        b_x = tl.load(x + o_t, m_t, 0.0).to(tl.float64)
+        m_t = m_t & (b_x - b_x == 0.0)
+        own_count = tl.sum(tl.where(m_t, 1.0, 0.0).to(tl.float64), 0)
+        own_mean = tl.sum(tl.where(m_t, b_x, 0.0), 0) / tl.maximum(own_count, 1.0)
+        b_deviation = tl.where(m_t, b_x - own_mean, 0.0)
+        distance = own_mean - mean
+        share = own_count / tl.maximum(count + own_count, 1.0)
+        m2 += tl.sum(b_deviation * b_deviation, 0) + distance * distance * count * share
+        mean += distance * share
+        count += own_count
+    p_part = parts + (i_k * num_splits + i_p) * 3
+    tl.store(p_part, count)
+    tl.store(p_part + 1, mean)
+    tl.store(p_part + 2, m2)
+
+
+@triton.jit
+def moments_join(
+    parts,  # [K, num_splits, 3]
+    sets,  # [K, 3]
+    num_splits,
+    BP: tl.constexpr,
+):
+    i_k, o_p = tl.program_id(0).to(tl.int64), tl.arange(0, BP)
+    m_p = o_p < num_splits
+    p_parts = parts + (i_k * num_splits + o_p) * 3
+    b_count = tl.load(p_parts, m_p, 0.0)
+    b_mean = tl.load(p_parts + 1, m_p, 0.0)
+    b_m2 = tl.load(p_parts + 2, m_p, 0.0)
+    count = tl.sum(b_count, 0)
+    # About the mean of a part that counts: exact where all means agree.
+    origin = tl.max(tl.where(b_count > 0.0, b_mean, -float("inf")), 0)
+    b_distance = tl.where(b_count > 0.0, b_mean - origin, 0.0)
+    mean = tl.where(count > 0.0, origin + tl.sum(b_count * b_distance, 0) / count, 0.0)
+    m2 = tl.sum(b_m2 + b_count * (b_mean - mean) * (b_mean - mean), 0)
+    tl.store(sets + i_k * 3, count)
+    tl.store(sets + i_k * 3 + 1, mean)
+    tl.store(sets + i_k * 3 + 2, m2)
+
+
+def launch(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None) -> Tensor:
+    num_rows = x.shape[0]
+    if cu_seqlens is None:
+        num_sets, num_splits = 1, min(max(triton.cdiv(num_rows, ROWS["BT"]), 1), BATCH_SPLITS)
+    else:
+        num_sets, num_splits = cu_seqlens.shape[0] - 1, SEQUENCE_SPLITS
+    parts = x.new_empty(num_sets, num_splits, 3, dtype=torch.float64)
+    sets = x.new_empty(num_sets, 3, dtype=torch.float64)
+    if num_sets:
+        with torch.cuda.device_of(x):
+            moments_rows[(num_sets, num_splits)](x, mask, cu_seqlens, parts, num_rows, **ROWS)
+            moments_join[(num_sets,)](parts, sets, num_splits, **(BATCH_JOIN if cu_seqlens is None else SEQUENCE_JOIN))
+    return sets if group_ids is None else _of_groups(sets, group_ids)
+
+
+def _of_groups(sets: Tensor, group_ids: Tensor) -> Tensor:
+    """Moments [S, 3] of the whole group that each sequence belongs to; a handful of launches over S."""
+    count, mean, m2 = sets.unbind(1)
+    total = group_sum(count, group_ids)
+    origin = group_max(mean.where(count > 0, -torch.inf), group_ids).where(total != 0, 0.0)
+    joint = origin + group_sum((count * (mean - origin)).where(count > 0, 0.0), group_ids) / total.clamp(min=1)
+    return torch.stack([total, joint, group_sum(m2 + count * (mean - joint).square(), group_ids)], dim=1)
+
+
+_moments.register_kernel("cuda")(launch)
+
+
+def _aot(dtype: str, **constants) -> tuple:
+    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
+    types = {"x": f"*{dtype}", "mask": "*i1", "cu_seqlens": "*i32", "parts": "*fp64", "num_rows": "i32"}
+    return moments_rows, types, {"BT": ROWS["BT"], **constants}, ROWS["num_warps"], False
+
+
+_JOIN = {"parts": "*fp64", "sets": "*fp64", "num_splits": "i32"}
+AOT = [
+    _aot("bf16"),
+    _aot("fp32", mask=None, cu_seqlens=None),
+    (moments_join, _JOIN, {"BP": BATCH_SPLITS}, BATCH_JOIN["num_warps"], False),
+    (moments_join, _JOIN, {"BP": SEQUENCE_SPLITS}, SEQUENCE_JOIN["num_warps"], False),
+]

@@ -1,0 +1,42 @@
+"""q_advantages on CUDA: the kernels of q_token_rewards, given the critic's values too."""
+
+from torch import Tensor
+
+from ..ops.moments import moments
+from ..ops.q_advantages import _q_advantages
+from .q_token_rewards import aot, rescore_last, reward_rows, run
+
+
+def launch(
+    q: Tensor,
+    values: Tensor | None,
+    cu_seqlens: Tensor,
+    stats: Tensor | None,
+    value_stats: Tensor | None,
+    mask: Tensor | None,
+    value_coef: float,
+    value_normalize: bool,
+    center: bool,
+    rescore: bool,
+    logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    min_std: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Without statistics each sequence has its own."""
+    stats = moments(q, mask, cu_seqlens) if stats is None else stats
+    if values is not None and value_normalize and value_stats is None:
+        value_stats = moments(values, mask, cu_seqlens)
+    penalty = logprobs, ref_logprobs, kl_coef, kl_estimator
+    advantages, returns = run(
+        q, values, cu_seqlens, stats, value_stats, mask, value_coef, center, rescore, *penalty, min_std, eps
+    )
+    return returns.clone() if advantages is None else advantages, returns
+
+
+_q_advantages.register_kernel("cuda")(launch)
+
+_OPTIONS = dict(PER_SEQUENCE=True, CENTER=True, KL="k3")
+AOT = [aot(reward_rows, "bf16", "i32", **_OPTIONS), aot(rescore_last, "fp32", "i64", **_OPTIONS)]

@@ -1,0 +1,276 @@
+"""Triton kernels of q_token_rewards, which q_advantages launches too: every row is read and written once.
+
+4 + 4 bytes per row in fp32, 8 more with the KL penalty, 8 with a critic's values, 1 with a mask; the penalty, the
+critic's share and the two results are one launch. Re-scoring the last action is a second launch, one program per
+sequence, which reads q once more for the mean and writes one row. In float64, rounded once: free beside memory.
+Block sizes have been compiled, not yet timed on a GPU.
+"""
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from ..ops.q_token_rewards import _q_token_rewards
+
+LAUNCH = {"BT": 1024, "num_warps": 4}
+
+
+@triton.jit
+def sequence_of(cu_seqlens, o_t, num_sequences, num_halvings):
+    """The first sequence that ends after each row: a binary search that stays in [0, S) whatever the boundaries."""
+    o_low = tl.zeros_like(o_t)
+    o_high = o_low + (num_sequences - 1)
+    for _ in range(num_halvings):
+        o_middle = (o_low + o_high) // 2
+        m_later = tl.load(cu_seqlens + o_middle + 1) <= o_t
+        o_low = tl.where(m_later, tl.minimum(o_middle + 1, num_sequences - 1), o_low)
+        o_high = tl.where(m_later, o_high, o_middle)
+    return o_low
+
+
+@triton.jit
+def normalised(b_x, p_stats, min_std, eps, CENTER: tl.constexpr):
+    """x / (max(sigma, min_std) + eps), x about its mean if CENTER; 0 where that scale is 0. NaN moments give NaN."""
+    variance = tl.load(p_stats + 2) / tl.maximum(tl.load(p_stats), 1.0)
+    sigma = tl.sqrt(variance)
+    sigma = tl.where(sigma < min_std, min_std, sigma)
+    if CENTER:
+        b_x -= tl.load(p_stats + 1)
+    return tl.where(sigma == 0.0, 0.0, b_x / (sigma + eps))
+
+
+@triton.jit
+def kl_penalty(logprobs, ref_logprobs, o_t, m_t, kl_coef, KL: tl.constexpr):
+    b_d = tl.load(logprobs + o_t, m_t, 0.0).to(tl.float64) - tl.load(ref_logprobs + o_t, m_t, 0.0).to(tl.float64)
+    if KL == "abs":
+        b_kl = tl.abs(b_d)
+    elif KL == "k1":
+        b_kl = b_d
+    elif KL == "k2":
+        b_kl = b_d * b_d / 2
+    else:
+        b_kl = tl.exp(-b_d) - 1.0 + b_d
+    return kl_coef * b_kl
+
+
+@triton.jit
+def store_results(
+    b_y,  # normalised q of rows o_t
+    values,
+    value_stats,
+    i_set,
+    logprobs,
+    ref_logprobs,
+    advantages,
+    returns,
+    o_t,
+    m_t,
+    m_kept,
+    value_coef,
+    kl_coef,
+    eps,
+    KL: tl.constexpr,
+):
+    if logprobs is not None:
+        b_y -= kl_penalty(logprobs, ref_logprobs, o_t, m_kept, kl_coef, KL)
+    tl.store(returns + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
+    if values is not None:
+        b_value = tl.load(values + o_t, m_kept, 0.0).to(tl.float64)
+        if value_stats is not None:
+            b_value = normalised(b_value, value_stats + i_set * 3, 0.0, eps, False)
+        tl.store(advantages + o_t, tl.where(m_kept, b_y - value_coef * b_value, 0.0).to(tl.float32), m_t)
+
+
+@triton.jit
+def reward_rows(
+    q,  # [T]
+    values,  # [T] or None: no advantages
+    cu_seqlens,  # [S+1]
+    stats,  # [1, 3], or [S, 3] if PER_SEQUENCE
+    value_stats,  # the same of the values, or None: they are taken as they are
+    mask,  # [T] or None
+    logprobs,  # [T] or None: no penalty
+    ref_logprobs,  # [T] or None
+    advantages,  # [T] or None
+    returns,  # [T]
+    num_rows,
+    num_sequences,
+    num_halvings,
+    value_coef,
+    kl_coef,
+    min_std,
+    eps,
+    PER_SEQUENCE: tl.constexpr,
+    CENTER: tl.constexpr,
+    KL: tl.constexpr,
+    BT: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = o_t < num_rows
+    m_kept = m_t
+    if mask is not None:
+        m_kept = m_t & (tl.load(mask + o_t, m_t, 0) != 0)
+    i_set = tl.full([], 0, tl.int64)
+    if PER_SEQUENCE:
+        i_set = sequence_of(cu_seqlens, o_t, num_sequences, num_halvings)
+    b_y = normalised(tl.load(q + o_t, m_kept, 0.0).to(tl.float64), stats + i_set * 3, min_std, eps, CENTER)
+    store_results(
+        b_y,
+        values,
+        value_stats,
+        i_set,
+        logprobs,
+        ref_logprobs,
+        advantages,
+        returns,
+        o_t,
+        m_t,
+        m_kept,
+        value_coef,
+        kl_coef,
+        eps,
+        KL,
+    )
+
+
+@triton.jit
+def rescore_last(
+    q,
+    values,
+    cu_seqlens,
+    stats,
+    value_stats,
+    mask,
+    logprobs,
+    ref_logprobs,
+    advantages,
+    returns,
+    num_rows,
+    value_coef,
+    kl_coef,
+    min_std,
+    eps,
+    PER_SEQUENCE: tl.constexpr,
+    CENTER: tl.constexpr,
+    KL: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The last kept row of a sequence takes the mean of its kept rows in the place of its own score."""
+    i_s = tl.program_id(0).to(tl.int64)
+    bos = tl.maximum(tl.load(cu_seqlens + i_s).to(tl.int64), 0)
+    eos = tl.minimum(tl.load(cu_seqlens + i_s + 1).to(tl.int64), num_rows)
+    i_set = tl.full([], 0, tl.int64)
+    if PER_SEQUENCE:
+        i_set = i_s
+    b_total = tl.zeros([BT], tl.float64)
+    b_kept = tl.zeros([BT], tl.float64)
+    b_last = tl.full([BT], -1, tl.int64)
+    for i_t in range(bos, eos, BT):
+        o_t = i_t + tl.arange(0, BT)
+        m_kept = o_t < eos
+        if mask is not None:
+            m_kept = m_kept & (tl.load(mask + o_t, m_kept, 0) != 0)
+        b_y = normalised(tl.load(q + o_t, m_kept, 0.0).to(tl.float64), stats + i_set * 3, min_std, eps, CENTER)
+        b_total += tl.where(m_kept, b_y, 0.0)
+        b_kept += tl.where(m_kept, 1.0, 0.0)
+        b_last = tl.where(m_kept, o_t, b_last)
+    i_last = tl.max(b_last, 0)
+    if i_last >= 0:
+        average = tl.sum(b_total, 0) / tl.sum(b_kept, 0)
+        store_results(
+            average,
+            values,
+            value_stats,
+            i_set,
+            logprobs,
+            ref_logprobs,
+            advantages,
+            returns,
+            i_last,
+            i_last >= 0,
+            i_last >= 0,
+            value_coef,
+            kl_coef,
+            eps,
+            KL,
+        )
+
+
+def run(
+    q: Tensor,
+    values: Tensor | None,
+    cu_seqlens: Tensor,
+    stats: Tensor,
+    value_stats: Tensor | None,
+    mask: Tensor | None,
+    value_coef: float,
+    center: bool,
+    rescore: bool,
+    logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    min_std: float,
+    eps: float,
+) -> tuple[Tensor | None, Tensor]:
+    """Advantages (None without values) and returns, [T] float32 each."""
+    num_rows, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
+    returns = torch.empty_like(q, dtype=torch.float32)
+    advantages = None if values is None else torch.empty_like(returns)
+    if num_rows and num_sequences:
+        tensors = q, values, cu_seqlens, stats, value_stats, mask, logprobs, ref_logprobs, advantages, returns
+        scalars = value_coef, kl_coef, min_std, eps
+        options = dict(PER_SEQUENCE=stats.shape[0] > 1, CENTER=center, KL=kl_estimator, **LAUNCH)
+        with torch.cuda.device_of(q):
+            reward_rows[(triton.cdiv(num_rows, LAUNCH["BT"]),)](
+                *tensors, num_rows, num_sequences, (num_sequences - 1).bit_length(), *scalars, **options
+            )
+            if rescore:
+                rescore_last[(num_sequences,)](*tensors, num_rows, *scalars, **options)
+    return advantages, returns
+
+
+def launch(
+    q: Tensor,
+    cu_seqlens: Tensor,
+    stats: Tensor,
+    mask: Tensor | None,
+    center: bool,
+    rescore: bool,
+    logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    min_std: float,
+    eps: float,
+) -> Tensor:
+    penalty = logprobs, ref_logprobs, kl_coef, kl_estimator
+    return run(q, None, cu_seqlens, stats, None, mask, 0.0, center, rescore, *penalty, min_std, eps)[1]
+
+
+_q_token_rewards.register_kernel("cuda")(launch)
+
+
+def aot(kernel, dtype: str, index: str, **constants) -> tuple:
+    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
+    types = dict.fromkeys(kernel.arg_names, "*fp32")
+    types |= {"q": f"*{dtype}", "values": f"*{dtype}", "cu_seqlens": f"*{index}", "mask": "*i1"}
+    types |= dict.fromkeys(("stats", "value_stats"), "*fp64")
+    types |= dict.fromkeys(("num_rows", "num_sequences", "num_halvings"), "i32")
+    types |= dict.fromkeys(("value_coef", "kl_coef", "min_std", "eps"), "fp32")
+    return kernel, types, {"BT": LAUNCH["BT"], **constants}, LAUNCH["num_warps"], False
+
+
+_ALONE = dict.fromkeys(("values", "value_stats", "advantages"))
+AOT = [
+    aot(kernel, *dtypes, **constants, **_ALONE)
+    for kernel in (reward_rows, rescore_last)
+    for dtypes, constants in (
+        (("bf16", "i32"), dict(PER_SEQUENCE=True, CENTER=True, KL="k3")),
+        (
+            ("fp32", "i64"),
+            dict(PER_SEQUENCE=False, CENTER=False, KL="abs", mask=None, logprobs=None, ref_logprobs=None),
+        ),
+    )
+]
