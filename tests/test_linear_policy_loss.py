@@ -247,10 +247,34 @@ def test_only_needed_gradients_are_formed():
     assert not (out.logprobs.requires_grad or out.entropy.requires_grad or out.metrics.ratio.requires_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_upstream_gradient_and_kept_graph(dtype):
+    """A gradient is scaled in place on the last walk of the graph alone, and never differentiated in silence."""
+    inputs, constants, options = make(20, 8, 30, dtype)
+    constants = {k: x.float() for k, x in constants.items()}
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+
+    def loss():
+        return linear_policy_loss(**inputs, **constants, **options).loss
+
+    once = torch.autograd.grad(loss(), leaves)
+    graph = loss()
+    for scale in (-2.0, 0.5, 4.0):
+        walked = torch.autograd.grad(scale * graph, leaves, retain_graph=scale != 4.0)
+        assert all(torch.equal(x, scale * y) for x, y in zip(walked, once, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(graph, leaves)
+    for retain in (True, False):
+        first = torch.autograd.grad(loss(), leaves, create_graph=True, retain_graph=retain)
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            torch.autograd.grad(first[1].float().sum(), leaves)
+
+
 def test_registration():
     inputs, constants, options = make(7, 5, 11, torch.float32, extra=True)
     hidden, weight, bias = (x.requires_grad_() for x in inputs.values())
     old, ref, a, w = (constants[k].float() for k in ("old_logprobs", "ref_logprobs", "advantages", "token_weights"))
+    a = -a.abs()  # a positive loss: opcheck differentiates its magnitude, and compares outputs that are then scaled
     head = (bias, 0.7, None, 3.0, -100)
     for needs in [(True, True, True), (True, False, False)]:
         leaves = [x if need else x.detach() for x, need in zip((hidden, weight, bias), needs, strict=True)]

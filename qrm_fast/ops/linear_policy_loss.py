@@ -190,8 +190,20 @@ def _autograd(ctx, grad_loss, *_):
     grads = [None] * ctx.num_inputs
     for place, x, gradient in zip((0, 1, 8), inputs, gradients, strict=True):
         if grad_loss is not None and ctx.needs_input_grad[place]:
-            grads[place] = scaled_derivative(grad_loss, gradient, x)
+            grads[place] = _scaled(grad_loss, gradient, x)
     return tuple(grads)
+
+
+def _scaled(grad_loss: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """`scaled_derivative`, in place where nobody can see: a second [V, D] would double the memory of weight's gradient.
+
+    A graph that is kept (`retain_graph`) may be walked again, and a gradient that is to be differentiated must raise.
+    """
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # what AOTAutograd asks before it reuses a buffer
+    if kept or torch.is_grad_enabled() or gradient.dtype != x.dtype:
+        return scaled_derivative(grad_loss, gradient, x)
+    traced = type(gradient) is not Tensor  # then it may be an output of the graph, and the compiler reuses its memory
+    return gradient * grad_loss if traced else gradient.mul_(grad_loss)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
