@@ -34,6 +34,8 @@ class Case:
     limits_worth: float = 1.0  # how many times the limit's work this result needs: 4 for a 4-GEMM forward + backward
     bytes: int = 0  # the least traffic: every input read once, every output written once
     flops: int = 0  # the least arithmetic
+    error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
+    absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
 
 
 class Registered(NamedTuple):
@@ -202,28 +204,47 @@ def _status_kib(key: str) -> int:
 
 
 def measure(name: str, *, allow_busy: bool = False) -> dict:
-    """Run one case; returns its record, which holds `refused` and no figures where the gate is red.
+    """Run one case; returns its record, which holds `refused` and no figures where our way is wrong or raises.
 
-    Raises Busy when the CPU is, so that the last record on a quiet one stays.
+    A rival that raises is absent from it, with what it said. Raises Busy when the CPU is, so that the last record on a
+    quiet one stays.
     """
     suite, device, build = CASES[name]
     record: dict = {"case": name, "suite": suite, "device": device}
-    built = build()
     try:
+        built = build()
         built.gate()
+        ours, *rivals = built.providers
+        built.providers[ours]()
     except AssertionError as error:
         return record | {"refused": f"the result is wrong: {error}"}
-    ways = built.providers | {f"limit: {k}": v for k, v in built.limit.items()}
+    except Exception as error:  # the next case may do better
+        return record | {"refused": _sentence(error)}
+    providers, absent = {ours: built.providers[ours]}, dict(built.absent)
+    for way in rivals:
+        try:
+            built.providers[way]()
+            providers[way] = built.providers[way]
+        except Exception as error:  # a rival takes no other figure with it
+            absent[way] = _sentence(error)
+    ways = providers | {f"limit: {k}": v for k, v in built.limit.items()}
     timings, other = interleaved(ways, torch.device(device), allow_busy=allow_busy)
     times = {way: timing.summary() for way, timing in timings.items()}
     limit_ms = built.limits_worth * min(times[f"limit: {k}"]["median_ms"] for k in built.limit)
     for way, row in times.items():
-        ours, worth = way in built.providers, 1.0 if way in built.providers else built.limits_worth
+        result, worth = way in providers, 1.0 if way in providers else built.limits_worth
         row["of_limit"] = limit_ms / worth / row["median_ms"]
-        if ours or not built.flops:
+        if result or not built.flops:
             row["gb_per_s"] = built.bytes / worth / row["median_ms"] / 1e6
         if built.flops:
             row["gflop_per_s"] = built.flops / worth / row["median_ms"] / 1e6
-        if ours:
-            row["extra_mib"] = extra_mib(name, way, built.providers[way])
-    return record | {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
+        if result:
+            row["extra_mib"] = extra_mib(name, way, providers[way])
+            if built.error:
+                row["error"] = built.error(way, providers[way]())
+    figures = {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
+    return record | figures | ({"absent": absent} if absent else {})
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

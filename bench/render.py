@@ -11,12 +11,13 @@ COLUMNS = {  # heading: key of a row, how it is written
     "GFLOP/s": ("gflop_per_s", "{:,.4g}"),
     "of the limit": ("of_limit", "{:.1%}"),
     "extra MiB": ("extra_mib", "{:,.1f}"),
+    "error": ("error", "{:.2g}"),
 }
 
 
 def table(records: list[dict]) -> str:
     """Markdown: one table per case with a row per way, then one line per provenance."""
-    return "\n\n".join([*map(_case, records), *dict.fromkeys(map(_provenance, records))])
+    return "\n\n".join([*map(_case, records), *dict.fromkeys(map(provenance_line, records))])
 
 
 def _case(record: dict) -> str:
@@ -37,10 +38,12 @@ def _case(record: dict) -> str:
         cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
         spread = f"{row['p20_ms']:,.4g} to {row['p80_ms']:,.4g}"
         lines.append([way, *cells, f"{row['median_ms'] / our_ms:.3g}", spread])
-    return "\n".join([f"{title}:", "", *("| " + " | ".join(cells) + " |" for cells in lines)])
+    absent = [f"{way} ({why})" for way, why in record.get("absent", {}).items()]
+    notes = ["", f"Absent: {'; '.join(absent)}."] if absent else []
+    return "\n".join([f"{title}:", "", *("| " + " | ".join(cells) + " |" for cells in lines), *notes])
 
 
-def _provenance(record: dict) -> str:
+def provenance_line(record: dict) -> str:
     made = record["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
     commit = (

@@ -1,15 +1,17 @@
 """The harness refuses what it must, and its figures are what they say."""
 
+import importlib
 import json
 import os
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import harness, render
+from bench import bench_heads, harness, render, rivals
 from bench.provenance import provenance
 
 CPU = torch.device("cpu")
@@ -29,6 +31,63 @@ def test_a_red_gate_leaves_no_figure(monkeypatch):
     assert record["refused"] == "the result is wrong: row 3 is off"
     assert "times" not in record
     assert "refused: the result is wrong" in render.table([record | {"provenance": provenance("cpu")}])
+
+
+def test_ours_that_raises_leaves_no_figure(monkeypatch):
+    def ours():
+        raise MemoryError("64 GiB asked\nat line 3")
+
+    record = harness.measure(case_of(monkeypatch, providers={"ours": ours}))
+    assert record["refused"] == "MemoryError: 64 GiB asked" and "times" not in record
+
+
+def test_a_rival_that_raises_is_absent(monkeypatch):
+    def slow():
+        raise MemoryError("64 GiB asked")
+
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+    monkeypatch.setattr(harness.OtherCpu, "__call__", lambda self: 0.0)
+    providers = {"ours": lambda: 3.0, "theirs": lambda: 5.0, "another": slow}
+    name = case_of(monkeypatch, providers=providers, absent={"a third": "no module"}, error=lambda way, x: x - 3)
+    record = harness.measure(name)
+    assert record["times"].keys() == {"ours", "theirs", "limit: copy"}
+    assert record["times"]["ours"]["error"] == 0 and record["times"]["theirs"]["error"] == 2
+    table = render.table([record | {"provenance": provenance("cpu")}])
+    assert "Absent: a third (no module); another (MemoryError: 64 GiB asked)." in table
+    assert "| extra MiB | error |" in table
+
+
+def test_rivals_come_from_wheels_or_are_absent(monkeypatch, tmp_path):
+    with zipfile.ZipFile(tmp_path / "peer_of_ours-1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer_of_ours.py", "def head(): return 3")
+        wheel.writestr("peer_of_ours-1.2.dist-info/METADATA", "Name: peer-of-ours\nVersion: 1.2\n")
+    monkeypatch.setenv("PEERS", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    peers = importlib.reload(rivals)
+    there, absent = peers.available(
+        [
+            peers.Rival("peer-of-ours", "a head", lambda: importlib.import_module("peer_of_ours").head),
+            peers.Rival("nowhere", "another", lambda: importlib.import_module("nowhere")),
+        ]
+    )
+    assert {name: head() for name, head in there.items()} == {"peer-of-ours 1.2, a head": 3}
+    assert absent == {"nowhere, another": "No module named 'nowhere'"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_head_computes_the_same(dtype):
+    """At a small shape, where ours is exact and no way is off by more than bfloat16 logits are."""
+    shape = {"num_tokens": 64, "dim": 32, "vocab": 300}
+    for build in (
+        bench_heads.linear_logprobs_forward,
+        bench_heads.linear_logprobs_forward_backward,
+        bench_heads.linear_policy_loss_forward_backward,
+    ):
+        case = build(CPU, dtype, **shape)
+        case.gate()
+        errors = {way: case.error(way, provider()) for way, provider in case.providers.items()}
+        assert len(errors) > 1 and max(errors.values()) < (1e-5 if dtype == "float32" else 0.2)
+        assert errors["qrm_fast"] <= (1e-5 if dtype == "float32" or "forward_" not in build.__name__ else 4e-3)
 
 
 def test_a_busy_machine_is_refused(monkeypatch):
