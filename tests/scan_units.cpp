@@ -22,6 +22,15 @@ struct Boundaries {
   int64_t num_sequences() const { return size - 1; }
 };
 
+struct FloatRows {
+  using Bits = float;
+  const float* data;
+  void load(int64_t t, int rest, Bits (&bits)[ROWS_PER_THREAD]) const {
+    for (int k = 0; k < ROWS_PER_THREAD && k * THREADS < rest; ++k) bits[k] = data[t + k * THREADS];
+  }
+  float value(Bits bits) const { return bits; }
+};
+
 template <typename R>
 struct Same {
   using Rows = R;
@@ -45,12 +54,12 @@ Results scan(const R& rows, const std::vector<std::vector<float>>& in, const std
   const int64_t num_tokens = cu.back(), num_units = (num_tokens + BLOCK - 1) / BLOCK;
   Results out(R::kOutputs, std::vector<float>(num_tokens, 7e7f));
   std::vector<Published<typename R::Map>> blocks(num_units), groups(num_units);
-  UnitScan<Same<R>, const float*, Boundaries> unit{
+  UnitScan<Same<R>, FloatRows, Boundaries> unit{
       {}, {}, mask, bootstrap, {rows}, {cu.data(), int64_t(cu.size())}, num_tokens, blocks.data(), groups.data()};
-  for (int i = 0; i < R::kInputs; ++i) unit.in[i] = in[i].data();
+  for (int i = 0; i < R::kInputs; ++i) unit.in[i] = {in[i].data()};
   for (int i = 0; i < R::kOutputs; ++i) unit.out[i] = out[i].data();
   auto memory = std::make_unique<UnitMemory<R>>();
-  for (int64_t u = num_units - 1; u >= 0; --u) unit.run(*memory, u, first_ending_after(unit.cu, u * BLOCK));
+  for (int64_t u = num_units - 1; u >= 0; --u) unit.run(*memory, u, UnitStart::of(unit.cu, u, num_tokens));
   return out;
 }
 

@@ -1,7 +1,8 @@
-// Launches a scan over packed sequences: a setup kernel that finds each unit's first sequence and checks the
-// boundaries, then the scan. Nothing is read back, and the workspace depends on the number of rows alone: CUDA graphs
+// Launches a scan over packed sequences: a setup kernel that finds where each unit starts and checks the boundaries,
+// then the scan. Nothing is read back, and the workspace depends on the number of rows alone: CUDA graphs
 // capture both.
 #pragma once
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,22 +18,40 @@ namespace qrm_fast {
 
 constexpr int SETUP_BLOCKS = 64;
 
-// Rows of any floating dtype. The branch is the same for all threads and waits for memory anyway: a kernel per dtype
-// would be no faster.
+// Rows of any floating dtype, read as they are and made floats when they have arrived. The branch is the same for all
+// threads and waits for memory anyway: a kernel per dtype would be no faster.
 class FloatingColumn {
  public:
+  using Bits = uint32_t;
+
   FloatingColumn() = default;
   explicit FloatingColumn(const torch::stable::Tensor& x) : data_(x.const_data_ptr()), dtype_(x.scalar_type()) {
     STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half,
                     "the public function admits only floating dtypes other than float64");
   }
-  __device__ float operator[](int64_t t) const {
-    if (dtype_ == ScalarType::Float) return static_cast<const float*>(data_)[t];
-    if (dtype_ == ScalarType::BFloat16) return static_cast<const torch::headeronly::BFloat16*>(data_)[t];
-    return static_cast<const torch::headeronly::Half*>(data_)[t];
+  __device__ void load(int64_t t, int rest, Bits (&bits)[ROWS_PER_THREAD]) const {
+    if (dtype_ == ScalarType::Float) {
+      load_from(static_cast<const uint32_t*>(data_) + t, rest, bits);
+    } else {
+      load_from(static_cast<const uint16_t*>(data_) + t, rest, bits);
+    }
+  }
+  __device__ float value(Bits bits) const {
+    const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    const float wide = __uint_as_float(dtype_ == ScalarType::Float ? bits : bits << 16);
+    return dtype_ == ScalarType::Half ? half : wide;
   }
 
  private:
+  template <typename W>
+  __device__ static void load_from(const W* rows, int rest, Bits (&bits)[ROWS_PER_THREAD]) {
+    QRM_FAST_UNROLL
+    for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+      bits[k] = 0;
+      if (k * THREADS < rest) bits[k] = rows[k * THREADS];
+    }
+  }
+
   const void* data_;
   ScalarType dtype_;
 };
@@ -40,16 +59,16 @@ class FloatingColumn {
 template <typename Map>
 struct ScanWorkspace {
   Published<Map>*blocks, *groups;  // [units]
-  int64_t* firsts;                 // [units]
+  UnitStart* starts;               // [units]
   int64_t* ticket;
   int64_t* broken;  // [SETUP_BLOCKS], whether the boundaries that each saw are not those of packed sequences
 
   static int64_t num_bytes(int64_t num_units) {
-    return num_units * (2 * sizeof(Published<Map>) + 8) + 8 * (1 + SETUP_BLOCKS) + 16;
+    return num_units * (2 * sizeof(Published<Map>) + sizeof(UnitStart)) + 8 * (1 + SETUP_BLOCKS) + 16;
   }
   ScanWorkspace(void* memory, int64_t num_units) {
-    firsts = static_cast<int64_t*>(memory);
-    ticket = firsts + num_units;
+    starts = static_cast<UnitStart*>(memory);
+    ticket = reinterpret_cast<int64_t*>(starts + num_units);
     broken = ticket + 1;
     blocks = reinterpret_cast<Published<Map>*>(broken + SETUP_BLOCKS);
     groups = blocks + num_units;
@@ -61,7 +80,7 @@ __global__ void scan_setup(DeviceCuSeqlens cu, int64_t num_tokens, int64_t num_u
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t u = index; u < num_units; u += stride) {
-    w.firsts[u] = first_ending_after(cu, u * BLOCK);
+    w.starts[u] = UnitStart::of(cu, u, num_tokens);
     w.blocks[u].ready = w.groups[u].ready = 0;
   }
   int broken = index == 0 && (cu.raw(0) != 0 || cu.raw(cu.num_sequences()) != num_tokens);
@@ -85,7 +104,7 @@ __global__ void __launch_bounds__(THREADS) scan_units(UnitScan<Rules, T, DeviceC
     }
     return;
   }
-  scan.run(memory, u, w.firsts[u]);
+  scan.run(memory, u, w.starts[u]);
 }
 
 // Columns in, columns out, all [T]; every row is NaN where the boundaries are not those of T packed rows.

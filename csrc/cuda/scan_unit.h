@@ -13,12 +13,19 @@
 
 #include "../scan.h"
 
+#if defined(__CUDA_ARCH__)
+#define QRM_FAST_UNROLL _Pragma("unroll")
+#else
+#define QRM_FAST_UNROLL
+#endif
+
 namespace qrm_fast {
 
 constexpr int THREADS = 128;
 constexpr int PIECE = 16;
 constexpr int BLOCK = 1024;
 constexpr int GROUP = THREADS;
+constexpr int ROWS_PER_THREAD = BLOCK / THREADS;
 constexpr int MAX_ROWS = 2 * BLOCK;
 constexpr int MAX_PIECES = 2 * MAX_ROWS / PIECE;  // of sequences longer than a piece
 
@@ -115,7 +122,7 @@ struct UnitMemory {
   };
 
   float columns[Rows::kInputs][MAX_ROWS + MAX_ROWS / PIECE];
-  bool masked_out[MAX_ROWS];
+  bool kept[MAX_ROWS];  // by the mask
   Piece pieces[MAX_PIECES];
   Map maps[2][MAX_PIECES];
   Map gathered[THREADS];
@@ -125,7 +132,20 @@ struct UnitMemory {
   int64_t giver_index, receiver_index, receiver;
 };
 
-// `Rules` gives the Rows of sequence s as rules(s), a `Column` its rows as floats, `Cu` the boundaries.
+// What the setup finds for a unit: the sequence of its first row, and the first row that it reads.
+struct UnitStart {
+  int64_t sequence, row;
+
+  template <typename Cu>
+  QRM_FAST_HOST_DEVICE static UnitStart of(const Cu& cu, int64_t u, int64_t num_tokens) {
+    const int64_t low = u * BLOCK, high = low + BLOCK < num_tokens ? low + BLOCK : num_tokens;
+    const int64_t s = first_ending_after(cu, low);
+    return {s, s < cu.num_sequences() ? BlockRows::of(cu[s], cu[s + 1], high).begin : low};
+  }
+};
+
+// `Rules` gives the Rows of sequence s as rules(s), `Cu` the boundaries. A `Column` loads rows t, t + THREADS, ...
+// below t + `rest` by column.load(t, rest, bits), and column.value makes floats of them.
 template <typename Rules, typename Column, typename Cu>
 struct UnitScan {
   using Rows = typename Rules::Rows;
@@ -150,28 +170,60 @@ struct UnitScan {
     return bootstrap != nullptr ? rows.end(bootstrap[s]) : rows.end();
   }
 
-  QRM_FAST_HOST_DEVICE void load(const Memory& m, int row, float* values) const {
-    for (int i = 0; i < Rows::kInputs; ++i) values[i] = m.columns[i][skewed(row)];
+  // Rows [begin, begin + num_rows) to shared memory. A thread asks for all of its rows before it waits for the first.
+  QRM_FAST_HOST_DEVICE void stage(Memory& m, int64_t begin, int num_rows, int thread) const {
+    for (int first = thread; first < num_rows; first += BLOCK) {
+      const int rest = num_rows - first;
+      typename Column::Bits bits[Rows::kInputs][ROWS_PER_THREAD];
+      bool kept[ROWS_PER_THREAD];
+      for (int i = 0; i < Rows::kInputs; ++i) in[i].load(begin + first, rest, bits[i]);
+      QRM_FAST_UNROLL
+      for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+        kept[k] = true;
+        if (mask != nullptr && k * THREADS < rest) kept[k] = mask[begin + first + k * THREADS];
+      }
+      QRM_FAST_UNROLL
+      for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+        const int row = first + k * THREADS;
+        if (row >= num_rows) continue;
+        for (int i = 0; i < Rows::kInputs; ++i) m.columns[i][skewed(row)] = in[i].value(bits[i][k]);
+        m.kept[row] = kept[k];
+      }
+    }
   }
 
-  QRM_FAST_HOST_DEVICE void walk(Memory& m, const Rows& rows, int end, int num_rows, State state) const {
-    for (int row = end - 1; row >= end - num_rows; --row) {
-      float values[Rows::kInputs], results[Rows::kOutputs] = {};
-      if (!m.masked_out[row]) {
-        load(m, row, values);
-        state = rows.step(values, state, results);
+  // The rows of a piece in registers, the last one first.
+  struct PieceRows {
+    float values[PIECE][Rows::kInputs];
+    bool counts[PIECE];
+
+    QRM_FAST_HOST_DEVICE PieceRows(const Memory& m, int end, int num_rows) {
+      QRM_FAST_UNROLL
+      for (int k = 0; k < PIECE; ++k) {
+        const int row = k < num_rows ? end - 1 - k : end - 1;
+        counts[k] = k < num_rows && m.kept[row];
+        for (int i = 0; i < Rows::kInputs; ++i) values[k][i] = m.columns[i][skewed(row)];
       }
-      for (int i = 0; i < Rows::kOutputs; ++i) m.columns[i][skewed(row)] = results[i];
+    }
+  };
+
+  QRM_FAST_HOST_DEVICE void walk(Memory& m, const Rows& rows, int end, int num_rows, State state) const {
+    const PieceRows piece(m, end, num_rows);
+    QRM_FAST_UNROLL
+    for (int k = 0; k < PIECE; ++k) {
+      float results[Rows::kOutputs] = {};
+      if (piece.counts[k]) state = rows.step(piece.values[k], state, results);
+      if (k >= num_rows) continue;
+      for (int i = 0; i < Rows::kOutputs; ++i) m.columns[i][skewed(end - 1 - k)] = results[i];
     }
   }
 
   QRM_FAST_HOST_DEVICE Map folded(const Memory& m, const Rows& rows, int end, int num_rows) const {
+    const PieceRows piece(m, end, num_rows);
     Map map = Map::identity();
-    for (int row = end - 1; row >= end - num_rows; --row) {
-      float values[Rows::kInputs];
-      if (m.masked_out[row]) continue;
-      load(m, row, values);
-      map = rows.map(values).after(map);
+    QRM_FAST_UNROLL
+    for (int k = 0; k < PIECE; ++k) {
+      if (piece.counts[k]) map = rows.map(piece.values[k]).after(map);
     }
     return map;
   }
@@ -202,16 +254,12 @@ struct UnitScan {
     }
   }
 
-  // `first`: first_ending_after(cu, u * BLOCK).
-  QRM_FAST_HOST_DEVICE void run(Memory& m, int64_t u, int64_t first) const {
-    const int64_t low = u * BLOCK, high = low + BLOCK < num_tokens ? low + BLOCK : num_tokens;
-    const int64_t begin = BlockRows::of(cu[first], cu[first + 1], high).begin;
+  QRM_FAST_HOST_DEVICE void run(Memory& m, int64_t u, UnitStart start) const {
+    const int64_t high = (u + 1) * BLOCK < num_tokens ? (u + 1) * BLOCK : num_tokens;
+    const int64_t first = start.sequence, begin = start.row;
 
     on_all_threads([&](int thread) {
-      for (int row = thread; row < high - begin; row += THREADS) {
-        for (int i = 0; i < Rows::kInputs; ++i) m.columns[i][skewed(row)] = in[i][begin + row];
-        m.masked_out[row] = mask != nullptr && !mask[begin + row];
-      }
+      stage(m, begin, static_cast<int>(high - begin), thread);
       if (thread == 0) {
         m.num_pieces = m.most_pieces = m.end = 0;
         m.giver = m.receiver = -1;
