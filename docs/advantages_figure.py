@@ -1,12 +1,11 @@
-"""Draws docs/advantages.svg: `python docs/advantages_figure.py`."""
+"""Draws docs/advantages.svg: `python -m docs.advantages_figure`."""
 
-from pathlib import Path
-
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 
 import qrm_fast
+
+from .figure import save
 
 # A sample answer: seven steps, the fifth of them the worst, with the rows each takes.
 STEP_REWARDS = torch.tensor([0.9, 0.7, 0.95, -0.45, -0.6, 0.8, 0.6])
@@ -33,12 +32,10 @@ def draw() -> Figure:
         axes.set_xlim(0, num_tokens)
         if operator != "sum":
             axes.set_ylim(-0.75, 1.05)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(fontsize=8, frameon=False)
     figure.supxlabel("token of the answer (the worst step is shaded)", fontsize=10)
     return figure
 
 
 if __name__ == "__main__":
-    matplotlib.rcParams["svg.hashsalt"] = "advantages"
-    draw().savefig(Path(__file__).with_suffix("").with_name("advantages.svg"), metadata={"Date": None})
+    save(draw(), "advantages")
