@@ -37,7 +37,8 @@ from .ops.whiten import whiten  # isort: split
 try:
     from . import _cpu, _host  # type: ignore[attr-defined]  # noqa: F401  the C++ kernels register themselves for CPU
 
-    if find_spec(f"{__name__}._cuda"):  # built where torch has CUDA and nvcc is installed
+    has_cuda_kernels = find_spec(f"{__name__}._cuda") is not None  # built where torch has CUDA and nvcc is installed
+    if has_cuda_kernels:
         from . import _cuda  # type: ignore[attr-defined]  # noqa: F401
 except ImportError as error:
     raise ImportError(
@@ -64,6 +65,15 @@ if torch.version.cuda:
     from .triton import token_q as _token_q_triton  # noqa: F401
     from .triton import value_loss as _value_loss_triton  # noqa: F401
     from .triton import whiten as _whiten_triton  # noqa: F401
+
+    if not has_cuda_kernels:  # the scans are in both languages
+        from .triton import discounted_returns as _discounted_returns_triton
+        from .triton import gae as _gae_triton
+        from .triton import min_gae as _min_gae_triton
+        from .triton import vtrace as _vtrace_triton
+
+        for _scan in _discounted_returns_triton, _gae_triton, _min_gae_triton, _vtrace_triton:
+            _scan.register()
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 

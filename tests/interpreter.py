@@ -1,7 +1,8 @@
-"""bfloat16 in Triton's interpreter, as a GPU computes it.
+"""Triton's interpreter with bfloat16 as a GPU computes it, and fast enough for kernels of many small functions.
 
 The interpreter holds bfloat16 as uint16: its dot multiplies the integers, and its casts truncate. `install` puts
-float32 products of the values and rounding to nearest in their place.
+float32 products of the values and rounding to nearest in their place. It also prepares the language anew for every
+function that a kernel calls, and scans one element at a time; `install` has it do the one once, the other by lanes.
 """
 
 import numpy as np
@@ -20,6 +21,25 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(_widened(a) @ _widened(b) + d.data, d.dtype.scalar)
 
 
+def _scan(self, columns):
+    """Along the axis in order; in the other dimensions all elements at once."""
+    data = [np.moveaxis(x.handle.data, self.axis, 0) for x in columns]
+    dtypes = [x.dtype.scalar for x in columns]
+    scanned = [np.empty_like(d) for d in data]
+    so_far: tuple = ()
+    for i in range(len(data[0])):
+        now = tuple(self.to_tensor(np.ascontiguousarray(d[i : i + 1]), t) for d, t in zip(data, dtypes, strict=True))
+        so_far = self.combine_fn.fn(*so_far, *now) if i else now
+        so_far = so_far if isinstance(so_far, (tuple, tl.tuple)) else (so_far,)
+        for out, x in zip(scanned, so_far, strict=True):
+            out[i] = x.handle.data[0]
+    return [self.to_tensor(np.moveaxis(out, 0, self.axis), t) for out, t in zip(scanned, dtypes, strict=True)]
+
+
+def _call(self, *args, **kwargs):
+    return self.rewrite()(*args, **kwargs)
+
+
 def install() -> None:
     """Patches the interpreter of this process."""
     convert = interpreter._convert_float
@@ -32,3 +52,6 @@ def install() -> None:
 
     interpreter._convert_float = rounding
     interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.ScanOps.generic_scan = _scan
+    interpreter._patch_lang(tl.sum.fn)  # what Triton's own functions see; a launch prepares what the kernel sees
+    interpreter.InterpretedFunction.__call__ = _call
