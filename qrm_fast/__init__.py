@@ -51,6 +51,7 @@ if torch.version.cuda:
     # the Triton kernels register themselves for CUDA
     from .triton import gather_logprobs as _gather_logprobs_triton  # noqa: F401
     from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
+    from .triton import linear_logprobs_backward as _linear_logprobs_backward_triton  # noqa: F401
     from .triton import linear_logprobs_partial as _linear_logprobs_partial_triton  # noqa: F401
     from .triton import linear_policy_loss as _linear_policy_loss_triton  # noqa: F401
     from .triton import linear_q_values as _linear_q_values_triton  # noqa: F401

@@ -36,8 +36,11 @@ def _served(op: str) -> Served:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
             return None
         compiled = re.search(rf"^{key}: registered at \S*?(csrc/\w+/\w+\.\w+)", dump, re.MULTILINE)
-        # A kernel registered from Python is Triton's and lies under the op's stem; the dump names only PyTorch's file.
-        return compiled[1] if compiled else f"qrm_fast/triton/{reference.name}"
+        # A kernel registered from Python is Triton's and lies under the op's own stem or its reference's; the dump
+        # names only PyTorch's file.
+        stem = op.partition("::")[2]
+        own = stem if (PACKAGE / f"triton/{stem}.py").exists() else reference.stem
+        return compiled[1] if compiled else f"qrm_fast/triton/{own}.py"
 
     return Served(op.partition("::")[2], kernel("CPU"), kernel("CUDA"), str(reference))
 

@@ -12,6 +12,7 @@ from test_linear_logprobs import OPTIONS, assert_no_further, make, naive
 
 import qrm_fast
 from qrm_fast.triton import linear_logprobs as kernels
+from qrm_fast.triton import linear_logprobs_backward as backward_kernels
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # interpreter
@@ -56,7 +57,7 @@ class ByTriton(torch.autograd.Function):
         device = ctx.arguments[0].device
         upstream = (x.to(device).contiguous() for x in (grad_logprobs, grad_entropy))
         needs = ctx.needs_input_grad[1:4]
-        grads = kernels.backward(*upstream, *ctx.arguments, *ctx.results, *needs)
+        grads = backward_kernels.backward(*upstream, *ctx.arguments, *ctx.results, *needs)
         grads = [x.cpu() if need else None for x, need in zip(grads, needs, strict=True)]
         return None, *grads, None, None, None
 
@@ -147,11 +148,23 @@ def test_float16_holds_the_gradient_of_a_small_loss(forward):
     assert (leaf.grad.double() - exact_leaf.grad).norm() <= 1e-3 * exact_leaf.grad.norm()
 
 
+def test_hidden_is_scaled_by_the_largest_of_many_blocks(triton_device):
+    """Past the first 512 blocks of rows; rows of scale 0 or NaN become 0."""
+    tops = torch.zeros(600, device=triton_device)
+    tops[5], tops[599] = 2.0, 8.0
+    hidden = torch.full((4, 8), 3.0, device=triton_device)
+    scale = torch.tensor([8.0, 2.0, 0.0, math.nan], device=triton_device)
+    hidden[2:] = math.nan
+    scaled, top = backward_kernels.scaled_hidden(hidden, scale, tops)
+    assert top == 8 and (scaled == torch.tensor([[3], [0.75], [0], [0]], device=triton_device)).all()
+    assert backward_kernels.scaled_hidden(hidden, torch.zeros_like(scale), 0 * tops)[1] == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_over_several_chunks(forward, dtype, monkeypatch):
     """Of the vocabulary and of the rows, the last of each cut short."""
-    monkeypatch.setattr(kernels, "COLUMNS", 128)
-    monkeypatch.setattr(kernels, "ROWS", 128)
+    monkeypatch.setattr(backward_kernels, "COLUMNS", 128)
+    monkeypatch.setattr(backward_kernels, "ROWS", 128)
     assert_gradients(forward, dtype, [(140, 24, 300)], OPTIONS["everything"])
 
 

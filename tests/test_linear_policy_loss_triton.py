@@ -25,6 +25,7 @@ CASES = [
     (torch.bfloat16, "ppo"),
     (torch.bfloat16, "everything"),
     (torch.bfloat16, "gspo"),
+    (torch.bfloat16, "gspo-on-policy"),
     (torch.bfloat16, "cispo"),
     (torch.float16, "reinforce"),
 ]

@@ -49,10 +49,12 @@ def linear_policy_loss(
         dX = dZ W        dW = dZ^T X        db = sum_t dZ_t
 
     are formed from the logits of a block of rows before the next block overwrites them; `linear_logprobs` has to
-    compute them a second time. gspo's g depends on every row of its sequence: blocks end between sequences, and for
-    a sequence longer than a block the logits are computed twice (4 GEMMs for its rows). On CUDA, where the host does
-    not know the sequences' ends, gspo takes 4 GEMMs for more rows than one block. There dZ has the inputs' dtype, for
-    16-bit tensor cores take no other; sums, loss and statistics are float32.
+    compute them a second time. gspo's g depends on every row of its sequence. On CPU blocks end between sequences, and
+    for a sequence longer than a block the logits are computed twice (4 GEMMs for its rows). On CUDA, where the host
+    does not know the sequences' ends, all rows take 3 GEMMs if they fit into one block (1.45 GB of logits at 2 bytes,
+    4 for float32: 4736 rows of V = 152064 in bfloat16) and 4 if they do not; without `old_logprobs`, where every ratio
+    is 1, always 3. dZ has the inputs' dtype on CUDA, for 16-bit tensor cores take no other; sums, loss and statistics
+    are float32.
 
     Only `loss` is differentiable, once; gradients are formed in the forward pass, only for inputs that require them, in
     float32 (float64), and rounded to the input's dtype in the backward pass. `logprobs` and `entropy` are [T] float32,

@@ -10,18 +10,17 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs_partial import _linear_logprobs_partial
-from .linear_logprobs import MERGE, fold, merged
+from .linear_logprobs import MERGE, Head, fold, merged_splits, per_row
 
 
 @triton.jit
 def linear_logprobs_join(
-    maxima,  # [splits, T]
-    sums,
-    weighteds,
+    statistics,  # [3, splits, T]
     targets,  # [T]
     joined_max,  # [T]
     joined_sum,  # [T]
     joined_weighted,  # [T]
+    stride_statistics,
     num_rows,
     num_splits,
     ignore_index,
@@ -29,16 +28,7 @@ def linear_logprobs_join(
 ):
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = o_t < num_rows
-    b_max = tl.full([BT], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BT], tl.float32)
-    b_weighted = tl.zeros([BT], tl.float32)
-    o = o_t
-    for _ in range(0, num_splits):
-        b_max2 = tl.load(maxima + o, m_t, 0.0)
-        b_sum2 = tl.load(sums + o, m_t, 0.0)
-        b_weighted2 = tl.load(weighteds + o, m_t, 0.0)
-        b_max, b_sum, b_weighted = merged(b_max, b_sum, b_weighted, b_max2, b_sum2, b_weighted2)
-        o += num_rows
+    b_max, b_sum, b_weighted = merged_splits(statistics, stride_statistics, num_rows, num_splits, o_t, m_t)
     m_ignored = tl.load(targets + o_t, m_t, ignore_index) == ignore_index
     tl.store(joined_max + o_t, tl.where(m_ignored, float("-inf"), b_max), m_t)
     tl.store(joined_sum + o_t, tl.where(m_ignored, 0.0, b_sum), m_t)
@@ -63,9 +53,12 @@ def forward(
         with torch.cuda.device_of(hidden):
             here = (targets >= vocab_start) & (targets < vocab_start + vocab) & (targets != ignore_index)
             columns = torch.where(here, targets - vocab_start, -1)
-            statistics = fold(hidden, weight, columns, bias, temperature, temperatures, softcap, target_logits)
+            head = Head(hidden, weight, columns, bias, per_row(temperature, temperatures, targets), softcap)
+            statistics = fold(head, target_logits)
             linear_logprobs_join[(triton.cdiv(num_rows, MERGE["BT"]),)](
-                *statistics, targets, top, total, weighted, num_rows, statistics.shape[1], ignore_index, **MERGE
+                *(statistics, targets, top, total, weighted),
+                *(statistics.stride(0), num_rows, statistics.shape[1], ignore_index),
+                **MERGE,
             )
     return top, total, weighted, target_logits
 
@@ -74,5 +67,5 @@ _linear_logprobs_partial.register_kernel("cuda")(forward)
 
 
 TYPES = dict.fromkeys(linear_logprobs_join.arg_names, "*fp32") | {"targets": "*i64"}
-TYPES |= dict.fromkeys(("num_rows", "num_splits", "ignore_index"), "i32")
+TYPES |= dict.fromkeys(("stride_statistics", "num_rows", "num_splits", "ignore_index"), "i32")
 AOT = [(linear_logprobs_join, TYPES, {"BT": MERGE["BT"]}, MERGE["num_warps"], False)]

@@ -3,14 +3,17 @@
 The coefficient of a row's gradient depends on that row's log-probability alone. A block of rows therefore leaves its
 logits behind while they are folded in float32: for 16-bit inputs as e^(z - top) in float16, with the top of each row
 and block of columns, for float32 inputs as they are. Statistics, target logits and entropy come from the accumulators,
-never from what is kept. Then dZ takes their place, in hidden's dtype, and is multiplied into dX and dW before the next
-block. 6 T D V FLOP; beside them 2 bytes per logit are written, read, written, and read by both products.
-A block has at least 4096 rows where 1.45 GB hold them: each block after the first reads and writes float32 dW.
-gspo's coefficient depends on whole sequences, whose ends the host does not know: more rows than one block then take the
-four products of linear_logprobs. Block sizes have been compiled, not yet timed on a GPU.
+never from what is kept. One launch then finishes the rows: log-probability, entropy, the terms of policy_loss, their
+sums and the row's factors of dZ. Then dZ takes the place of what is kept, in hidden's dtype, and is multiplied into dX
+and dW before the next block: six launches a block. 6 T D V FLOP; beside them 2 bytes per logit are written, read,
+written, and read by both products. A block has at least 4096 rows where 1.45 GB hold them: each block after the first
+reads and writes float32 dW.
+gspo's coefficient depends on whole sequences, whose ends the host does not know. Where old log-probabilities are given
+(without them every ratio is 1), rows that fit into one block take two launches more, and more rows than that the four
+products of linear_logprobs. Block sizes have been compiled, not yet timed on a GPU.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -18,29 +21,106 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_policy_loss import _forward
-from ..ops.policy_loss import _policy_loss
-from .linear_logprobs import (
-    MERGE,
-    _aot,
-    fold,
-    fold_blocks,
-    gradient,
-    gradients,
-    largest,
-    linear_logprobs_fold,
-    linear_logprobs_merge,
-    per_row,
-    row_factors,
-    scaled_hidden,
-)
-from .linear_logprobs import (
-    forward as linear_logprobs,
-)
+from .linear_logprobs import MERGE, Head, finished_rows, fold, fold_blocks, load_temperature, merge, per_row
+from .linear_logprobs import _aot as _aot_fold
+from .linear_logprobs import forward as linear_logprobs
+from .linear_logprobs_backward import gradient, gradients, load_factors, new_factors, scaled_hidden, store_factors
+from .policy_loss import NUM_SUMS, load_row, policy_terms, sequence_log_ratios, store_sums, totals
+from .policy_loss import forward as policy_loss
 from .product import capability, describable, multiply
 
 KEPT_BYTES = 1_450_000_000
 HEIGHT = 128  # of the rows over which one program turns logits into dZ
 DZ = {"BT": 8, "num_warps": 4}
+
+
+class Policy(NamedTuple):
+    """What the loss reads beside log-probabilities and entropy."""
+
+    advantages: Tensor  # [T], as the next three
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    token_weights: Tensor  # 0 in ignored rows
+    cu_seqlens: Tensor | None
+    kind: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+
+    def rows(self, rows: slice) -> "Policy":
+        return Policy(*(None if x is None else x[rows] for x in self[:4]), *self[4:])
+
+
+@triton.jit
+def linear_policy_loss_rows(
+    statistics,  # [3, splits, T]
+    target_logits,  # [T]
+    targets,  # [T]
+    temperatures,  # [T] or None
+    advantages,  # [T]
+    old_logprobs,  # [T] or None
+    ref_logprobs,  # [T] or None
+    token_weights,  # [T]
+    log_ratios,  # [T] for gspo with old_logprobs, else None
+    logprobs,  # [T], as the next three written here
+    entropy,
+    lse,
+    lse_residual,
+    factors,  # [4, T] and the next one: see store_factors
+    tops,  # [programs]
+    sums,  # [8, programs of all blocks of rows] float64
+    stride_statistics,
+    stride_factors,
+    stride_sums,
+    num_rows,
+    vocab,
+    num_splits,
+    ratio_low,
+    ratio_high,
+    dual_clip,
+    kl_coef,
+    entropy_coef,
+    KIND: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    BT: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    o_t = i_b * BT + tl.arange(0, BT)
+    m_t = o_t < num_rows
+    b_weight = load_row(token_weights, o_t, m_t)
+    m_idle = b_weight == 0
+    b_target = tl.load(targets + o_t, m_t, 0)
+    b_logp, b_entropy, b_lse, b_residual = finished_rows(
+        statistics, target_logits, b_target, m_idle, stride_statistics, num_rows, vocab, num_splits, o_t, m_t
+    )
+    tl.store(logprobs + o_t, b_logp, m_t)
+    tl.store(entropy + o_t, b_entropy, m_t)
+    tl.store(lse + o_t, b_lse, m_t)
+    tl.store(lse_residual + o_t, b_residual, m_t)
+
+    b_wide = b_logp.to(tl.float64)
+    b_old, b_ref = b_wide, None
+    if old_logprobs is not None:
+        b_old = load_row(old_logprobs, o_t, ~m_idle)
+    b_log_ratio = b_wide - b_old
+    if log_ratios is not None:
+        b_log_ratio = load_row(log_ratios, o_t, ~m_idle)
+    if ref_logprobs is not None:
+        b_ref = load_row(ref_logprobs, o_t, ~m_idle)
+    b_advantage = load_row(advantages, o_t, ~m_idle)
+    b_terms, b_slope = policy_terms(
+        b_wide, b_old, b_log_ratio, b_ref, b_advantage, ratio_low, ratio_high, dual_clip, kl_coef, KIND, KL_ESTIMATOR
+    )
+    store_sums(sums, i_b, stride_sums, b_terms, b_entropy.to(tl.float64), b_weight, entropy_coef)
+
+    b_g, b_e = (b_weight * b_slope).to(tl.float32), (-entropy_coef * b_weight).to(tl.float32)
+    b_temperature = load_temperature(temperatures, o_t, m_t)
+    m_inside = (b_target >= 0) & (b_target < vocab)
+    m_idle |= (b_g == 0) & (b_e == 0)
+    store_factors(factors, tops, i_b, stride_factors, o_t, m_t, b_g, b_e, b_entropy, b_temperature, m_idle, m_inside)
 
 
 @triton.jit
@@ -50,14 +130,12 @@ def linear_policy_loss_dz(
     targets,  # [T]
     temperatures,  # [T] or None
     softcap,  # or None
-    scale,  # [T]
-    at_target,  # [T], as the next two: g, a and e of `gradient`; at_logp None: e is 0
-    at_all,
-    at_logp,
+    factors,  # [4, T]
     lse,  # [T]
-    lse_residual,  # [T]
+    lse_residual,  # [T], or None: there is no entropy bonus nor softcap, and a 16-bit dz does not feel it
     dz,  # [T, V], dZ / scale, in the place of kept
     bias_sums,  # [blocks of rows, V] or None, sums of dZ over each block
+    stride_factors,
     stride_dz,
     num_rows,
     vocab,
@@ -74,16 +152,12 @@ def linear_policy_loss_dz(
         m = m_t[:, None] & (o_v < vocab)[None, :]
         o = o_t[:, None] * stride_dz + o_v[None, :]
         b_here = tl.load(targets + o_t, m_t, -1) - i_c * BV
-        b_temperature = None
-        if temperatures is not None:
-            b_temperature = tl.load(temperatures + o_t, m_t, 1.0)
-        b_scale = tl.load(scale + o_t, m_t, 0.0)
-        b_g = tl.load(at_target + o_t, m_t, 0.0)
-        b_a = tl.load(at_all + o_t, m_t, 0.0)
+        b_temperature = load_temperature(temperatures, o_t, m_t)
+        b_scale, b_g, b_a, b_e = load_factors(factors, stride_factors, o_t, m_t)
         b_lse = tl.load(lse + o_t, m_t, 0.0)
         b_z = tl.load(kept + o, m, 0.0).to(tl.float32)  # [BT, BV]
         tl.debug_barrier()  # dz overwrites it
-        if at_logp is None:
+        if lse_residual is None:
             # -a p + g 1[v = target], p = e^(z - top) e^(top - lse)
             b_top = tl.load(tops + i_c * num_rows + o_t, m_t, 0.0)
             b_d = -b_z * (b_a * tl.exp(b_top - b_lse))[:, None]
@@ -92,7 +166,6 @@ def linear_policy_loss_dz(
             if tops is not None:
                 b_top = tl.load(tops + i_c * num_rows + o_t, m_t, 0.0)
                 b_z = tl.log(tl.where(b_z == 0, 1e-37, b_z)) + b_top[:, None]  # -inf would have no slope
-            b_e = tl.load(at_logp + o_t, m_t, 0.0)
             b_residual = tl.load(lse_residual + o_t, m_t, 0.0)
             b_d = gradient(b_z, b_g, b_a, b_e, b_lse, b_residual, b_temperature, softcap, b_here, BV)
         b_d = tl.where((b_scale > 0)[:, None], b_d, 0.0)
@@ -128,29 +201,22 @@ def forward(
 ) -> tuple[Tensor, ...]:
     num_rows, vocab = len(targets), len(weight)
     keep = targets != ignore_index
-    if token_weights is None:
-        token_weights = keep.float() / keep.sum().clamp(min=1)
-    else:
-        keep = keep & (token_weights != 0)
-    targets = targets.where(keep, ignore_index)
-    constants = [advantages, None, old_logprobs, ref_logprobs, token_weights.where(keep, 0)]
-    options = (cu_seqlens, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef)
-    temperatures = per_row(temperature, temperatures, targets)
-
-    def loss_of(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens = [None if x is None else x[rows] for x in constants]
-        tokens[1] = entropy
-        return _policy_loss(logprobs, *tokens, *options)
-
+    token_weights = keep.float() / keep.sum().clamp(min=1) if token_weights is None else token_weights.where(keep, 0)
+    policy = Policy(
+        *(advantages, old_logprobs, ref_logprobs, token_weights, None if old_logprobs is None else cu_seqlens),
+        *(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef),
+    )
     height = rows_per_block(num_rows, hidden.shape[1], vocab, hidden.element_size())
     with torch.cuda.device_of(hidden):
-        if not any(needs) or num_rows == 0 or (cu_seqlens is not None and height < num_rows):
-            head = (hidden, weight, targets, bias, 1.0, temperatures, softcap, ignore_index)
-            logprobs, *others = linear_logprobs(*head)
-            loss, metrics, *upstream = loss_of(slice(None), logprobs, others[0])
-            return loss, metrics, logprobs, others[0], *gradients(torch.float32, *upstream, *head, *others, *needs)
-        head = (hidden, weight, targets, bias, temperatures, softcap, ignore_index)
-        return in_blocks(height, entropy_coef != 0, loss_of, *head, *needs)
+        temperatures = per_row(temperature, temperatures, targets)
+        head = Head(hidden, weight, targets, bias, temperatures, softcap)
+        if any(needs) and num_rows > 0 and (policy.cu_seqlens is None or num_rows <= height):
+            return in_blocks(height, head, policy, *needs)
+        head = head._replace(targets=targets.where(token_weights != 0, ignore_index))
+        logprobs, *results = linear_logprobs(*head[:4], 1.0, temperatures, softcap, ignore_index)
+        loss, metrics, *upstream = policy_loss(logprobs, advantages, results[0], *policy[1:])
+        grads = gradients(torch.float32, head, ignore_index, upstream, results, *needs)
+        return loss, metrics, logprobs, results[0], *grads
 
 
 def rows_per_block(num_rows: int, dim: int, vocab: int, item_bytes: int) -> int:
@@ -167,24 +233,15 @@ def rows_per_block(num_rows: int, dim: int, vocab: int, item_bytes: int) -> int:
 
 
 def in_blocks(
-    height: int,
-    has_bonus: bool,
-    loss_of: Callable[[slice, Tensor, Tensor], tuple[Tensor, ...]],
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    height: int, head: Head, policy: Policy, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, ...]:
     """loss, metrics, logprobs, entropy and the gradients, `height` rows at a time."""
+    hidden, weight, softcap = head.hidden, head.weight, head.softcap
     num_rows, vocab = len(hidden), len(weight)
     narrow = hidden.dtype != torch.float32
+    plain = narrow and softcap is None and policy.entropy_coef == 0
     results = [hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(4)]
+    sums = hidden.new_empty(NUM_SUMS, triton.cdiv(num_rows, MERGE["BT"]), dtype=torch.float64)
     dx = hidden.new_empty(hidden.shape if need_hidden else 0, dtype=torch.float32)
     dw = hidden.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
     db = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
@@ -192,67 +249,87 @@ def in_blocks(
         "BV"
     ]
     dz_rows = hidden.new_empty(height, triton.cdiv(vocab, 8) * 8)
-    loss, metrics = None, None
     for row in range(0, num_rows, height):
         rows = slice(row, min(num_rows, row + height))
-        x, ids = hidden[rows], targets[rows]
-        t = None if temperatures is None else temperatures[rows]
-        dz = dz_rows[: len(x), :vocab]
+        part = head.rows(rows)
+        dz = dz_rows[: len(part.targets), :vocab]
         kept = dz.view(torch.float16) if narrow else dz
-        tops = hidden.new_empty(triton.cdiv(vocab, width), len(x), dtype=torch.float32) if narrow else None
-        target_logits = hidden.new_empty(len(x), dtype=torch.float32)
-        statistics = fold(x, weight, ids, bias, 1.0, t, softcap, target_logits, kept, tops)
-        logprobs, entropy, lse, residual = (r[rows] for r in results)
-        linear_logprobs_merge[(triton.cdiv(len(x), MERGE["BT"]),)](
-            *statistics,
-            target_logits,
-            ids,
-            logprobs,
-            entropy,
-            lse,
-            residual,
-            len(x),
-            vocab,
-            statistics.shape[1],
-            ignore_index,
-            **MERGE,
-        )
-        part, sums, g, e = loss_of(rows, logprobs, entropy)
-        loss = part if loss is None else loss + part
-        metrics = sums if metrics is None else torch.cat([metrics[:-1] + sums[:-1], metrics[-1:].maximum(sums[-1:])])
-        scale, at_target, at_all, at_logp = row_factors(g, e, entropy, ids, t, vocab, ignore_index)
-        num_blocks = triton.cdiv(len(x), HEIGHT)
+        tops = hidden.new_empty(triton.cdiv(vocab, width), len(dz), dtype=torch.float32) if narrow else None
+        finished = [r[rows] for r in results]
+        factors, scale_tops = finish_rows(part, policy.rows(rows), kept, tops, finished, sums[:, row // MERGE["BT"] :])
+        num_blocks = triton.cdiv(len(dz), HEIGHT)
         bias_sums = hidden.new_empty(num_blocks, vocab, dtype=torch.float32) if need_bias else None
-        plain = narrow and softcap is None and not has_bonus
         linear_policy_loss_dz[(num_blocks, triton.cdiv(vocab, width))](
             kept,
             tops,
-            ids,
-            t,
+            part.targets,
+            part.temperatures,
             softcap,
-            scale,
-            at_target,
-            at_all,
-            None if plain else at_logp,
-            lse,
-            residual,
+            factors,
+            finished[2],
+            None if plain else finished[3],
             dz,
             bias_sums,
+            factors.stride(0),
             dz.stride(0),
-            len(x),
+            len(dz),
             vocab,
             HEIGHT,
             BV=width,
             **DZ,
         )
         if need_hidden:
-            multiply(dz, weight, dx[rows], scale, added=False, transposed=False)
+            multiply(dz, weight, dx[rows], factors[0], added=False, transposed=False)
         if need_weight:
-            top = largest(scale)
-            multiply(dz, scaled_hidden(x, scale, top), dw, top, added=row > 0, transposed=True)
+            x, top = scaled_hidden(part.hidden, factors[0], scale_tops)
+            multiply(dz, x, dw, top, added=row > 0, transposed=True)
         if need_bias:
             db += bias_sums.sum(0)
-    return loss, metrics, *results[:2], dx, dw, db
+    return *totals(sums), *results[:2], dx, dw, db
+
+
+def finish_rows(
+    head: Head, policy: Policy, kept: Tensor, tops: Tensor | None, results: list[Tensor], sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Folds the logits of a block of rows, leaving them in `kept`, and writes its rows' `results` and `sums`.
+
+    Returns what store_factors writes.
+    """
+    num_rows = len(head.targets)
+    target_logits = torch.empty_like(results[0])
+    statistics = fold(head, target_logits, kept, tops)
+    log_ratios = None
+    if policy.cu_seqlens is not None:
+        logprobs, *_ = merge(statistics, target_logits, head, ignore_index=-1)
+        log_ratios = sequence_log_ratios(logprobs, policy.old_logprobs, policy.token_weights, policy.cu_seqlens)
+    factors, scale_tops = new_factors(num_rows, target_logits)
+    linear_policy_loss_rows[(len(scale_tops),)](
+        statistics,
+        target_logits,
+        head.targets,
+        head.temperatures,
+        *policy[:4],
+        log_ratios,
+        *results,
+        factors,
+        scale_tops,
+        sums,
+        statistics.stride(0),
+        factors.stride(0),
+        sums.stride(0),
+        num_rows,
+        len(head.weight),
+        statistics.shape[1],
+        1 - policy.clip_low,
+        1 + policy.clip_high,
+        policy.dual_clip,
+        policy.kl_coef,
+        policy.entropy_coef,
+        policy.kind,
+        policy.kl_estimator,
+        **MERGE,
+    )
+    return factors, scale_tops
 
 
 _forward.register_kernel("cuda")(forward)
@@ -262,16 +339,27 @@ def _aot_dz(dtype: str, width: int, **constants) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
     types = dict.fromkeys(linear_policy_loss_dz.arg_names, "*fp32") | {"targets": "*i64", "softcap": "fp32"}
     types |= {"kept": "*fp32" if dtype == "fp32" else "*fp16", "dz": f"*{dtype}", "stride_dz": "i32:16"}
-    types |= dict.fromkeys(("num_rows", "vocab"), "i32")
+    types |= dict.fromkeys(("stride_factors", "num_rows", "vocab"), "i32")
     constants |= {"HEIGHT": HEIGHT, "BT": DZ["BT"], "BV": width}
     return linear_policy_loss_dz, types, constants, DZ["num_warps"], False
 
 
+def _aot_rows(kind: str, **constants) -> tuple:
+    types = dict.fromkeys(linear_policy_loss_rows.arg_names, "*fp32") | {"targets": "*i64", "sums": "*fp64"}
+    sizes = "stride_statistics", "stride_factors", "stride_sums", "num_rows", "vocab", "num_splits"
+    types |= dict.fromkeys(sizes, "i32")
+    types |= dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "kl_coef", "entropy_coef"), "fp32")
+    constants |= {"KIND": kind, "KL_ESTIMATOR": "k3", "BT": MERGE["BT"]}
+    return linear_policy_loss_rows, types, constants, MERGE["num_warps"], False
+
+
 AOT = [
-    _aot(linear_logprobs_fold, "bf16", 80, described=False, kept=True),
-    _aot(linear_logprobs_fold, "bf16", 90, kept=True),
-    _aot(linear_logprobs_fold, "bf16", 100, kept=True),
-    _aot_dz("bf16", 256, temperatures=None, softcap=None, at_logp=None, bias_sums=None),
+    _aot_fold("bf16", 80, described=False, kept=True),
+    _aot_fold("bf16", 90, kept=True),
+    _aot_fold("bf16", 100, kept=True),
+    _aot_rows("ppo", temperatures=None, log_ratios=None, ref_logprobs=None),
+    _aot_rows("gspo"),
+    _aot_dz("bf16", 256, temperatures=None, softcap=None, lse_residual=None, bias_sums=None),
     _aot_dz("bf16", 256),
     _aot_dz("fp32", 64, tops=None),
 ]

@@ -14,17 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_q_values import _linear_q_values
-from .linear_logprobs import MERGE, SPLIT, logits, per_row, target_column
-from .product import GROUP, blocks, capability, describable, grouped, operand
-
-
-@triton.jit
-def picked(b_z, b_here, BV: tl.constexpr):
-    """z at each row's column b_here, 0 where that is -1."""
-    b_picked = tl.zeros_like(b_here).to(tl.float32)
-    if tl.max(b_here, 0) >= 0:
-        b_picked = tl.sum(tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_z, 0.0), 1)
-    return b_picked
+from .linear_logprobs import MERGE, SPLIT, load_temperature, logits, per_row, picked, target_column
+from .product import AOT_DTYPES, GROUP, aot_entry, aot_type, blocks, capability, describable, grouped, operand
 
 
 @triton.jit
@@ -48,6 +39,7 @@ def linear_q_values_fold(
     stride_policy_weight,
     stride_q_hidden,
     stride_q_weight,
+    stride_sums,
     num_rows,
     vocab,
     policy_dim,
@@ -65,9 +57,10 @@ def linear_q_values_fold(
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < num_rows
     b_target = tl.load(targets + o_t, m_t, -1)
-    b_temperature = None
-    if temperatures is not None:
-        b_temperature = tl.load(temperatures + o_t, m_t, 1.0)
+    b_temperature = load_temperature(temperatures, o_t, m_t)
+    policy_rows = (policy_hidden, stride_policy_hidden, num_rows, policy_dim)
+    policy_columns = (policy_weight, stride_policy_weight, vocab, policy_dim)
+    q_rows, q_columns = (q_hidden, stride_q_hidden, num_rows, q_dim), (q_weight, stride_q_weight, vocab, q_dim)
 
     b_max = tl.full([BT], float("-inf"), tl.float32)
     b_sum = tl.zeros([BT], tl.float32)
@@ -79,24 +72,7 @@ def linear_q_values_fold(
     b_target_q = tl.zeros([BT], tl.float32)
     for i_v in range(i_s * SPLIT, tl.minimum(i_s * SPLIT + SPLIT, vocab), BV):
         b_here = target_column(b_target, i_v, BV)
-        b_z = logits(
-            policy_hidden,
-            policy_weight,
-            None,
-            None,
-            b_temperature,
-            stride_policy_hidden,
-            stride_policy_weight,
-            i_t,
-            i_v,
-            num_rows,
-            vocab,
-            policy_dim,
-            DESCRIBED,
-            BT,
-            BV,
-            BD,
-        )
+        b_z = logits(policy_rows, policy_columns, None, None, b_temperature, i_t, i_v, DESCRIBED, BT, BV, BD)
         b_target_z += picked(b_z, b_here, BV)
         b_top = tl.maximum(b_max, tl.max(b_z, 1))
         b_z -= tl.where(b_top == float("-inf"), 0.0, b_top)[:, None]
@@ -107,24 +83,7 @@ def linear_q_values_fold(
         b_sum = b_scale * b_sum + tl.sum(b_e, 1)
         b_max = b_top
 
-        b_q = logits(
-            q_hidden,
-            q_weight,
-            None,
-            None,
-            None,
-            stride_q_hidden,
-            stride_q_weight,
-            i_t,
-            i_v,
-            num_rows,
-            vocab,
-            q_dim,
-            DESCRIBED,
-            BT,
-            BV,
-            BD,
-        )
+        b_q = logits(q_rows, q_columns, None, None, None, i_t, i_v, DESCRIBED, BT, BV, BD)
         b_target_q += picked(b_q, b_here, BV)
         b_expected = b_scale * b_expected + tl.sum(tl.where(b_e == 0, 0.0, b_e * b_q), 1)
         b_q = b_q / beta
@@ -134,17 +93,14 @@ def linear_q_values_fold(
         b_q_sum = b_q_scale * b_q_sum + tl.sum(tl.exp2(1.4426950408889634 * b_q), 1)
         b_q_max = b_q_top
 
-    plane = tl.cdiv(vocab, SPLIT).to(tl.int64) * num_rows
     p_sums = sums + i_s.to(tl.int64) * num_rows + o_t
-    tl.store(p_sums, b_max, m_t)
-    tl.store(p_sums + plane, b_sum, m_t)
-    tl.store(p_sums + 2 * plane, b_weighted, m_t)
-    tl.store(p_sums + 3 * plane, b_expected, m_t)
-    tl.store(p_sums + 4 * plane, b_q_max, m_t)
-    tl.store(p_sums + 5 * plane, b_q_sum, m_t)
+    b_sums = (b_max, b_sum, b_weighted, b_expected, b_q_max, b_q_sum)
+    for i in tl.static_range(6):
+        tl.store(p_sums, b_sums[i], m_t)
+        p_sums += stride_sums
     m_split = m_t & (b_target >= i_s * SPLIT) & (b_target < tl.minimum(i_s * SPLIT + SPLIT, vocab))
     tl.store(target_logits + o_t, b_target_z, m_split)
-    tl.store(target_logits + num_rows.to(tl.int64) + o_t, b_target_q, m_split)
+    tl.store(target_logits + num_rows + o_t, b_target_q, m_split)
 
 
 @triton.jit
@@ -153,6 +109,7 @@ def linear_q_values_merge(
     target_logits,  # [2, T]
     targets,  # [T]
     results,  # [5, T]: logprobs, entropy, q, expected_q, soft_value
+    stride_sums,
     num_rows,
     vocab,
     num_splits,
@@ -162,33 +119,37 @@ def linear_q_values_merge(
 ):
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = o_t < num_rows
-    plane = num_splits.to(tl.int64) * num_rows
     b_max = tl.full([BT], float("-inf"), tl.float32)
     b_sum = tl.zeros([BT], tl.float32)
     b_weighted = tl.zeros([BT], tl.float32)
     b_expected = tl.zeros([BT], tl.float32)
     b_q_max = tl.full([BT], float("-inf"), tl.float32)
     b_q_sum = tl.zeros([BT], tl.float32)
-    p_sums = sums + o_t
+    p_split = sums + o_t
     for _ in range(0, num_splits):
+        p_sums = p_split
         b_max2 = tl.load(p_sums, m_t, 0.0)
-        b_sum2 = tl.load(p_sums + plane, m_t, 0.0)
+        p_sums += stride_sums
+        b_sum2 = tl.load(p_sums, m_t, 0.0)
+        p_sums += stride_sums
         b_top = tl.maximum(b_max, b_max2)
         b_scale, b_shift = rescale(b_max, b_sum, b_top)
         b_scale2, b_shift2 = rescale(b_max2, b_sum2, b_top)
-        b_weighted2 = tl.load(p_sums + 2 * plane, m_t, 0.0)
+        b_weighted2 = tl.load(p_sums, m_t, 0.0)
+        p_sums += stride_sums
         b_weighted = b_scale * (b_weighted + b_shift * b_sum) + b_scale2 * (b_weighted2 + b_shift2 * b_sum2)
-        b_expected = b_scale * b_expected + b_scale2 * tl.load(p_sums + 3 * plane, m_t, 0.0)
+        b_expected = b_scale * b_expected + b_scale2 * tl.load(p_sums, m_t, 0.0)
+        p_sums += stride_sums
         b_sum = b_scale * b_sum + b_scale2 * b_sum2
         b_max = b_top
-        b_q_max2 = tl.load(p_sums + 4 * plane, m_t, 0.0)
-        b_q_sum2 = tl.load(p_sums + 5 * plane, m_t, 0.0)
+        b_q_max2 = tl.load(p_sums, m_t, 0.0)
+        b_q_sum2 = tl.load(p_sums + stride_sums, m_t, 0.0)
         b_q_top = tl.maximum(b_q_max, b_q_max2)
         b_scale, _ = rescale(b_q_max, b_q_sum, b_q_top)
         b_scale2, _ = rescale(b_q_max2, b_q_sum2, b_q_top)
         b_q_sum = b_scale * b_q_sum + b_scale2 * b_q_sum2
         b_q_max = b_q_top
-        p_sums += num_rows
+        p_split += num_rows
     b_target = tl.load(targets + o_t, m_t, 0)
     m_ignored = b_target == ignore_index
     m_inside = (b_target >= 0) & (b_target < vocab)
@@ -198,7 +159,7 @@ def linear_q_values_merge(
     outputs = (
         tl.where(b_logprob > 0, 0.0, b_logprob),
         tl.where(b_entropy < 0, 0.0, b_entropy),
-        tl.load(target_logits + num_rows.to(tl.int64) + o_t, m_t & m_inside, 0.0),
+        tl.load(target_logits + num_rows + o_t, m_t & m_inside, 0.0),
         b_expected / b_sum,
         beta * (b_q_max + tl.log(b_q_sum)),
     )
@@ -235,7 +196,7 @@ def forward(
                 per_row(temperature, temperatures, targets),
                 sums,
                 target_logits,
-                *(x.stride(0) for x in tensors),
+                *(x.stride(0) for x in (*tensors, sums)),
                 num_rows,
                 vocab,
                 policy_hidden.shape[1],
@@ -247,7 +208,9 @@ def forward(
                 **launch,
             )
             linear_q_values_merge[(triton.cdiv(num_rows, MERGE["BT"]),)](
-                sums, target_logits, targets, results, num_rows, vocab, num_splits, beta, ignore_index, **MERGE
+                *(sums, target_logits, targets, results),
+                *(sums.stride(0), num_rows, vocab, num_splits, beta, ignore_index),
+                **MERGE,
             )
     return tuple(x.clone() for x in results)
 
@@ -263,18 +226,15 @@ _linear_q_values.register_kernel("cuda")(forward)
 
 def _aot(dtype: str, capability: int, described: bool, **constants) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = launch_of({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], capability // 10, described)
-    names = "policy_hidden", "policy_weight", "q_hidden", "q_weight"
+    launch = launch_of(AOT_DTYPES[dtype], capability // 10, described)
     types: dict[str, str] = dict.fromkeys(("temperatures", "sums", "target_logits"), "*fp32")
-    for i, name in enumerate(names):
-        height = launch[("BT", "BV")[i % 2]]
-        types[name] = f"tensordesc<{dtype}[{height},{launch['BD']}]>" if described else f"*{dtype}"
+    for i, name in enumerate(("policy_hidden", "policy_weight", "q_hidden", "q_weight")):
+        types[name] = aot_type(dtype, described, launch[("BT", "BV")[i % 2]], launch["BD"])
         types[f"stride_{name}"] = "i32:16"
-    types |= {"targets": "*i64", "num_rows": "i32", "vocab": "i32", "beta": "fp32"}
+    types |= {"targets": "*i64", "stride_sums": "i32", "num_rows": "i32", "vocab": "i32", "beta": "fp32"}
     types |= dict.fromkeys(("policy_dim", "q_dim"), "i32:16")
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-    constants |= launch | {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP}
-    return linear_q_values_fold, types, constants, options, dtype != "fp32", capability
+    constants |= {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP}
+    return aot_entry(linear_q_values_fold, types, constants, launch, dtype, capability)
 
 
 AOT = [

@@ -86,12 +86,12 @@ def largest(b_x):
 
 @triton.jit
 def store_sums(sums, i_b, num_blocks, b_terms, b_entropy, b_weight, entropy_coef):
-    """Loss and metrics of one program's rows, weighted; rows of weight 0 are left out by select."""
+    """Loss and metrics of one program's rows, weighted; terms of rows of weight 0 are finite."""
     b_loss, b_low, b_high, b_approx_kl, b_ref_kl, b_ratio = b_terms
     b_loss -= tl.where(entropy_coef != 0, entropy_coef * b_entropy, 0.0)
     b_summed = (b_loss, b_low, b_high, b_approx_kl, b_ref_kl, b_ratio, b_entropy)
     for i in tl.static_range(7):
-        tl.store(sums + i * num_blocks + i_b, tl.sum(tl.where(b_weight == 0, 0.0, b_weight * b_summed[i]), 0))
+        tl.store(sums + i * num_blocks + i_b, tl.sum(b_weight * b_summed[i], 0))
     tl.store(sums + 7 * num_blocks + i_b, largest(tl.where(b_weight == 0, 0.0, b_ratio)))
 
 

@@ -50,8 +50,12 @@ def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | Ten
 
 
 @triton.jit
-def load_block(x, stride, i_r, i_c, num_rows, num_columns, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Block [BR, BC] of x from row i_r and column i_c on, 0 outside; x is a descriptor or a pointer."""
+def load_block(matrix, i_r, i_c, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Block [BR, BC] from row i_r and column i_c on, 0 outside.
+
+    `matrix`: a descriptor or a pointer, the stride of its rows, their number, the number of columns.
+    """
+    x, stride, num_rows, num_columns = matrix
     if DESCRIBED:
         return x.load([i_r, i_c])
     else:
@@ -98,15 +102,17 @@ def product(
     m = (o_t < num_rows)[:, None] & (o_v < num_columns)[None, :]
     b_scale = tl.load(scale + o_t, o_t < num_rows, 0.0)[:, None] if SCALED_ROWS else tl.load(scale)
     o_t = o_t.to(tl.int64)
+    matrix_a = (a, stride_a, depth, num_rows) if TRANSPOSED else (a, stride_a, num_rows, depth)
+    matrix_b = (b, stride_b, depth, num_columns)
     b_out = tl.zeros([BT, BV], tl.float32)
     if start is not None:
         b_out = tl.load(start + o_t[:, None] * stride_start + o_v[None, :], m, 0.0) / b_scale  # [BT, BV]
     for i_d in range(0, depth, BD):
         if TRANSPOSED:
-            b_a = load_block(a, stride_a, i_d, i_t, depth, num_rows, DESCRIBED, BD, BT).T
+            b_a = load_block(matrix_a, i_d, i_t, DESCRIBED, BD, BT).T
         else:
-            b_a = load_block(a, stride_a, i_t, i_d, num_rows, depth, DESCRIBED, BT, BD)
-        b_b = load_block(b, stride_b, i_d, i_v, depth, num_columns, DESCRIBED, BD, BV)
+            b_a = load_block(matrix_a, i_t, i_d, DESCRIBED, BT, BD)
+        b_b = load_block(matrix_b, i_d, i_v, DESCRIBED, BD, BV)
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     b_out *= b_scale
     if SCALED_ROWS:
@@ -141,19 +147,32 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, scale: Tensor, *, added: bool, t
     )
 
 
-def _aot(dtype: str, capability: int, described: bool, transposed: bool) -> tuple:
+AOT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def aot_type(dtype: str, described: bool, height: int, width: int) -> str:
+    """Of what `operand` makes."""
+    return f"tensordesc<{dtype}[{height},{width}]>" if described else f"*{dtype}"
+
+
+def aot_entry(
+    kernel, types: dict[str, str], constants: dict, launch: dict[str, int], dtype: str, capability: int
+) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = blocks({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], capability // 10, described)
+    options = {name: launch[name] for name in ("num_warps", "num_stages")}
+    blocks = {name: launch[name] for name in launch.keys() - options.keys()}
+    return kernel, types, constants | blocks, options, dtype != "fp32", capability
+
+
+def _aot(dtype: str, capability: int, described: bool, transposed: bool) -> tuple:
+    launch = blocks(AOT_DTYPES[dtype], capability // 10, described)
     height, width, depth = launch["BT"], launch["BV"], launch["BD"]
-    types = {"a": f"*{dtype}", "b": f"*{dtype}"}
-    if described:
-        shape = f"{depth},{height}" if transposed else f"{height},{depth}"
-        types = {"a": f"tensordesc<{dtype}[{shape}]>", "b": f"tensordesc<{dtype}[{depth},{width}]>"}
-    types |= {"start": "*fp32", "out": "*fp32", "scale": "*fp32", "num_rows": "i32"}
+    types = {"start": "*fp32", "out": "*fp32", "scale": "*fp32", "num_rows": "i32"}
+    types["a"] = aot_type(dtype, described, *((depth, height) if transposed else (height, depth)))
+    types["b"] = aot_type(dtype, described, depth, width)
     types |= dict.fromkeys(("stride_a", "stride_b", "stride_start", "stride_out", "num_columns", "depth"), "i32:16")
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"TRANSPOSED": transposed, "SCALED_ROWS": not transposed, "DESCRIBED": described}
-    return product, types, launch | constants | {"GROUP": GROUP}, options, dtype != "fp32", capability
+    constants = {"TRANSPOSED": transposed, "SCALED_ROWS": not transposed, "DESCRIBED": described, "GROUP": GROUP}
+    return aot_entry(product, types, constants, launch, dtype, capability)
 
 
 AOT = [
