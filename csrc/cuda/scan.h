@@ -90,9 +90,15 @@ __global__ void scan_setup(DeviceCuSeqlens cu, int64_t num_tokens, int64_t num_u
   if (index == 0) *w.ticket = 0;
 }
 
+// Blocks that share an SM: shared memory would hold about as many on sm_90; the compiler spills before it gives up
+// more.
+template <typename Rows>
+constexpr int BLOCKS_PER_SM = Rows::kInputs < 3 ? 6 : 4;
+
 template <typename Rules, typename T>
-__global__ void __launch_bounds__(THREADS) scan_units(UnitScan<Rules, T, DeviceCuSeqlens> scan, int64_t num_units,
-                                                      ScanWorkspace<typename Rules::Rows::Map> w) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<typename Rules::Rows>)
+    scan_units(UnitScan<Rules, T, DeviceCuSeqlens> scan, int64_t num_units,
+               ScanWorkspace<typename Rules::Rows::Map> w) {
   __shared__ UnitMemory<typename Rules::Rows> memory;
   __shared__ int64_t taken;
   if (threadIdx.x == 0) taken = atomicAdd(reinterpret_cast<unsigned long long*>(w.ticket), 1ull);
