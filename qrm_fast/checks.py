@@ -29,31 +29,37 @@ class Checker:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [{shape.replace(' ', ', ')}], got {type(x).__name__}")
+        # Nothing is worded before it is needed: a call of an op must not cost more than its kernel.
         names = shape.split()
-        expected = f"[{', '.join(names)}] {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
-        got = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
         if x.dtype not in dtypes:
-            raise TypeError(f"{name} must be {expected}, got {got}")
+            raise TypeError(f"{name} must be {_expected(names, dtypes)}, got {_got(x)}")
         if x.ndim != len(names):
-            raise ValueError(f"{name} must be {expected}, got {got}")
-        for axis, dim in enumerate(names):
-            want = self._size(dim, x.shape[axis], name, got)
-            if x.shape[axis] != want:
+            raise ValueError(f"{name} must be {_expected(names, dtypes)}, got {_got(x)}")
+        for dim, size in zip(names, x.shape, strict=True):
+            want = self.dims.get(dim)
+            if want is None:
+                want = self._size(dim, size, name, x)
+            if size != want:
                 bound = "" if dim.isdigit() else f" with {dim} = {want}"
-                raise ValueError(f"{name} must be {expected}{bound}, got {got}")
+                raise ValueError(f"{name} must be {_expected(names, dtypes)}{bound}, got {_got(x)}")
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
             raise ValueError(f"{name} must be on {self.device} like the other arguments, got {x.device}")
-        if x.device.type == "cuda" and x.dtype == torch.float64:
+        if x.dtype == torch.float64 and x.is_cuda:
             raise TypeError(f"{name} must not be float64 on CUDA: the kernels accumulate in float32 there")
+        if x.is_contiguous():
+            return
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{name} must be dense in its last dimension, got stride {x.stride(-1)}")
-        if not strided and not x.is_contiguous():
+        if not strided:
             raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
 
-    def _size(self, dim: str, size: int, name: str, got: str) -> int:
+    def _size(self, dim: str, size: int, name: str, x: Tensor) -> int:
         """The size that `dim` stands for, binding its name to `size` where this is its first mention."""
+        if dim.isalpha():
+            self.dims[dim] = size
+            return size
         if dim.isdigit():
             return int(dim)
         term, _, offset = dim.partition("+")
@@ -61,6 +67,14 @@ class Checker:
         factor, plus = int(term.removesuffix(symbol) or 1), int(offset or 0)
         if symbol not in self.dims:
             if size < plus or (size - plus) % factor:
-                raise ValueError(f"{name} must have {dim} entries for some {symbol} >= 0, got {got}")
+                raise ValueError(f"{name} must have {dim} entries for some {symbol} >= 0, got {_got(x)}")
             self.dims[symbol] = (size - plus) // factor
         return factor * self.dims[symbol] + plus
+
+
+def _expected(names: list[str], dtypes: tuple[torch.dtype, ...]) -> str:
+    return f"[{', '.join(names)}] {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+
+
+def _got(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
