@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_no_further
+from cuda_graph import replayed
 from torch import Tensor
 
 from qrm_fast import gather_logprobs
@@ -14,7 +15,8 @@ from qrm_fast.triton import gather_logprobs as triton_kernels
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Columns around the vectors (16) and chunks (2048) of the CPU kernel.
-SHAPES = [(0, 16), (1, 1), (2, 2), (63, 17), (33, 127), (5, 1000), (3, 2048), (4, 2049), (9, 6100)]
+SHAPES = [(0, 16), (1, 1), (2, 2), (63, 17), (33, 127), (5, 1000), (3, 2048), (4, 2049), (9, 6100), (2, 50257)]
+SHAPES += [(2, 152064), (65537, 3)]
 OPTIONS = {
     "plain": {},
     "temperature": {"temperature": 0.7},
@@ -101,6 +103,15 @@ def test_reference():
     torch.testing.assert_close(_gather_logprobs_backward._init_fn(*backward), _gather_logprobs_backward(*backward))
     for x in _gather_logprobs._init_fn(logits, torch.tensor([50, -1, -101, *range(6)]), 1.0, None, None, -100):
         assert x[:3].isnan().all() and x[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_up_to_30(dtype):
+    """Within the 2e-5 of the contract."""
+    logits, options = problem(63, 2176, torch.float32)
+    logits = (logits * (30 / logits.abs().max())).to(dtype)
+    for got, want in zip(gather_logprobs(logits, **options), oracle(logits.double(), **options), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("level", [-100.0, 100.0])
@@ -288,6 +299,8 @@ def test_public_function_on_cuda_runs_the_triton_kernels_without_waiting(by_trit
         got = results(f, logits, options, torch.bfloat16, upstream)
         torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+    got = replayed(lambda: results(gather_logprobs, logits, options, torch.bfloat16, upstream))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.gpu

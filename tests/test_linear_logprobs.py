@@ -15,11 +15,12 @@ SHAPES = [
     pytest.param(t, d, v, id=f"T{t}-D{d}-V{v}")
     for t, d, v in [
         (5, 8, 1),
-        (3, 3, 2),
+        (2, 3, 2),
         (63, 20, 17),
         (20, 64, 127),
         (97, 33, 1000),
         (0, 16, 1100),
+        (7, 16, 1100),
         (1, 3, 1280),
         (130, 17, 2176),
         (40, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
@@ -48,6 +49,13 @@ def make(t: int, d: int, v: int, dtype: torch.dtype, bias=False, temperature=1.0
     if temperature is True:
         temperature = torch.rand(t, generator=generator).to(acc) + 0.5
     return tensors, {"targets": targets, "temperature": temperature, "softcap": softcap}
+
+
+def make_up_to_30(t: int, d: int, v: int, dtype: torch.dtype) -> tuple[dict, dict]:
+    """The same with logits that reach +-30."""
+    tensors, rest = make(t, d, v, dtype)
+    largest = (tensors["hidden"].double() @ tensors["weight"].double().T).abs().max()
+    return tensors | {"weight": (tensors["weight"].double() * (30 / largest)).to(dtype)}, rest
 
 
 def naive(hidden, weight, bias, targets, temperature, softcap):
@@ -116,6 +124,28 @@ def test_large_logits(level):
     assert (result.logprobs <= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_up_to_30(dtype):
+    """The contract: within 2e-5, and gradients of 16-bit inputs at most a third as far off as PyTorch's in 16 bits."""
+    tensors, rest = make_up_to_30(63, 64, 2176, dtype)
+    ours, peer = (run(function, tensors, rest, dtype) for function in (linear_logprobs, naive))
+    exact = run(naive, tensors, rest, torch.float64)
+    for got, want in zip(ours[:3], exact, strict=False):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+    assert (ours[0] <= 0).all()
+    for got, want, other in zip(ours[3:], exact[3:], peer[3:], strict=True):
+        error, peer_error = ((x.double() - want).norm() for x in (got, other))
+        assert error <= peer_error / (1 if dtype == torch.float32 else 3), f"{error:.3g}, PyTorch {peer_error:.3g}"
+
+
+def test_later_calls_of_other_shapes_change_nothing():
+    first, other = make(63, 20, 1000, torch.float32), make(9, 520, 3000, torch.bfloat16, bias=True)
+    want = run(linear_logprobs, *first, torch.float32)
+    run(linear_logprobs, *other, torch.bfloat16)
+    for x, y in zip(want, run(linear_logprobs, *first, torch.float32), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_masked_vocabulary_and_non_finite_rows():
     """-inf logits have probability 0; a NaN or inf row is NaN by itself and touches no other."""
     tensors, _ = make(9, 16, 300, torch.float32, bias=True)
@@ -126,11 +156,16 @@ def test_masked_vocabulary_and_non_finite_rows():
     torch.testing.assert_close(clean.logprobs.double(), exact[0], rtol=1e-6, atol=1e-5)
     assert clean.logprobs[2] == -math.inf and torch.isfinite(clean.entropy).all()
 
-    tensors["hidden"][4], tensors["hidden"][6] = math.nan, math.inf
-    dirty = linear_logprobs(**tensors, targets=targets)
+    def with_gradient(hidden):
+        leaf = hidden.clone().requires_grad_()
+        out = linear_logprobs(**tensors | {"hidden": leaf}, targets=targets)
+        return *out, *torch.autograd.grad((out.logprobs + out.entropy).sum(), leaf)
+
+    dirty = tensors["hidden"].clone()
+    dirty[4], dirty[6] = math.nan, math.inf
     bad = torch.tensor([4, 6])
     good = torch.tensor([0, 1, 2, 3, 5, 7, 8])
-    for x, y in zip(clean, dirty, strict=True):
+    for x, y in zip(with_gradient(tensors["hidden"]), with_gradient(dirty), strict=True):
         assert torch.equal(x[good], y[good]) and torch.isnan(y[bad]).all()
 
 
@@ -182,16 +217,20 @@ def test_weight_gradient_is_deterministic():
 
 
 def test_more_than_2_31_logits():
-    """T * V = 65537 * 32800 > 2^31: the last rows and the last columns are where an int32 offset would wrap."""
-    hidden = torch.randn(65537, 2)
-    weight = torch.randn(32800, 2)
-    targets = torch.full((65537,), -100)
+    """T * V = 65537 * 32800 > 2^31: the last rows and the last columns are where an int32 offset would wrap.
+
+    Only the sample has a gradient, which spares the others' time.
+    """
+    hidden, weight = torch.randn(65537, 2), torch.randn(32800, 2)
     sample = torch.cat([torch.arange(100), torch.arange(65437, 65537)])
-    targets[:] = 32799
-    result = linear_logprobs(hidden, weight, targets)
-    exact = (hidden[sample].double() @ weight.double().T).log_softmax(-1)[:, -1]
+    leaves, wide = ([x.to(to).requires_grad_() for x in (hidden, weight)] for to in (torch.float32, torch.float64))
+    result = linear_logprobs(*leaves, torch.full((65537,), 32799))
+    exact = (wide[0][sample] @ wide[1].T).log_softmax(-1)[:, -1]
     torch.testing.assert_close(result.logprobs[sample].double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(result.logprobs).all()
+    got, want = (torch.autograd.grad(x.sum(), y) for x, y in ((result.logprobs[sample], leaves), (exact, wide)))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("v", [32000, 50257, 151936, 152064])

@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from test_linear_logprobs import OPTIONS, assert_no_further, make, naive
+from cuda_graph import replayed
+from test_linear_logprobs import OPTIONS, assert_no_further, make, make_up_to_30, naive
 
 import qrm_fast
 from qrm_fast.triton import linear_logprobs as kernels
@@ -96,6 +97,13 @@ def test_results_as_accurate_as_pytorch_in_float32(forward, dtype, options):
         assert ours.dtype == torch.float32
         assert_no_further(ours, exact, peer)
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_up_to_30(forward, dtype):
+    tensors, rest = make_up_to_30(40, 64, 1100, dtype)
+    for got, want in zip(forward(**tensors, **rest), naive(**in_dtype(torch.float64, tensors, rest)), strict=False):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
 def gradients(function, dtype, tensors, rest, scale):
@@ -303,8 +311,10 @@ def test_public_function_on_cuda_runs_these_kernels(forward):
         torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(x.cpu(), y) for x, y in zip(got, want, strict=False))
     assert torch.equal(*grads)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = qrm_fast.linear_logprobs(**arguments)
-    graph.replay()
-    assert all(torch.equal(x.cpu(), y) for x, y in zip(got, want, strict=False))
+
+    def with_gradient():
+        *results, loss = step(**arguments)
+        return *results, *torch.autograd.grad(loss, leaf)
+
+    *got, gradient = replayed(with_gradient)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(got, want, strict=False)) and torch.equal(gradient, grads[0])

@@ -88,7 +88,7 @@ def run(function, inputs, constants, options, dtype):
     return [loss.detach(), torch.stack(metrics), *torch.autograd.grad(2 * loss, list(inputs.values()))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_accurate_as_autograd_in_float32(shape, options, dtype):
@@ -142,7 +142,10 @@ def test_same_as_its_two_parts(kind):
     torch.testing.assert_close(torch.stack(out.metrics), torch.stack(parts.metrics))
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 50257), (3, 5, 152064), (65537, 2, 17)], ids=str)
+LARGE = [(3, 5, v) for v in (2, 1100, 1280, 2176, 32000, 50257, 151936, 152064)] + [(65537, 2, 17)]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_sizes(shape):
     """Beyond many slabs of columns or blocks of rows, as autograd in float64."""
     inputs, constants, options = make(*shape, torch.float64)
@@ -178,9 +181,9 @@ def test_idle_rows_are_never_read():
     inputs, constants, options = make(12, 8, 50, torch.float32)
     constants = {k: x.float() for k, x in constants.items()}
     constants["token_weights"] = torch.full((12,), 0.1)
-    idle = torch.tensor([0, 4, 7])
-    options["targets"][4] = -100
-    constants["token_weights"][[0, 7]] = 0
+    idle = torch.tensor([0, 1, 4, 7])
+    options["targets"][[0, 4]] = -100
+    constants["token_weights"][[1, 7]] = 0
     clean = run(ours, {k: x.clone() for k, x in inputs.items()}, constants, options, torch.float32)
     poisoned = [inputs["hidden"], constants["advantages"], constants["old_logprobs"], constants["ref_logprobs"]]
     for x in poisoned:
@@ -188,7 +191,91 @@ def test_idle_rows_are_never_read():
     for x, y in zip(clean, run(ours, inputs, constants, options, torch.float32), strict=True):
         assert torch.equal(x, y)
     out = linear_policy_loss(**inputs, **constants, **options)
-    assert torch.equal(out.logprobs[idle], torch.zeros(3)) and torch.equal(out.entropy[idle], torch.zeros(3))
+    assert torch.equal(out.logprobs[idle], torch.zeros(4)) and torch.equal(out.entropy[idle], torch.zeros(4))
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo"])
+def test_non_finite_rows_stay_alone(kind):
+    """NaN in the loss and in their own rows (gspo: their own sequence); no other row changes by a bit."""
+    inputs, constants, options = make(60, 8, 50, torch.float32, kind=kind, entropy_coef=0.1)
+    constants = {k: x.float() for k, x in constants.items()}
+    options["targets"][4::9] = 7
+
+    def rows(hidden):
+        leaf = hidden.clone().requires_grad_()
+        out = linear_policy_loss(leaf, inputs["weight"], **constants, **options)
+        return out.logprobs, out.entropy, *torch.autograd.grad(out.loss, leaf)
+
+    dirty = inputs["hidden"].clone()
+    dirty[8], dirty[15] = torch.nan, torch.inf
+    bad = torch.zeros(60, dtype=torch.bool)
+    bad[[8, 15]] = True
+    *clean, clean_gradient = rows(inputs["hidden"])
+    *got, gradient = rows(dirty)
+    for x, y in zip(clean, got, strict=True):
+        assert torch.equal(x[~bad], y[~bad]) and y[bad].isnan().all()
+    if kind == "gspo":
+        bad[6:20] = True  # both sequences, of rows 6 to 19: see `make`
+        bad[:6] = bad[20:] = False
+    assert torch.equal(clean_gradient[~bad], gradient[~bad]) and gradient[bad].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("level", [-100.0, 100.0])
+def test_large_logits(level):
+    """All logits near +-100, one of them 90 above the others: as exact as elsewhere."""
+    inputs, constants, options = make(5, 4, 1100, torch.float32, extra=True, entropy_coef=0.1)
+    inputs["weight"] /= 100
+    inputs["bias"] = level + torch.rand(1100, generator=torch.Generator().manual_seed(0))
+    inputs["bias"][7] += 90
+    options["targets"] = torch.tensor([7, 7, 8, 9, 7])
+    exact = torch.nn.functional.linear(*(x.double() for x in inputs.values()))
+    exact = (exact / constants["temperature"][:, None]).log_softmax(-1).gather(-1, options["targets"][:, None])[:, 0]
+    constants["old_logprobs"] = constants["ref_logprobs"] = exact + 0.1
+    got, want = (run(f, inputs, constants, options, to) for f, to in ((ours, torch.float32), (naive, torch.float64)))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6)
+
+
+def test_tied_weight_and_strided_rows():
+    """A weight that is the embedding too gets both gradients; rows with a gap between them give the same bits."""
+    inputs, constants, options = make(40, 12, 100, torch.float64)
+    ids = torch.arange(40) % 100
+
+    def tied(function, dtype):
+        weight = inputs["weight"].to(dtype).requires_grad_()
+        wide = torch.full((40, 2, 12), torch.nan, dtype=dtype)
+        wide[:, 0] = weight[ids]
+        typed = {k: x.to(dtype) for k, x in constants.items()}
+        gradients = []
+        for hidden in weight[ids], wide[:, 0]:
+            gradients += torch.autograd.grad(function({"hidden": hidden, "weight": weight}, typed, options)[0], weight)
+        return gradients
+
+    dense, strided = tied(ours, torch.float32)
+    assert torch.equal(dense, strided)
+    torch.testing.assert_close(dense.double(), tied(naive, torch.float64)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_more_than_2_31_logits():
+    """T * V = 2^16 * 2^15 and more; all but the first and the last rows are ignored."""
+    hidden, weight, advantages = torch.randn(65537, 3), torch.randn(32800, 3), torch.randn(65537)
+    rows = torch.cat([torch.arange(50), torch.arange(65487, 65537)])
+    targets = torch.full((65537,), -100).index_fill(0, rows, 32799)
+    constants, some = {"advantages": advantages}, {"advantages": advantages[rows]}
+    loss, metrics, dx, dw = run(
+        ours, {"hidden": hidden, "weight": weight}, constants, {"targets": targets}, torch.float32
+    )
+    want = run(ours, {"hidden": hidden[rows], "weight": weight}, some, {"targets": targets[rows]}, torch.float32)
+    torch.testing.assert_close((loss, metrics, dx[rows], dw), tuple(want))
+    assert (dx[50:65487] == 0).all()
+
+
+def test_later_calls_of_other_shapes_change_nothing():
+    first, other = make(63, 20, 1000, torch.float32), make(450, 8, 2500, torch.bfloat16, **OPTIONS["gspo"])
+    want = run(ours, *first, torch.float32)
+    run(ours, *other, torch.bfloat16)
+    for x, y in zip(want, run(ours, *first, torch.float32), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.unpoisoned

@@ -157,9 +157,9 @@ def test_only_needed_gradients_are_formed():
 
 @pytest.mark.gpu
 def test_rows_beyond_one_block_at_the_size_of_models(monkeypatch):
-    """More rows than are kept at a time, no wait for the GPU, captured in a graph, and not much more memory."""
+    """2^31 logits, more rows than are kept at a time, no wait for the GPU, captured in a graph, and little memory."""
     monkeypatch.undo()
-    num_rows, dim, vocab = 9000, 512, 152064
+    num_rows, dim, vocab = 16384, 512, 152064
     hidden = torch.randn(num_rows, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(vocab, dim, device="cuda", dtype=torch.bfloat16) / dim**0.5).requires_grad_()
     targets = torch.randint(vocab, (num_rows,), device="cuda")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_no_further
+from cuda_graph import replayed
 from torch import Tensor
 
 from qrm_fast import linear_logprobs, linear_q_values, token_q
@@ -18,7 +19,11 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ["policy_hidden", "policy_weight", "q_hidden", "q_weight"]
 # Depths that differ and are odd, vocabularies around the blocks of both kernels; rows beyond one block.
-SHAPES = [(5, 8, 4, 1), (3, 3, 20, 2), (63, 20, 33, 127), (0, 16, 16, 1100), (130, 17, 40, 2176), (9, 520, 24, 3000)]
+SHAPES = [(5, 8, 4, 1), (2, 3, 20, 2), (63, 20, 33, 127), (0, 16, 16, 1100), (130, 17, 40, 2176), (9, 520, 24, 3000)]
+LARGE = [(3, 5, 4, v) for v in (17, 1000, 1100, 1280, 32000, 50257, 151936, 152064)] + [
+    (1, 4, 5, 17),
+    (65537, 2, 3, 17),
+]
 OPTIONS = {"plain": {}, "everything": {"temperature": True, "beta": 0.3}}
 
 
@@ -75,6 +80,35 @@ def assert_as_accurate(function, dtype, problems):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_further_from_float64_than_two_heads_in_float32(dtype, options):
     assert_as_accurate(linear_q_values, dtype, [problem(*shape, dtype, **options) for shape in SHAPES])
+
+
+def test_sizes_in_use():
+    assert_as_accurate(linear_q_values, torch.float32, [problem(*shape, torch.float32) for shape in LARGE])
+
+
+@pytest.mark.parametrize("level", [-100.0, 100.0])
+def test_large_logits(level):
+    """Both heads near +-100, one entry of each 90 above the others: nothing overflows, logp is exact and at most 0."""
+    generator = torch.Generator().manual_seed(0)
+    policy_weight, q_weight = level + torch.rand(2, 1100, 1, generator=generator)
+    policy_weight[7] += 90
+    q_weight[9] += 90
+    p = {"policy_weight": policy_weight, "q_weight": q_weight, "targets": torch.tensor([7, 8, 9])}
+    p |= {"policy_hidden": torch.ones(3, 1), "q_hidden": torch.ones(3, 1)}
+    got, want = linear_q_values(**p), oracle(**cast(p, torch.float64))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-30)
+    assert (got.logprobs <= 0).all()
+
+
+def test_more_than_2_31_logits():
+    """All but the first and the last rows are ignored."""
+    p = problem(65537, 3, 2, 32800, torch.float32)
+    rows = torch.cat([torch.arange(50), torch.arange(65487, 65537)])
+    p["targets"] = torch.full((65537,), -100).index_fill(0, rows, 32799)
+    some = {k: x[rows] if isinstance(x, Tensor) and "weight" not in k else x for k, x in p.items()}
+    for x, y in zip(linear_q_values(**p), linear_q_values(**some), strict=True):
+        assert torch.equal(x[rows], y) and (x[50:65487] == 0).all()
 
 
 def assert_table(op):
@@ -239,6 +273,16 @@ def test_public_function_on_cuda_runs_the_triton_kernels_without_waiting(by_trit
         got = f(**p)
         torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(x.cpu(), y) for x, y in zip(got, want, strict=True))
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(replayed(lambda: linear_q_values(**p)), want, strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_logits_on_cuda():
+    p = {k: x.cuda() if isinstance(x, Tensor) else x for k, x in problem(16384, 64, 72, 152064, torch.bfloat16).items()}
+    rows = torch.cat([torch.arange(50), torch.arange(16334, 16384)]).cuda()
+    some = {k: x[rows] if isinstance(x, Tensor) and "weight" not in k else x for k, x in p.items()}
+    for x, y in zip(linear_q_values(**p), oracle(**cast(some, torch.float64)), strict=True):
+        torch.testing.assert_close(x[rows].double(), y, rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize(

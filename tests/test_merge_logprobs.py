@@ -99,6 +99,16 @@ def test_strided_fields_are_read_in_place():
         assert torch.equal(x, y)
 
 
+@pytest.mark.unpoisoned
+def test_bits_of_a_row_do_not_depend_on_the_batch():
+    partials = torch.rand(4, 3, 700)
+    partials[3, 1:] = NAN
+    whole = merge_logprobs(LogprobsPartial(*partials))
+    for rows in torch.randperm(700), torch.tensor([699]):
+        part = merge_logprobs(LogprobsPartial(*partials[:, :, rows].contiguous()))
+        assert all(torch.equal(x[rows], y) for x, y in zip(whole, part, strict=True))
+
+
 def test_opcheck():
     for dtype in torch.float32, torch.float64:
         torch.library.opcheck(_merge_logprobs, tuple(x.to(dtype) for x in held(1, 1, 1, 1)))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_no_further
+from cuda_graph import replayed
 from grids import NUM_ROWS
 
 from qrm_fast import value_loss
@@ -14,7 +15,7 @@ from qrm_fast.triton import value_loss as triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SIZES = [*NUM_ROWS, 9000]  # 9000 rows are three blocks of the kernel
+SIZES = [*NUM_ROWS, 9000, 65537]  # 9000 rows are three blocks of the kernel
 OPTIONS = {
     "plain": dict(clipped=False, weighted=False),
     "weights": dict(clipped=False, weighted=True),
@@ -222,6 +223,8 @@ def test_public_function_on_cuda_runs_the_triton_kernels_without_waiting():
         loss, grad = results(f, arguments, torch.bfloat16)
         torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(loss[0], want[0]) and torch.equal(grad, (3 * want[1]).bfloat16())
+    loss, grad = replayed(lambda: results(value_loss, arguments, torch.bfloat16))
+    assert torch.equal(loss[0], want[0]) and torch.equal(grad, (3 * want[1]).bfloat16())
 
 
 def test_bad_input():
