@@ -13,14 +13,13 @@
 
 namespace qrm_fast {
 
-// Uninitialised [num_rows] of the dtype in which `like` is accumulated.
-inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64_t num_rows) {
-  torch::stable::Tensor rows = torch::stable::new_empty(like, {num_rows}, acc_dtype(like.scalar_type()));
+// The same tensor, uninitialised before and after, with its memory handed out.
+inline torch::stable::Tensor in_huge_pages(torch::stable::Tensor fresh) {
 #if defined(__linux__)
   constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
-  const int64_t address = reinterpret_cast<int64_t>(rows.data_ptr());
+  const int64_t address = reinterpret_cast<int64_t>(fresh.data_ptr());
   const int64_t begin = (address + kPage - 1) / kPage * kPage;
-  const int64_t num_bytes = (address + num_rows * int64_t(rows.element_size()) - begin) / kPage * kPage;
+  const int64_t num_bytes = (address + fresh.numel() * int64_t(fresh.element_size()) - begin) / kPage * kPage;
   if (num_bytes >= 2 * kHugePage) {
     madvise(reinterpret_cast<void*>(begin), num_bytes, MADV_HUGEPAGE);  // a hint, which the system may decline
     const auto touch = [&](int64_t first, int64_t last) {
@@ -31,7 +30,12 @@ inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64
     torch::stable::parallel_for(0, (num_bytes + kHugePage - 1) / kHugePage, 1, touch);
   }
 #endif
-  return rows;
+  return fresh;
+}
+
+// Uninitialised [num_rows] of the dtype in which `like` is accumulated.
+inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64_t num_rows) {
+  return in_huge_pages(torch::stable::new_empty(like, {num_rows}, acc_dtype(like.scalar_type())));
 }
 
 }  // namespace qrm_fast

@@ -388,16 +388,22 @@ class Head {
     }
   }
 
+  // Some rows of weight at a time, so that what goes to a panel fills whole lines of it.
   template <int Rows>
   static void pack_columns(const In* w, int64_t stride, int64_t count, int64_t panels, int64_t dims, int64_t pitch,
                            S* dst) {
     const int64_t whole = std::min(panels, dims / Rows);
-    for (int64_t k = 0; k < count; ++k, w += stride) {
+    for (int64_t first = 0; first < count; first += kLine) {
+      const int64_t last = std::min(count, first + kLine);
       for (int64_t i = 0; i < whole; ++i) {
-        for (int r = 0; r < Rows; ++r) dst[i * pitch + k * Rows + r] = static_cast<S>(w[i * Rows + r]);
+        for (int64_t k = first; k < last; ++k) {
+          for (int r = 0; r < Rows; ++r) dst[i * pitch + k * Rows + r] = static_cast<S>(w[k * stride + i * Rows + r]);
+        }
       }
-      for (int64_t d = whole * Rows; d < panels * Rows; ++d) {
-        dst[d / Rows * pitch + k * Rows + d % Rows] = d < dims ? static_cast<S>(w[d]) : S(0);
+      for (int64_t k = first; k < last; ++k) {
+        for (int64_t d = whole * Rows; d < panels * Rows; ++d) {
+          dst[d / Rows * pitch + k * Rows + d % Rows] = d < dims ? static_cast<S>(w[k * stride + d]) : S(0);
+        }
       }
     }
   }

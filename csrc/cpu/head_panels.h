@@ -30,18 +30,17 @@ struct PanelTile {
   static constexpr S kNever = -std::numeric_limits<S>::infinity();
   static constexpr int64_t kTerms = 8;
 
-  // Statistics of a lane, as SoftmaxStats: [3][lanes] of max, sum, weighted. Joins `more` into `stats`.
+  // Statistics of a lane, as SoftmaxStats: [3][lanes] of max, sum, weighted. Joins `more` into `stats`. A shift is
+  // bounded by what exp tells from 0, so that one of -inf, whose sums are 0, adds 0.
   QRM_FAST_INLINE static void join(S* stats, Vec max, Vec sum, Vec weighted) {
     const Vec old_max = V::load(stats), old_sum = V::load(stats + kWidth), old_weighted = V::load(stats + 2 * kWidth);
-    const Vec top = V::max(old_max, max);
+    const Vec top = V::max(old_max, max), lowest = V::broadcast(V::kLowestExp);
     const Vec origin = top == kNever ? Vec{} : top;
-    const Vec a = old_max - origin, b = max - origin;
+    const Vec a = V::max(lowest, old_max - origin), b = V::max(lowest, max - origin);
     const Vec scale_a = V::exp(a), scale_b = V::exp(b);
     V::store(stats, top);
     V::store(stats + kWidth, scale_a * old_sum + scale_b * sum);
-    const Vec moved_a = old_sum == S(0) ? Vec{} : scale_a * (old_weighted + a * old_sum);
-    const Vec moved_b = sum == S(0) ? Vec{} : scale_b * (weighted + b * sum);
-    V::store(stats + 2 * kWidth, moved_a + moved_b);
+    V::store(stats + 2 * kWidth, scale_a * (old_weighted + a * old_sum) + scale_b * (weighted + b * sum));
   }
 
   QRM_FAST_INLINE static void merge(S* stats, const S* more) {
@@ -64,23 +63,30 @@ struct PanelTile {
   // Joins a finished panel to the statistics of its lanes. Sums of kTerms terms are summed: one long chain would lose
   // digits of the entropy.
   QRM_FAST_INLINE static void fold(const S* z, int64_t n, S* stats) {
-    for (int j = 0; j < kWidth; j += V::kLanes) {
-      Vec top = V::broadcast(kNever);
-      for (int64_t i = 0; i < n; ++i) top = V::max(V::load(z + i * kWidth + j), top);
-      const Vec origin = top == kNever ? Vec{} : top;  // a lane of -inf has weight 0, one of NaN and -inf stays NaN
+    Vec top[Vectors];
+    for (Vec& t : top) t = V::broadcast(kNever);
+    for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) top[j] = V::max(V::load(z + i * kWidth + j * V::kLanes), top[j]);
+    }
+    for (int j = 0; j < Vectors; ++j) {
+      const S* lane = z + j * V::kLanes;
+      const Vec origin = top[j] == kNever ? Vec{} : top[j];  // a lane of -inf has weight 0
       Vec sum = {}, weighted = {};
       for (int64_t first = 0; first < n; first += kTerms) {
         Vec some = {}, some_weighted = {};
         for (int64_t i = first; i < std::min(n, first + kTerms); ++i) {
-          const Vec shifted = V::load(z + i * kWidth + j) - origin;
-          const Vec e = V::exp(shifted);
-          some += e;
-          some_weighted += e == S(0) ? Vec{} : shifted * e;
+          const Vec shifted = V::load(lane + i * kWidth) - origin;
+          const auto gone = shifted < V::kLowestExp;
+          const Vec e = V::exp_in_range(shifted);
+          some += gone ? Vec{} : e;
+          some_weighted += gone ? Vec{} : shifted * e;
         }
         sum += some;
         weighted += some_weighted;
       }
-      join(stats + j, top, sum, weighted);
+      sum += weighted - weighted;  // NaN, which exp_in_range does not keep, reached the weighted sum
+      join(stats + j * V::kLanes, top[j], sum, weighted);
     }
   }
 
@@ -100,13 +106,13 @@ struct PanelTile {
       for (int j = 0; j < kWidth; j += V::kLanes) {
         const Vec x = V::load(z + i * kWidth + j);
         const Vec logp = (x - V::load(g.lse + j)) - V::load(g.lse_residual + j);
-        const Vec p = V::exp(logp);
+        const Vec p = V::exp_in_range(logp);  // NaN comes back with the factor logp
         Vec d = -p * (V::load(g.logprob + j) + V::load(g.entropy + j) * (logp + V::load(g.h + j)));
         if constexpr (Capped) {
           const Vec y = x * V::load(g.temperature + j) / g.softcap;
           d *= S(1) - y * y;
         }
-        V::store(z + i * kWidth + j, p == S(0) ? Vec{} : d);
+        V::store(z + i * kWidth + j, logp < V::kLowestExp ? Vec{} : d);
       }
     }
   }

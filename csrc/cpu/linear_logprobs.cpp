@@ -12,6 +12,7 @@
 
 #include <tuple>
 
+#include "fresh_rows.h"
 #include "head.h"
 
 namespace qrm_fast {
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
       need_hidden ? torch::stable::new_zeros(hidden, hidden.sizes()) : torch::stable::new_empty(hidden, {0});
   Tensor weight_grad = !need_weight ? torch::stable::new_empty(hidden, {0})
                        : count == 0 ? torch::stable::new_zeros(weight, weight.sizes())
-                                    : torch::stable::new_empty(weight, weight.sizes());
+                                    : in_huge_pages(torch::stable::new_empty(weight, weight.sizes()));
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
   In* hidden_out = static_cast<In*>(hidden_grad.mutable_data_ptr());
   In* weight_out = static_cast<In*>(weight_grad.mutable_data_ptr());

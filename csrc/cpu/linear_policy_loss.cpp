@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "cu_seqlens.h"
+#include "fresh_rows.h"
 #include "head.h"
 #include "policy_sums.h"
 
@@ -62,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   Tensor logprobs = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
   Tensor entropy = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
   Tensor hidden_grad = zeros(need_hidden, hidden.size(0), dim);
-  Tensor weight_grad =
-      need_weight && count > 0 ? torch::stable::new_empty(hidden, {vocab, dim}, dtype) : zeros(need_weight, vocab, dim);
+  Tensor weight_grad = need_weight && count > 0 ? in_huge_pages(torch::stable::new_empty(hidden, {vocab, dim}, dtype))
+                                                : zeros(need_weight, vocab, dim);
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0}, dtype);
   S* logprobs_out = static_cast<S*>(logprobs.mutable_data_ptr());
   S* entropy_out = static_cast<S*>(entropy.mutable_data_ptr());

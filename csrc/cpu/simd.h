@@ -63,18 +63,21 @@ struct Simd {
     return reduce(v, [](S a, S b) { return a > b ? a : b; });
   }
 
+  static constexpr S kLowestExp = sizeof(S) == 4 ? S(-87.33654) : S(-708.396);  // below it exp is subnormal
+
   // exp(x) for x <= 88 (709 for double), below 2 ulp; 0 where the result would be subnormal; NaN stays NaN.
+  QRM_FAST_INLINE static Vec exp(Vec x) { return x < kLowestExp ? Vec{} : (x == x ? exp_in_range(x) : x); }
+
+  // exp(x) without its comparisons, for kLowestExp <= x <= 88 (709); any value elsewhere, also for NaN.
   // x = n log 2 + r with |r| <= log(2)/2, exp(r) by its Taylor polynomial, times 2^n through the exponent bits.
-  QRM_FAST_INLINE static Vec exp(Vec x) {
+  QRM_FAST_INLINE static Vec exp_in_range(Vec x) {
     constexpr bool f32 = sizeof(S) == 4;
     constexpr S kRound = f32 ? S(12582912.0) : S(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
-    constexpr S kLowest = f32 ? S(-87.33654) : S(-708.396);
     constexpr S kLog2Hi = f32 ? S(0.693359375) : S(6.93147180369123816490e-01);
     constexpr S kLog2Lo = f32 ? S(-2.12194440e-4) : S(1.90821492927058770002e-10);
     const Vec shifted = x * S(1.4426950408889634) + kRound;
     const Vec n = shifted - kRound;
     const Vec r = (x - n * kLog2Hi) - n * kLog2Lo;
-    Vec p = {};
     constexpr int kDegree = f32 ? 7 : 13;
     constexpr double kInverseFactorial[] = {1.0,
                                             1.0,
@@ -90,14 +93,15 @@ struct Simd {
                                             2.5052108385441720e-08,
                                             2.0876756987868100e-09,
                                             1.6059043836821613e-10};
+    Vec p = broadcast(S(kInverseFactorial[kDegree]));
 #pragma GCC unroll 14
-    for (int i = kDegree; i >= 0; --i) p = p * r + S(kInverseFactorial[i]);
+    for (int i = kDegree - 1; i >= 0; --i) p = p * r + S(kInverseFactorial[i]);
     IntVec bits, shift;
     std::memcpy(&bits, &p, Bytes);
     std::memcpy(&shift, &shifted, Bytes);
     bits += shift << (f32 ? 23 : 52);
     std::memcpy(&p, &bits, Bytes);
-    return x < kLowest ? Vec{} : (x == x ? p : x);
+    return p;
   }
 
   // tanh(x), below 4 ulp: Cephes' polynomial for |x| < 0.625, 1 - 2 / (exp(2|x|) + 1) beyond.
