@@ -24,7 +24,8 @@ SHAPES = [
         (1, 3, 1280),
         (130, 17, 2176),
         (40, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
-        (1300, 9, 1500),  # rows beyond one unit of work, vocabulary beyond one slab
+        (1300, 9, 1500),  # rows beyond one unit of work
+        (3, 5, 8100),  # vocabulary beyond one slab of the backward pass
     ]
 ]
 OPTIONS = {

@@ -10,7 +10,7 @@ from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
 from qrm_fast.ops.linear_policy_loss import _forward
 
 # One shape beyond each block size of the CPU kernel: rows per block, columns per slab and per split, depth per pass.
-SHAPES = [(0, 5, 7), (1, 3, 1), (2, 8, 17), (63, 20, 127), (450, 13, 1000), (9, 520, 2500)]
+SHAPES = [(0, 5, 7), (1, 3, 1), (2, 8, 17), (63, 20, 127), (450, 13, 1000), (9, 520, 2500), (3, 4, 16500)]
 OPTIONS = {
     "on-policy": {"old": False},
     "ppo": {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5},

@@ -9,7 +9,6 @@
 #include <tuple>
 
 #include "head.h"
-#include "target_clones.h"
 
 namespace qrm_fast {
 namespace {
@@ -17,11 +16,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kColumns = 2048;  // of one chunk, 8 KB in float
-
-template <typename From, typename To>
-QRM_FAST_TARGET_CLONES void convert(const From* __restrict x, int64_t n, To* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<To>(x[i]);
-}
 
 template <typename In, typename S = acc_t<In>>
 class LogitRows {

@@ -17,6 +17,7 @@
 #include "dtypes.h"
 #include "head_panels.h"
 #include "head_tiles.h"
+#include "target_clones.h"
 
 namespace qrm_fast {
 
@@ -37,6 +38,11 @@ struct [[gnu::visibility("hidden")]] HeadOptions {
   std::optional<double> softcap;
   int64_t ignore_index;
 };
+
+template <typename In, typename S>
+QRM_FAST_TARGET_CLONES static void convert(const In* __restrict in, int64_t count, S* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<S>(in[i]);
+}
 
 template <typename F>
 void parallel(int64_t count, F f) {
@@ -337,8 +343,12 @@ class Head {
 
   // `count` rows of weight in S, [mr][kDepth], zeros beyond.
   void convert_rows(const In* w, int64_t count, int64_t depth, S* dst) const {
-    for (int64_t r = 0; r < kernels.gemm.mr; ++r) {
-      for (int64_t q = 0; q < depth; ++q) dst[r * kDepth + q] = r < count ? static_cast<S>(w[r * w_stride_ + q]) : S(0);
+    for (int64_t r = 0; r < kernels.gemm.mr; ++r, dst += kDepth, w += w_stride_) {
+      if (r < count) {
+        convert(w, depth, dst);
+      } else {
+        std::fill_n(dst, depth, S(0));
+      }
     }
   }
 

@@ -20,7 +20,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBackwardSlab = 2016;  // weight rows per step of the backward pass; a multiple of kChunk
+constexpr int64_t kBackwardSlab = 8064;  // weight rows per step of the backward pass; a multiple of kChunk
 
 template <typename In>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets,

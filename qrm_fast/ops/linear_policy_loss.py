@@ -204,8 +204,9 @@ def _scaled(grad_loss: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # what AOTAutograd asks before it reuses a buffer
     if kept or torch.is_grad_enabled() or gradient.dtype != x.dtype:
         return scaled_derivative(grad_loss, gradient, x)
-    traced = type(gradient) is not Tensor  # then it may be an output of the graph, and the compiler reuses its memory
-    return gradient * grad_loss if traced else gradient.mul_(grad_loss)
+    if type(gradient) is not Tensor:  # traced: it may be an output of the graph, and the compiler reuses its memory
+        return gradient * grad_loss
+    return gradient if grad_loss.is_cpu and grad_loss == 1 else gradient.mul_(grad_loss)  # on CUDA asking would wait
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
