@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--real-data", type=Path, metavar="DIR", help="passed on to the tests")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(os.environ.get("OUT", ROOT / "bench/results")))
     parser.add_argument("--render", action="store_true", help="write the tables of bench/results into README and docs")
+    parser.add_argument("--measure", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.render:
@@ -36,6 +37,13 @@ def main() -> int:
         return 0
     for path in sorted(Path(__file__).parent.glob("bench_*.py")):
         importlib.import_module(f"{__package__}.{path.stem}")
+    if arguments.measure:
+        try:
+            record = harness.measure(arguments.measure, allow_busy=arguments.busy)
+        except harness.Busy as busy:
+            record = {"busy": str(busy)}
+        print(json.dumps(record))
+        return 0
     if arguments.memory:
         print(harness.extra_mib_here(*arguments.memory))
         return 0

@@ -1,11 +1,12 @@
 """Advantages over packed sequences: bound by memory, so the limit is a copy of the same bytes.
 
 The limit copies into memory that is there already. Results are fresh memory, which the operating system must hand out
-and zero first; "copy into fresh memory" is what that costs a copy.
+and zero first; "copy into fresh memory" is what that costs a copy. In the cases with kept memory malloc keeps what is
+freed: there both write pages that the process has.
 """
 
+from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from qrm_fast import discounted_returns, gae, min_gae, vtrace
 
 from .harness import Case, Provider, case, copy
+from .rivals import Rival, available
 
 NUM_TOKENS = 1 << 24
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}  # glibc's
 SEGMENTS = ["1 x 16777216", "16384 x 1024", "1048576 x 16", "log-normal"]
 
 
@@ -42,44 +45,157 @@ def assert_as_float64(got: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(ours.cpu().double(), want, rtol=1e-5, atol=1e-4)
 
 
-@case(cpu=[{"segments": s} for s in SEGMENTS], cuda=[{"segments": s} for s in SEGMENTS])
-def packed_gae(device: torch.device, segments: str) -> Case:
+def in_triton(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> dict[str, Provider]:
+    """What serves an installation without nvcc."""
+    from qrm_fast.triton import gae as triton
+
+    return {"qrm_fast, Triton": partial(triton.launch, rewards, values, cu_seqlens, 1.0, 0.95, None, None, None)}
+
+
+def packed(device: torch.device, segments: str) -> Case:
+    """gae, with nothing beside it."""
     cu_seqlens = boundaries(segments, NUM_TOKENS).to(device)
     rewards, values = columns(2, NUM_TOKENS, device)
-    ours = partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95)
+    providers: dict[str, Provider] = {"qrm_fast": partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95)}
+    if device.type == "cuda":
+        providers |= in_triton(rewards, values, cu_seqlens)
 
     def gate():
-        assert_as_float64(ours(), gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95))
+        wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
+        for provider in providers.values():
+            assert_as_float64(provider(), wide)
 
     num_bytes = 16 * NUM_TOKENS
-    providers = {"qrm_fast": ours} | (into_fresh_memory(num_bytes, device) if device.type == "cpu" else {})
     return Case(providers, gate, limit=copy(num_bytes, device), bytes=num_bytes)
 
 
-@case(cpu=[{"segments": "16384 x 1024"}], cuda=[{"segments": "16384 x 1024"}])
-def packed_scans(device: torch.device, segments: str) -> Case:
-    """The other estimators beside gae, the bytes those of gae: discounted_returns moves half, vtrace 5/4."""
+@case(cpu=[{"segments": s} for s in SEGMENTS], cuda=[{"segments": s} for s in SEGMENTS])
+def packed_gae(device: torch.device, segments: str) -> Case:
+    built = packed(device, segments)
+    if device.type == "cpu":
+        built.providers |= into_fresh_memory(built.bytes, device)
+    return built
+
+
+@case(environment=KEPT_MEMORY, cpu=[{"segments": s} for s in SEGMENTS])
+def packed_gae_in_kept_memory(device: torch.device, segments: str) -> Case:
+    return packed(device, segments)
+
+
+COLUMNS = {"min_gae": (2, 2), "discounted_returns": (1, 1), "vtrace": (3, 2)}  # that it reads and writes
+
+
+def packed_scan(device: torch.device, op: str, segments: str) -> Case:
+    num_inputs, num_outputs = COLUMNS[op]
+    inputs = columns(3, NUM_TOKENS, device)
+    inputs[2].div_(10).exp_()  # ratios
+    wide = inputs[:num_inputs].cpu().double()
     cu_seqlens = boundaries(segments, NUM_TOKENS).to(device)
-    rewards, values, noise = columns(3, NUM_TOKENS, device)
-    ratios = (noise / 10).exp()
-    providers: dict[str, Provider] = {
-        "qrm_fast, min_gae": partial(min_gae, rewards, values, cu_seqlens, lam=0.95),
-        "qrm_fast, gae": partial(gae, rewards, values, cu_seqlens, lam=0.95),
-        "qrm_fast, discounted_returns": partial(discounted_returns, rewards, cu_seqlens, gamma=0.95),
-        "qrm_fast, vtrace": partial(vtrace, rewards, values, ratios, cu_seqlens, lam=0.95),
-    }
+    call = {"min_gae": min_gae, "discounted_returns": partial(discounted_returns, gamma=0.95), "vtrace": vtrace}[op]
+    ours = partial(call, *inputs[:num_inputs], cu_seqlens)
 
     def gate():
-        r, v, ratio = (x.cpu().double() for x in (rewards, values, ratios))
-        cu = cu_seqlens.cpu()
-        assert_as_float64(min_gae(rewards, values, cu_seqlens, lam=0.95), min_gae(r, v, cu, lam=0.95))
-        assert_as_float64(vtrace(rewards, values, ratios, cu_seqlens, lam=0.95), vtrace(r, v, ratio, cu, lam=0.95))
-        assert_as_float64(
-            (discounted_returns(rewards, cu_seqlens, gamma=0.95),), (discounted_returns(r, cu, gamma=0.95),)
+        got, want = ours(), call(*wide, cu_seqlens.cpu())
+        assert_as_float64(*(((x,) if isinstance(x, Tensor) else x) for x in (got, want)))
+
+    num_bytes = 4 * (num_inputs + num_outputs) * NUM_TOKENS
+    return Case({"qrm_fast": ours}, gate, limit=copy(num_bytes, device), bytes=num_bytes)
+
+
+OTHERS = [{"op": op, "segments": "16384 x 1024"} for op in COLUMNS]
+case(cpu=OTHERS, cuda=OTHERS)(packed_scan)
+
+
+@case(environment=KEPT_MEMORY, cpu=OTHERS)
+def packed_scan_in_kept_memory(device: torch.device, op: str, segments: str) -> Case:
+    return packed_scan(device, op, segments)
+
+
+@case(cuda=[{"num_tokens": 1 << 16, "calls": 1000}])
+def gae_calls(device: torch.device, num_tokens: int, calls: int) -> Case:
+    """Many calls without a pause: their milliseconds are the microseconds of one, in Python or in a CUDA graph."""
+    cu_seqlens = boundaries(f"{num_tokens // 1024} x 1024", num_tokens).to(device)
+    rewards, values = columns(2, num_tokens, device)
+    once = {"qrm_fast": partial(gae, rewards, values, cu_seqlens, lam=0.95)} | in_triton(rewards, values, cu_seqlens)
+
+    def often(provider: Provider) -> Provider:
+        def repeated():
+            for _ in range(calls):
+                results = provider()
+            return results
+
+        return repeated
+
+    providers = {way: often(provider) for way, provider in once.items()}
+    for way, provider in once.items():
+        provider()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            often(provider)()
+        providers[f"{way}, in a CUDA graph"] = graph.replay
+
+    def gate():
+        wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
+        for provider in once.values():
+            assert_as_float64(provider(), wide)
+
+    limit = {f"{name}, {calls} times": often(way) for name, way in copy(16 * num_tokens, device).items()}
+    return Case(providers, gate, limit=limit, bytes=16 * num_tokens * calls)
+
+
+# rewards, values, whether a row is one [S, W] to a way to advantages and returns [S, W] or [S, W, 1]
+Padded = Callable[[Tensor, Tensor, Tensor], Provider]
+
+
+def torchrl_vectorised() -> Padded:
+    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+
+    def prepared(rewards: Tensor, values: Tensor, real: Tensor) -> Provider:
+        done = (real & ~torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1))[..., None]
+        after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)[..., None]
+        return partial(
+            vec_generalized_advantage_estimate, 1.0, 0.95, values[..., None], after, rewards[..., None], done, done
         )
 
-    num_bytes = 16 * NUM_TOKENS
-    return Case(providers, gate, limit=copy(num_bytes, device), bytes=num_bytes)
+    return prepared
+
+
+def verl_loop() -> Padded:
+    from verl.trainer.ppo.core_algos import compute_gae_advantage_return
+
+    return lambda rewards, values, real: partial(compute_gae_advantage_return, rewards, values, real.float(), 1.0, 0.95)
+
+
+def openrlhf_loop() -> Padded:
+    from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+    function = partial(RemoteExperienceMaker.get_advantages_and_returns, None)
+    return lambda rewards, values, real: partial(function, values, rewards, real, 1.0, 0.95)
+
+
+def associative_scan() -> Padded:
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    def join(behind: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return row[0] * behind[0], row[1] + row[0] * behind[1]
+
+    @torch.compile(fullgraph=True)
+    def scanned(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        delta = rewards + torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1) - values
+        maps = torch.full_like(delta, 0.95), delta
+        mode = "pointwise" if delta.is_cuda else "generic"  # the former is for CUDA only
+        advantages = associative_scan(join, maps, 1, reverse=True, combine_mode=mode)[1]
+        return advantages, advantages + values
+
+    return lambda rewards, values, real: partial(scanned, rewards, values)
+
+
+RIVALS = [
+    Rival("torchrl", "vectorised", torchrl_vectorised),
+    Rival("torch", "compiled associative scan", associative_scan),
+    Rival("verl", "loop, advantages whitened too", verl_loop),
+    Rival("openrlhf", "loop", openrlhf_loop),
+]
 
 
 @case(
@@ -113,23 +229,23 @@ def gae_beside_frameworks(device: torch.device, num_sequences: int, width: int) 
         "qrm_fast": partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95),
         "padded, a step per column": loop,
     }
-    if find_spec("torchrl"):
-        from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+    theirs, absent = available(RIVALS)
+    for way, prepare in theirs.items():
+        providers[f"{way}, padded beforehand"] = prepare(*padded(), real)
 
-        r, v = padded()
-        done = (torch.arange(width, device=device) == cu_seqlens.diff()[:, None] - 1)[..., None]
-        after = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], 1)[..., None]
-        providers["torchrl, vectorised, padded beforehand"] = partial(
-            vec_generalized_advantage_estimate, 1.0, 0.95, v[..., None], after, r[..., None], done, done
-        )
+    wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
+
+    def error(way: str, results: tuple[Tensor, ...]) -> float:
+        """The largest distance from float64; of whitened advantages only their returns'."""
+        distances = [
+            (x.view(real.shape)[real] if x.ndim > 1 else x).cpu().double() - y
+            for x, y in zip(results, wide, strict=True)
+        ]
+        return max(d.abs().max().item() for d in distances["whitened" in way :])
 
     def gate():
-        wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
-        for way in providers:
-            results = providers[way]()
-            assert_as_float64(
-                tuple(x[real[..., None]] if x.ndim == 3 else x for x in results) if "torchrl" in way else results, wide
-            )
+        assert_as_float64(providers["qrm_fast"](), wide)
 
     num_bytes = 16 * num_tokens
-    return Case(providers, gate, limit=copy(num_bytes, device), bytes=num_bytes)
+    limit = copy(num_bytes, device)
+    return Case(providers, gate, limit=limit, bytes=num_bytes, error=error, absent=absent)

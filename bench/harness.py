@@ -42,15 +42,16 @@ class Registered(NamedTuple):
     suite: str
     device: str
     build: Callable[[], Case]
+    environment: dict[str, str] | None = None  # that a process must have been started with
 
 
 CASES: dict[str, Registered] = {}
 
 
-def case(**shapes: list[dict]):
+def case(environment: dict[str, str] | None = None, **shapes: list[dict]):
     """Register a function that builds a Case, once per device and shape: `@case(cpu=[{"num_tokens": 4096}])`.
 
-    It is called as `build(device, **shape)`.
+    It is called as `build(device, **shape)`, in a process of its own where it needs an environment.
     """
 
     def register(build):
@@ -58,7 +59,8 @@ def case(**shapes: list[dict]):
             for shape in grid:
                 name = f"{build.__name__}[{', '.join(f'{k}={v}' for k, v in shape.items())}] {device}"
                 suite = build.__module__.rpartition("bench_")[2]
-                CASES[name] = Registered(suite, device, partial(build, torch.device(device), **shape))
+                run = partial(build, torch.device(device), **shape)
+                CASES[name] = Registered(suite, device, run, environment)
         return build
 
     return register
@@ -209,7 +211,9 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
     A rival that raises is absent from it, with what it said. Raises Busy when the CPU is, so that the last record on a
     quiet one stays.
     """
-    suite, device, build = CASES[name]
+    suite, device, build, environment = CASES[name]
+    if environment and environment.items() - os.environ.items():
+        return measured_apart(name, environment, allow_busy)
     record: dict = {"case": name, "suite": suite, "device": device}
     try:
         built = build()
@@ -244,6 +248,17 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
                 row["error"] = built.error(way, providers[way]())
     figures = {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
     return record | figures | ({"absent": absent} if absent else {})
+
+
+def measured_apart(name: str, environment: dict[str, str], allow_busy: bool) -> dict:
+    """`measure` in a fresh process with this environment."""
+    command = [sys.executable, "-m", "bench", "--measure", name, *(["--busy"] if allow_busy else [])]
+    folder, environment = Path(__file__).parent.parent, os.environ | environment
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    if "busy" in record:
+        raise Busy(record["busy"])
+    return record
 
 
 def _sentence(error: Exception) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import types
 import zipfile
 
 import pytest
@@ -117,6 +118,21 @@ def test_a_busy_machine_leaves_the_last_record(monkeypatch, tmp_path, capsys):
     assert command.main() == 1
     assert "a case: not measured, other processes took 30% of the CPU" in capsys.readouterr().out
     assert json.loads(path.read_text())["records"] == measured
+
+
+def test_a_case_that_needs_an_environment_runs_in_a_process_with_it(monkeypatch):
+    case = harness.Registered("suite", "cpu", lambda: None, {"MALLOC_MMAP_MAX_": "0"})
+    monkeypatch.setitem(harness.CASES, "a case", case)
+    answers = ['{"case": "a case"}', 'a word\n{"busy": "others took 30%"}']
+
+    def run(command, *, env, **_):
+        assert command[-3:] == ["--measure", "a case", "--busy"] and env["MALLOC_MMAP_MAX_"] == "0"
+        return types.SimpleNamespace(stdout=answers.pop(0))
+
+    monkeypatch.setattr(harness.subprocess, "run", run)
+    assert harness.measure("a case", allow_busy=True) == {"case": "a case"}
+    with pytest.raises(harness.Busy, match="others took 30%"):
+        harness.measure("a case", allow_busy=True)
 
 
 def test_own_work_is_not_other_work():
