@@ -1,7 +1,7 @@
-"""Compile a Triton module's kernels for GPUs that are not here: `python tests/aot.py MODULE_OR_FILE 80 90`, JSON out.
+"""Compile Triton kernels for GPUs that are not here: `python tests/aot.py 80,90 MODULE_OR_FILE...`, JSON out.
 
-A process of its own, because the tests run with the interpreter on and Triton decides that at decoration. The module
-lists its kernels, one entry per configuration it launches:
+A process of its own, because the tests run with the interpreter on and Triton decides that at decoration; it compiles
+on every core. A module lists its kernels, one entry per configuration it launches:
 
     AOT = [(kernel, {"x_ptr": "*bf16", "num_rows": "i32"}, {"BT": 64}, num_warps, wants_dot)]
 
@@ -13,11 +13,14 @@ import ast
 import importlib.util
 import inspect
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -48,8 +51,19 @@ def unlisted(module) -> list[str]:
     return sorted(own.keys() - listed - called)
 
 
-def compile_entry(kernel, types: dict, constants: dict, options: dict, capability: int) -> tuple[str, int]:
-    """SASS of the kernel and its shared memory; pointers are aligned to 16 bytes, as PyTorch's allocations are."""
+class Entry(NamedTuple):
+    """What one member of AOT asks of one architecture."""
+
+    module: str
+    place: int
+    capability: int
+
+
+MODULES: dict = {}  # by name; the processes that compile are forked with it
+
+
+def compiled(kernel, types: dict, constants: dict, options: dict, capability: int):
+    """The compiled kernel; pointers are aligned to 16 bytes, as PyTorch's allocations are."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name].removesuffix(":16") for name in names}
     source = ASTSource(
@@ -62,34 +76,51 @@ def compile_entry(kernel, types: dict, constants: dict, options: dict, capabilit
             if signature[name].startswith("*") or (name in types and types[name].endswith(":16"))
         },
     )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        dump = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin.name], capture_output=True, text=True, check=True)
-        return dump.stdout, compiled.metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main(name: str, *capabilities: str) -> None:
-    module = load(name)
-    kernels = []
-    for kernel, types, constants, options, wants_dot, *only in module.AOT:
-        for capability in only or map(int, capabilities):
-            options = options if isinstance(options, dict) else {"num_warps": options}
-            sass, shared_bytes = compile_entry(kernel, types, constants, options, capability)
-            kernels.append(
-                {
-                    "kernel": f"{kernel.__name__} {constants}",
-                    "sm": capability,
-                    "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
-                    "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-                    "shared_bytes": shared_bytes,
-                    "tensor_cores": len(re.findall(TENSOR_CORES[capability], sass)),
-                    "wants_dot": wants_dot,
-                }
-            )
-    json.dump({"unlisted": unlisted(module), "kernels": kernels}, sys.stdout)
+def dump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def report(entry: Entry) -> dict:
+    """Local memory of one entry's machine code, where spills go, its shared memory and its tensor-core instructions.
+
+    Only where a dot is meant is the code disassembled, which takes longer than to compile a small kernel.
+    """
+    kernel, types, constants, options, wants_dot, *_ = MODULES[entry.module].AOT[entry.place]
+    options = options if isinstance(options, dict) else {"num_warps": options}
+    result = {"kernel": f"{kernel.__name__} {constants}", "sm": entry.capability, "wants_dot": wants_dot}
+    try:
+        code = compiled(kernel, types, constants, options, entry.capability)
+    except Exception as error:  # the other kernels' proofs stand
+        return result | {"raised": f"{type(error).__name__}: {error}"}
+    stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", dump(code.asm["cubin"], "-res-usage")).groups()
+    sass = dump(code.asm["cubin"], "-sass") if wants_dot else ""
+    return result | {
+        "local_bytes": int(stack) + int(local),
+        "shared_bytes": code.metadata.shared,
+        "tensor_cores": len(re.findall(TENSOR_CORES[entry.capability], sass)),
+    }
+
+
+def main(capabilities: str, *names: str) -> None:
+    MODULES.update({name: load(name) for name in names})
+    entries = [
+        Entry(name, place, capability)
+        for name, module in MODULES.items()
+        for place, listed in enumerate(module.AOT)
+        for capability in listed[5:] or map(int, capabilities.split(","))
+    ]
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        kernels = pool.map(report, entries, chunksize=1)
+    reports = {name: {"unlisted": unlisted(module), "kernels": []} for name, module in MODULES.items()}
+    for entry, kernel in zip(entries, kernels, strict=True):
+        reports[entry.module]["kernels"].append(kernel)
+    json.dump(reports, sys.stdout)
 
 
 if __name__ == "__main__":
