@@ -335,7 +335,8 @@ def test_nan_in_a_counted_row_is_seen():
     for where in "logprobs", "advantages", "old_logprobs":
         logprobs, advantages, keywords = problem(5, torch.float32, weights=False)
         {"logprobs": logprobs, "advantages": advantages, **keywords}[where][2] = math.nan
-        loss, *_, grad, _ = ours((logprobs, advantages, keywords))
+        loss, *metrics, grad, _ = ours((logprobs, advantages, keywords))
+        assert metrics[6].isnan() == (where != "advantages")
         assert loss.isnan() and grad[2].isnan() and not grad[[0, 1, 3, 4]].isnan().any()
 
 

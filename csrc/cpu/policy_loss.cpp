@@ -1,11 +1,14 @@
 // Policy-gradient loss, metrics and gradients in one pass over the rows: reads every [T] input once and writes the two
-// gradients, 32 bytes per token in fp32 with every input given; nothing else of length T exists. Sums run in double
-// over fixed blocks of rows and are combined in order, so their bits do not depend on the number of threads. gspo
-// first reads logprobs, old_logprobs and weights for the mean of each sequence and keeps it in a value per row.
+// gradients, 32 bytes per token in fp32 with every input given; nothing else of length T exists. Terms are in double, a
+// token per lane, and rounded once. Sums run in double over fixed lanes of fixed blocks of rows and are combined in
+// order, so their bits do not depend on the number of threads. gspo first reads logprobs, old_logprobs and weights for
+// the mean of each sequence and keeps it in a value per row.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -14,6 +17,7 @@
 #include "cu_seqlens.h"
 #include "dtypes.h"
 #include "policy_sums.h"
+#include "simd.h"
 
 namespace qrm_fast {
 namespace {
@@ -53,30 +57,116 @@ std::vector<acc_t<T>> sequence_log_ratios(const Rows<T>& rows, const CuSeqlens& 
   return log_ratios;
 }
 
-// `log_ratios`: one per row for gspo, empty otherwise.
-template <typename T>
-PolicySums policy_block(const Rows<T>& rows, const std::vector<acc_t<T>>& log_ratios,
-                        const PolicyOptions<acc_t<T>>& options, acc_t<T> entropy_coef, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  PolicySums sums;
-  for (int64_t t = begin; t < end; ++t) {
-    const A weight = rows.weight(t);
-    if (weight == 0) {
-      rows.dlogprobs[t] = 0;
-      if (rows.entropy) rows.dentropy[t] = 0;
-      continue;
-    }
-    const A logprob = rows.logprobs[t];
-    const A log_ratio = log_ratios.empty() ? logprob - rows.old(t) : log_ratios[t];
-    const A ref = rows.ref_logprobs ? static_cast<A>(rows.ref_logprobs[t]) : A(0);
-    const A entropy = rows.entropy ? static_cast<A>(rows.entropy[t]) : A(0);
-    const PolicyTerms<A> x = policy_terms<A>(logprob, rows.old(t), log_ratio, rows.ref_logprobs ? &ref : nullptr,
-                                             rows.advantages[t], options);
-    rows.dlogprobs[t] = weight * x.dlogprob;
-    if (rows.entropy) rows.dentropy[t] = -entropy_coef * weight;
-    sums.add_token(x, entropy, entropy_coef, weight);
+// Double lanes filled from any dtype; lanes beyond the first `count` read as 0. `kDouble`: the rows are double too.
+template <int Bytes, bool kDouble>
+struct Lanes : Simd<double, Bytes> {
+  using typename Simd<double, Bytes>::Vec;
+  static constexpr int kLanes = Simd<double, Bytes>::kLanes;
+  typedef float FloatVec __attribute__((vector_size(Bytes / 2)));
+
+  QRM_FAST_INLINE static Vec load(const double* p, int64_t count) {
+    Vec v{};
+    std::memcpy(&v, p, count * sizeof(double));
+    return v;
   }
-  return sums;
+  QRM_FAST_INLINE static Vec load(const float* p, int64_t count) {
+    FloatVec v{};
+    std::memcpy(&v, p, count * sizeof(float));
+    return __builtin_convertvector(v, Vec);
+  }
+  template <typename T>
+  QRM_FAST_INLINE static Vec load(const T* p, int64_t count) {
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = static_cast<float>(p[i]);
+    return load(lanes, kLanes);
+  }
+  QRM_FAST_INLINE static void store(double* p, int64_t count, Vec v) { std::memcpy(p, &v, count * sizeof(double)); }
+  QRM_FAST_INLINE static void store(float* p, int64_t count, Vec v) {
+    const FloatVec narrow = __builtin_convertvector(v, FloatVec);
+    std::memcpy(p, &narrow, count * sizeof(float));
+  }
+
+  QRM_FAST_INLINE static Vec exp(Vec x) {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    return x > Vec{} + 709 ? Vec{} + kInfinity : Simd<double, Bytes>::exp(x);
+  }
+  // Of float rows e^x - 1 has digits enough; of double rows x + x^2 / 2 + ... where it would cancel.
+  QRM_FAST_INLINE static Vec expm1(Vec x) {
+    const Vec far = exp(x) - 1;
+    if constexpr (!kDouble) return far;
+    Vec series = {};
+#pragma GCC unroll 12
+    for (int i = 12; i > 0; --i) series = (series + 1) * (x * (1.0 / i));
+    const Vec size = x < Vec{} ? -x : x;
+    return size < Vec{} + 0.2 ? series : far;
+  }
+};
+
+// Rows [begin, end). `log_ratios`: one per row for gspo, else null.
+template <int Bytes, typename T>
+QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_ratios,
+                                       const PolicyOptions<double>& options, double entropy_coef, int64_t begin,
+                                       int64_t end) {
+  using L = Lanes<Bytes, std::is_same_v<T, double>>;
+  using V = typename L::Vec;
+  const PolicyOptions<V> o{
+      options.kind,          V{} + options.ratio_low, V{} + options.ratio_high, V{} + options.dual_clip,
+      V{} + options.kl_coef, options.has_kl,          options.kl_estimator};
+  acc_t<T> mean_weights[L::kLanes];
+  std::fill_n(mean_weights, L::kLanes, rows.mean_weight);
+  V sums[kPolicyMetrics] = {}, top = {};
+  const auto add = [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+    const V weight = L::load(rows.token_weights ? rows.token_weights + t : mean_weights, count);
+    const auto load = [&](const auto* p)
+                          __attribute__((always_inline)) { return weight != V{} ? L::load(p + t, count) : V{}; };
+    const V logprob = load(rows.logprobs), advantage = load(rows.advantages);
+    const V old = rows.old_logprobs ? load(rows.old_logprobs) : logprob;
+    const V log_ratio = log_ratios ? load(log_ratios) : logprob - old;
+    const V ref = rows.ref_logprobs ? load(rows.ref_logprobs) : V{};
+    const V entropy = rows.entropy ? load(rows.entropy) : V{};
+    const auto x = policy_terms<V, L>(logprob, old, log_ratio, rows.ref_logprobs ? &ref : nullptr, advantage, o);
+    L::store(rows.dlogprobs + t, count, weight * x.dlogprob);
+    if (rows.entropy) L::store(rows.dentropy + t, count, -entropy_coef * weight);
+    const V loss = entropy_coef != 0 ? x.loss - entropy_coef * entropy : x.loss;
+    const V terms[] = {loss, x.clipped_low, x.clipped_high, x.approx_kl, x.ref_kl, x.ratio, entropy};
+    for (int i = 0; i < kPolicyMetrics; ++i) sums[i] += weight * terms[i];
+    const V ratio = weight != V{} ? x.ratio : V{};
+    top = ratio > top ? ratio : (ratio == ratio ? top : ratio);  // a NaN stays
+  };
+  int64_t t = begin;
+  for (; t + L::kLanes <= end; t += L::kLanes) add(t, L::kLanes);  // whose loads have a fixed size
+  if (t < end) add(t, end - t);
+  PolicySums total;
+  total.loss = L::sum(sums[0]);
+  for (int i = 0; i < kPolicyMetrics - 1; ++i) total.metrics[i] = L::sum(sums[i + 1]);
+  for (int i = 0; i < L::kLanes; ++i) total.raise(top[i]);
+  return total;
+}
+
+template <typename T>
+using BlockOfRows = PolicySums (*)(const Rows<T>&, const acc_t<T>*, const PolicyOptions<double>&, double, int64_t,
+                                   int64_t);
+
+#if defined(__x86_64__)
+template <typename T>
+QRM_FAST_TARGET_AVX2 PolicySums policy_rows_avx2(const Rows<T>& rows, const acc_t<T>* log_ratios,
+                                                 const PolicyOptions<double>& options, double entropy_coef,
+                                                 int64_t begin, int64_t end) {
+  return policy_rows<32>(rows, log_ratios, options, entropy_coef, begin, end);
+}
+#endif
+template <typename T>
+PolicySums policy_rows_portable(const Rows<T>& rows, const acc_t<T>* log_ratios, const PolicyOptions<double>& options,
+                                double entropy_coef, int64_t begin, int64_t end) {
+  return policy_rows<16>(rows, log_ratios, options, entropy_coef, begin, end);
+}
+
+template <typename T>
+BlockOfRows<T> policy_rows_of_this_cpu() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return policy_rows_avx2<T>;
+#endif
+  return policy_rows_portable<T>;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
@@ -94,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   dispatch_floating(logprobs.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const auto options = policy_options<A>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
+    const auto options = policy_options<double>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
     const Rows<T> rows{
         static_cast<const T*>(logprobs.const_data_ptr()),
         static_cast<const A*>(advantages.const_data_ptr()),
@@ -108,11 +198,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     };
     std::vector<A> log_ratios;
     if (cu_seqlens) log_ratios = sequence_log_ratios(rows, CuSeqlens(*cu_seqlens, num_tokens), num_tokens);
+    const BlockOfRows<T> sum_rows = policy_rows_of_this_cpu<T>();
     std::vector<PolicySums> blocks((num_tokens + kBlock - 1) / kBlock);
     torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = policy_block<T>(rows, log_ratios, options, entropy_coef, i * kBlock,
-                                    std::min((i + 1) * kBlock, num_tokens));
+        blocks[i] = sum_rows(rows, log_ratios.empty() ? nullptr : log_ratios.data(), options, entropy_coef, i * kBlock,
+                             std::min((i + 1) * kBlock, num_tokens));
       }
     });
     PolicySums sums;

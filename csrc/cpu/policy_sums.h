@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "policy_terms.h"
 
@@ -26,8 +27,12 @@ struct PolicySums {
   void add(const PolicySums& x, double weight) {
     loss += weight * x.loss;
     for (int64_t i = 0; i < kPolicyMetrics - 1; ++i) metrics[i] += weight * x.metrics[i];
+    raise(x.metrics[kPolicyMetrics - 1]);
+  }
+
+  void raise(double ratio) {
     double& top = metrics[kPolicyMetrics - 1];
-    if (!(x.metrics[kPolicyMetrics - 1] <= top)) top = x.metrics[kPolicyMetrics - 1];  // a NaN stays
+    if (ratio > top || ratio != ratio) top = ratio;  // a NaN stays
   }
 };
 
@@ -43,18 +48,27 @@ struct MeanLogRatio {
   double value() const { return count > 0 ? sum / count : 0; }
 };
 
-template <typename T>
-PolicyOptions<T> policy_options(const std::string& kind, double clip_low, double clip_high, double dual_clip,
+// V from a number, a vector with the number in every lane.
+template <typename V>
+PolicyOptions<V> policy_options(const std::string& kind, double clip_low, double clip_high, double dual_clip,
                                 double kl_coef, const std::string& kl_estimator) {
+  const auto all = [](double x) {
+    if constexpr (std::is_arithmetic_v<V>) {
+      return static_cast<V>(x);
+    } else {
+      return V{} + x;
+    }
+  };
   return {
       kind == "ppo"     ? PolicyKind::kPpo
       : kind == "cispo" ? PolicyKind::kCispo
       : kind == "gspo"  ? PolicyKind::kGspo
                         : PolicyKind::kReinforce,
-      static_cast<T>(1 - clip_low),
-      static_cast<T>(1 + clip_high),
-      static_cast<T>(dual_clip),
-      static_cast<T>(kl_coef),
+      all(1 - clip_low),
+      all(1 + clip_high),
+      all(dual_clip),
+      all(kl_coef),
+      kl_coef != 0,
       kl_estimator == "k1"   ? KlEstimator::kK1
       : kl_estimator == "k2" ? KlEstimator::kK2
                              : KlEstimator::kK3,
