@@ -1,0 +1,56 @@
+"""The scans on CPU by narrower vectors than this machine's best, which keep the same promises."""
+
+import os
+import platform
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[1]
+SCANS = ["gae", "discounted_returns", "vtrace", "min_gae"]
+# What the processor is said to have, by the fourth letter of avx512f, avx512dq, avx2 and fma.
+SUPPORTS = {"avx2": "((feature)[3] != '5')", "portable": "false"}
+CHOSEN = "long_sequences or dtypes or infinite or masked or (no_further and (odd or aligned))"
+
+PLUGIN = """
+import qrm_fast
+import torch
+
+torch.ops.load_library({library!r})  # takes the place of the kernels that qrm_fast registered
+"""
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """The four scans built for each kind of vectors, side by side."""
+    folder = tmp_path_factory.mktemp("scans")
+    (folder / "scans.cpp").write_text("".join(f'#include "{ROOT}/csrc/cpu/{name}.cpp"\n' for name in SCANS))
+    command = ["c++", "-shared", "-fPIC", *runpy.run_path(str(ROOT / "setup.py"))["CXX"], folder / "scans.cpp"]
+    command += [*(f"-I{path}" for path in include_paths()), f"-L{Path(torch.__file__).parent / 'lib'}"]
+    command += ["-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries = {vectors: folder / f"{vectors}.so" for vectors in SUPPORTS}
+    builds = [
+        subprocess.Popen([*map(str, command), "-o", library, f"-D__builtin_cpu_supports(feature)={SUPPORTS[vectors]}"])
+        for vectors, library in libraries.items()
+    ]
+    assert [build.wait() for build in builds] == [0] * len(builds)
+    return libraries
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one width of vectors on this processor")
+@pytest.mark.parametrize("vectors", SUPPORTS)
+def test_narrower_vectors_keep_the_promises_of_every_scan(libraries, tmp_path, vectors):
+    (tmp_path / "narrower.py").write_text(PLUGIN.format(library=str(libraries[vectors])))
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "narrower", "-k", CHOSEN, "tests/test_scan.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    assert tests.returncode == 0, tests.stdout + tests.stderr
