@@ -13,11 +13,10 @@ from torch import Tensor
 
 from qrm_fast import discounted_returns, gae, min_gae, vtrace
 
-from .harness import Case, Provider, case, copy
+from .harness import KEPT_MEMORY, Case, Provider, case, copy
 from .rivals import Rival, available
 
 NUM_TOKENS = 1 << 24
-KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}  # glibc's
 SEGMENTS = ["1 x 16777216", "16384 x 1024", "1048576 x 16", "log-normal"]
 
 

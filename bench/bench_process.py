@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qrm_fast import process_advantages
 
-from .harness import Case, case, copy
+from .harness import KEPT_MEMORY, Case, case, copy
 
 WIDTH, NUM_STEPS, ANSWERS_PER_PROMPT, TEMPERATURE = 7168, 60, 8, 0.1
 
@@ -72,3 +72,11 @@ def process_advantages_verl(device: torch.device, num_answers: int, lengths: str
         limit=copy(num_bytes, device),
         bytes=num_bytes,
     )
+
+
+@case(
+    environment=KEPT_MEMORY,
+    cpu=[{"num_answers": 512, "lengths": "full"}, {"num_answers": 512, "lengths": "spread"}],
+)
+def process_advantages_verl_in_kept_memory(device: torch.device, num_answers: int, lengths: str) -> Case:
+    return process_advantages_verl(device, num_answers, lengths)

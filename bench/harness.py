@@ -38,6 +38,10 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
 
 
+# A process started so keeps what it frees (glibc): only its first call waits for fresh pages.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+
+
 class Registered(NamedTuple):
     suite: str
     device: str

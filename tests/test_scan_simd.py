@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SCANS = ["gae", "discounted_returns", "vtrace", "min_gae"]
 # What the processor is said to have, by the fourth letter of avx512f, avx512dq, avx2 and fma.
 SUPPORTS = {"avx2": "((feature)[3] != '5')", "portable": "false"}
-CHOSEN = "long_sequences or dtypes or infinite or masked or (no_further and (odd or aligned))"
+CHOSEN = "long_sequences or dtypes or infinite or (no_further and odd)"
 
 PLUGIN = """
 import qrm_fast
@@ -32,7 +32,7 @@ def libraries(tmp_path_factory):
     (folder / "scans.cpp").write_text("".join(f'#include "{ROOT}/csrc/cpu/{name}.cpp"\n' for name in SCANS))
     command = ["c++", "-shared", "-fPIC", *runpy.run_path(str(ROOT / "setup.py"))["CXX"], folder / "scans.cpp"]
     command += [*(f"-I{path}" for path in include_paths()), f"-L{Path(torch.__file__).parent / 'lib'}"]
-    command += ["-ltorch_cpu", "-ltorch", "-lc10"]
+    command += ["-ltorch_cpu", "-ltorch", "-lc10", "-O1"]  # compiled soon, run briefly
     libraries = {vectors: folder / f"{vectors}.so" for vectors in SUPPORTS}
     builds = [
         subprocess.Popen([*map(str, command), "-o", library, f"-D__builtin_cpu_supports(feature)={SUPPORTS[vectors]}"])

@@ -26,6 +26,22 @@ inline double weight(double excess, double temperature) { return excess == 0 ? 1
 
 using Simd8 = Simd<double, 64>;
 
+// Copies the rewards in double; returns the first of the lowest, or -1 where a reward is not finite. n > 0.
+template <typename T>
+QRM_FAST_TARGET_CLONES int64_t take_rewards(const T* rewards, int64_t n, double* returns) {
+  for (int64_t k = 0; k < n; ++k) returns[k] = static_cast<acc_t<T>>(rewards[k]);
+  Simd8::Vec low = Simd8::broadcast(returns[0]), zeros = {};
+  for (int64_t k = 0; k < n; k += Simd8::kLanes) {
+    const Simd8::Vec r =
+        k + Simd8::kLanes <= n ? Simd8::load(returns + k) : Simd8::load_first(returns + k, n - k, returns[0]);
+    low = r < low ? r : low;
+    zeros += r - r;
+  }
+  if (Simd8::sum(zeros) != 0) return -1;
+  const double minimum = Simd8::reduce(low, [](double a, double b) { return std::min(a, b); });
+  return std::find(returns, returns + n, minimum) - returns;
+}
+
 QRM_FAST_INLINE Simd8::Vec weights_of(Simd8::Vec rewards, double minimum, double temperature) {
   const Simd8::Vec excess = rewards - minimum;
   return excess == 0.0 ? Simd8::broadcast(1.0) : Simd8::exp(-excess / temperature);
@@ -104,18 +120,12 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
         w[i] = -1;
         o[i] = 0;
         if (n == 0) continue;
-        int64_t lowest = first;
-        bool finite = true;
-        for (int64_t k = first; k < first + n; ++k) {
-          g[k] = static_cast<acc_t<T>>(r[k]);
-          finite &= std::isfinite(g[k]);
-          if (g[k] < g[lowest]) lowest = k;
-        }
-        if (!finite) {
+        const int64_t lowest = take_rewards(r + first, n, g + first);
+        if (lowest < 0) {
           std::fill_n(g + first, n, std::numeric_limits<double>::quiet_NaN());
         } else {
-          w[i] = lowest;
-          if (soft) soft_returns(n, g[lowest], temperature, g + first);
+          w[i] = first + lowest;
+          if (soft) soft_returns(n, g[first + lowest], temperature, g + first);
           if (causal) causal_soft_returns(r + first, n, temperature, g + first);
           if (form == "sum") sum_returns(r + first, n, g + first);
         }

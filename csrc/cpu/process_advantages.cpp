@@ -127,13 +127,12 @@ struct Batch {
     return constant + (process(i) - process(i));
   }
 
-  // How often the process baseline is subtracted from step k of sequence i on: once per step, or once per row that does
-  // not end one.
+  // How often paper-step and openrlhf subtract the process baseline from step k of sequence i on: once per step, or
+  // once per row that does not end one.
   double repeats(int64_t i, int64_t k) const {
     const int64_t remaining = steps.first(i + 1) - k;
     if (preset == Preset::paper_step) return remaining;
-    if (preset == Preset::openrlhf) return steps.end(steps.first(i + 1) - 1) + 1 - steps.begin(i, k) - remaining;
-    return 0;
+    return steps.end(steps.first(i + 1) - 1) + 1 - steps.begin(i, k) - remaining;
   }
 
   // Calls f(value, count) for the unmasked rows of a sequence.
@@ -210,6 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
     });
     // openrlhf shifts outcomes to {-1, 0}, which shows only where there are no others to compare with.
     const bool openrlhf = batch.preset == Preset::openrlhf, whitens = openrlhf || batch.preset == Preset::verl;
+    const bool repeats = openrlhf || batch.preset == Preset::paper_step;
     const std::vector<double> process_baseline = leave_one_out(groups, process, 0);
     const std::vector<double> outcome_baseline = leave_one_out(groups, outcome, openrlhf ? 1 : 0);
     std::vector<Moments> parts(num_sequences);
@@ -218,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
       for (int64_t i = begin; i < end; ++i) {
         base[i] = batch.constant(i, process_baseline[i], outcome_baseline[i]);
         for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
-          const double process_level = batch.returns[k] - process_baseline[i] * batch.repeats(i, k);
+          double process_level = batch.returns[k];
+          if (repeats) process_level -= process_baseline[i] * batch.repeats(i, k);
           level[k] = process_coef * process_level + base[i];
         }
         if (!whitens) continue;

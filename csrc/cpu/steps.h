@@ -19,12 +19,7 @@ class Steps {
         wide_(step_ends.scalar_type() == torch::headeronly::ScalarType::Long),
         cu_(cu),
         first_(cu.num_sequences() + 1) {
-    int64_t from = 0;
-    for (int64_t i = 0; i < cu.num_sequences(); ++i) {
-      first_[i] = from;
-      from = lower_bound(from, step_ends.size(0), cu[i + 1]);
-    }
-    first_.back() = step_ends.size(0);
+    wide_ ? find_firsts<int64_t>(step_ends.size(0)) : find_firsts<int32_t>(step_ends.size(0));
   }
 
   // Throws ValueError unless the ends ascend strictly within [0, num_tokens).
@@ -43,12 +38,22 @@ class Steps {
   int64_t begin(int64_t i, int64_t k) const { return k == first_[i] ? cu_[i] : end(k - 1) + 1; }
 
  private:
-  int64_t lower_bound(int64_t from, int64_t to, int64_t row) const {
-    while (from < to) {
-      const int64_t middle = (from + to) / 2;
-      end(middle) < row ? from = middle + 1 : to = middle;
+  // Doubling steps from the sequence's first, then halving: few probes, all close by.
+  template <typename I>
+  void find_firsts(int64_t num_steps) {
+    const I* ends = static_cast<const I*>(data_);
+    int64_t from = 0;
+    for (int64_t i = 0; i < cu_.num_sequences(); ++i) {
+      first_[i] = from;
+      const int64_t eos = cu_[i + 1];
+      int64_t reach = 1;
+      while (from + reach <= num_steps && ends[from + reach - 1] < eos) reach *= 2;
+      // the first `from` ends lie before eos, and at most `reach` - 1 more do
+      for (reach = reach / 2; reach > 0; reach /= 2) {
+        if (from + reach <= num_steps && ends[from + reach - 1] < eos) from += reach;
+      }
     }
-    return from;
+    first_.back() = num_steps;
   }
 
   template <typename I>

@@ -9,7 +9,7 @@ and dW before the next block: six launches a block. 6 T D V FLOP; beside them 2 
 written, and read by both products. A block has at least 4096 rows where 1.45 GB hold them: each block after the first
 reads and writes float32 dW.
 gspo's coefficient depends on whole sequences, whose ends the host does not know. Where old log-probabilities are given
-(without them every ratio is 1), rows that fit into one block take two launches more, and more rows than that the four
+(without them every ratio is 1), rows that fit into one block take three launches more, and more rows than that the four
 products of linear_logprobs. Block sizes have been compiled, not yet timed on a GPU.
 """
 
