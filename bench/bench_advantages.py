@@ -59,9 +59,11 @@ def packed(device: torch.device, segments: str) -> Case:
     if device.type == "cuda":
         providers |= in_triton(rewards, values, cu_seqlens)
 
+    held = list(providers.values())  # what is put beside them later is no gae
+
     def gate():
         wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
-        for provider in providers.values():
+        for provider in held:
             assert_as_float64(provider(), wide)
 
     num_bytes = 16 * NUM_TOKENS
