@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import groupby
 
 from .provenance import ROOT
 
@@ -16,8 +17,11 @@ COLUMNS = {  # heading: key of a row, how it is written
 
 
 def table(records: list[dict]) -> str:
-    """Markdown: one table per case with a row per way, then one line per provenance."""
-    return "\n\n".join([*map(_case, records), *dict.fromkeys(map(provenance_line, records))])
+    """Markdown: one table per case with a row per way, and one line of provenance behind those that share it."""
+    parts = []
+    for made, together in groupby(records, provenance_line):
+        parts += [*map(_case, together), made]
+    return "\n\n".join(parts)
 
 
 def _case(record: dict) -> str:
