@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from cuda_graph import replayed
 from grids import LENGTHS
 from test_q_token_rewards import CASES, CU, KL, SCORES, VALUES, close, float32_path, inputs, oracle
 
@@ -113,6 +114,21 @@ def test_bits_depend_on_the_own_sequence_only():
         rows = slice(bos, eos)
         alone = q_advantages(q[rows], values[rows], torch.tensor([0, eos - bos]), mask=mask[rows], **options)
         assert torch.equal(torch.stack(alone), packed[:, rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("scope", ["batch", "sequence", "group"])
+def test_nothing_waits_on_cuda_and_a_graph_captures_it(scope):
+    q, cu, mask, group_ids, logprobs, ref_logprobs = inputs([1, 1025, 3, 0, 2049, 7], device="cuda")
+    options = CASES["everything"](mask, group_ids, logprobs, ref_logprobs) | {"scope": scope}
+    options["group_ids"] = group_ids if scope == "group" else None
+    values = q + 1
+    q_advantages(q, values, cu, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    direct = q_advantages(q, values, cu, **options)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, replayed(lambda: q_advantages(q, values, cu, **options)), direct))
 
 
 def test_not_differentiable():
