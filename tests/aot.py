@@ -5,7 +5,8 @@ on every core. A module lists its kernels, one entry per configuration it launch
 
     AOT = [(kernel, {"x_ptr": "*bf16", "num_rows": "i32"}, {"BT": 64}, num_warps, wants_dot)]
 
-In place of `num_warps` may stand all compile options, {"num_warps": 8, "num_stages": 4}; a sixth member names the only
+Triton takes a size of 1 as a constant: its front end is asked once more about every kernel with sizes of 1. In place of
+`num_warps` may stand all compile options, {"num_warps": 8, "num_stages": 4}; a sixth member names the only
 architecture that runs the configuration. A dimension whose multiples of 16 matter is written "i32:16".
 """
 
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
@@ -62,21 +64,49 @@ class Entry(NamedTuple):
 MODULES: dict = {}  # by name; the processes that compile are forked with it
 
 
-def compiled(kernel, types: dict, constants: dict, options: dict, capability: int):
-    """The compiled kernel; pointers are aligned to 16 bytes, as PyTorch's allocations are."""
+def parts(entry: Entry) -> tuple:
+    """Kernel, types, constants, compile options and whether a dot is meant."""
+    kernel, types, constants, options, wants_dot, *_ = MODULES[entry.module].AOT[entry.place]
+    return kernel, types, constants, options if isinstance(options, dict) else {"num_warps": options}, wants_dot
+
+
+def source(kernel, types: dict, constants: dict) -> ASTSource:
+    """Pointers are aligned to 16 bytes, as PyTorch's allocations are."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name].removesuffix(":16") for name in names}
-    source = ASTSource(
+    return ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if signature[name].startswith("*") or (name in types and types[name].endswith(":16"))
+            if signature[name].startswith("*") or (signature[name] != "constexpr" and types[name].endswith(":16"))
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def sizes(entry: Entry) -> list[str]:
+    """The integers that a kernel is launched with."""
+    kernel, types, constants, *_ = parts(entry)
+    return [name for name in kernel.arg_names if name not in constants and types[name].startswith(("i32", "i64"))]
+
+
+def refusal(entry: Entry, ones: tuple[str, ...]) -> str | None:
+    """What Triton's front end has against these sizes being 1, which it then takes as constants."""
+    kernel, types, constants, options, _ = parts(entry)
+    target = GPUTarget("cuda", entry.capability, 32)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options(options)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    whole = source(kernel, types, constants | dict.fromkeys(ones, 1))
+    try:
+        generators = backend.get_codegen_implementation(options)
+        whole.make_ir(target, options, generators, backend.get_module_map(), context)
+    except Exception as error:  # the other kernels' proofs stand
+        return f"{kernel.__name__} {constants} with {', '.join(ones)} = 1: {type(error).__name__}: {error}"
+    return None
 
 
 def dump(cubin: bytes, what: str) -> str:
@@ -91,11 +121,11 @@ def report(entry: Entry) -> dict:
 
     Only where a dot is meant is the code disassembled, which takes longer than to compile a small kernel.
     """
-    kernel, types, constants, options, wants_dot, *_ = MODULES[entry.module].AOT[entry.place]
-    options = options if isinstance(options, dict) else {"num_warps": options}
+    kernel, types, constants, options, wants_dot = parts(entry)
     result = {"kernel": f"{kernel.__name__} {constants}", "sm": entry.capability, "wants_dot": wants_dot}
     try:
-        code = compiled(kernel, types, constants, options, entry.capability)
+        target = GPUTarget("cuda", entry.capability, 32)
+        code = triton.compile(source(kernel, types, constants), target=target, options=options)
     except Exception as error:  # the other kernels' proofs stand
         return result | {"raised": f"{type(error).__name__}: {error}"}
     stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", dump(code.asm["cubin"], "-res-usage")).groups()
@@ -105,6 +135,19 @@ def report(entry: Entry) -> dict:
         "shared_bytes": code.metadata.shared,
         "tensor_cores": len(re.findall(TENSOR_CORES[entry.capability], sass)),
     }
+
+
+def with_ones(entries: list[Entry]) -> list[tuple[Entry, tuple[str, ...]]]:
+    """All sizes 1 in every configuration, whatever its blocks, and each size by itself in the first of every kernel."""
+    asked: dict = {}
+    for entry in entries:
+        kernel, _, constants, *_ = parts(entry)
+        names = sizes(entry)
+        switches = str({name: x for name, x in constants.items() if type(x) is not int})
+        asked.setdefault((kernel, switches), (entry, tuple(names)))
+        for name in names:
+            asked.setdefault((kernel, name), (entry, (name,)))
+    return [(entry, ones) for entry, ones in asked.values() if ones]
 
 
 def main(capabilities: str, *names: str) -> None:
@@ -117,9 +160,13 @@ def main(capabilities: str, *names: str) -> None:
     ]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         kernels = pool.map(report, entries, chunksize=1)
-    reports = {name: {"unlisted": unlisted(module), "kernels": []} for name, module in MODULES.items()}
+        asked = with_ones(entries)
+        refusals = pool.starmap(refusal, asked)
+    reports = {name: {"unlisted": unlisted(module), "kernels": [], "refused": []} for name, module in MODULES.items()}
     for entry, kernel in zip(entries, kernels, strict=True):
         reports[entry.module]["kernels"].append(kernel)
+    for (entry, _), complaint in zip(asked, refusals, strict=True):
+        reports[entry.module]["refused"] += [complaint] if complaint else []
     json.dump(reports, sys.stdout)
 
 

@@ -54,6 +54,7 @@ def check_triton(module: str, report: dict) -> None:
         assert kernel["local_bytes"] == 0, f"spills: {kernel}"
         assert kernel["shared_bytes"] <= SHARED_BYTES[kernel["sm"]], f"more shared memory than there is: {kernel}"
         assert not kernel["wants_dot"] or kernel["tensor_cores"] > 0, f"no tensor-core instruction: {kernel}"
+    assert not report["refused"], f"does not compile with sizes of one: {report['refused']}"
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,11 @@ PRELUDE = """
         return x * 2
 
     @triton.jit
-    def normalise(x, out, BT: tl.constexpr):
+    def normalise(x, out, num_rows, WIDE: tl.constexpr, BT: tl.constexpr):
         o_t = tl.arange(0, BT)
-        b_x = tl.load(x + o_t)
+        if WIDE:
+            num_rows = num_rows.to(tl.int64)
+        b_x = tl.load(x + o_t, o_t < num_rows, 0.0)
         tl.store(out + o_t, double(b_x) / tl.sum(b_x))
 
     @triton.jit
@@ -90,8 +93,9 @@ PRELUDE = """
         b_x = tl.load(x + o_t[:, None] * BT + o_t)
         tl.store(out + o_t[:, None] * BT + o_t, tl.dot(b_x, b_x, input_precision="ieee"))
 
-    def normalise_entry(block, wants_dot=False):
-        return normalise, {"x": "*fp32", "out": "*fp32"}, {"BT": block}, 1, wants_dot
+    def normalise_entry(block, wide=False):
+        types = {"x": "*fp32", "out": "*fp32", "num_rows": "i32"}
+        return normalise, types, {"WIDE": wide, "BT": block}, 1, False
 
     def product_entry(dtype):
         return product, {"x": dtype, "out": "*fp32"}, {"BT": 64 if dtype == "*bf16" else 32}, 4, True
@@ -103,6 +107,7 @@ PROOFS = {  # AOT of a module, and what is wrong with it
     "unlisted": ("normalise_entry(128)", r"does not list \['product'\]"),
     "raises": ("normalise_entry(100), product_entry('*bf16')", "does not compile: .*power of 2"),
     "spills": ("normalise_entry(8192), product_entry('*bf16')", "spills: .*normalise"),
+    "sizes": ("normalise_entry(128, True), product_entry('*bf16')", "sizes of one: .*normalise .* with num_rows = 1"),
     "dots": ("normalise_entry(128), product_entry('*fp32')", "no tensor-core instruction: .*product"),
 }
 
