@@ -14,6 +14,8 @@ Grids come from shapes. Boundaries that a CPU kernel would refuse are clamped an
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
+import itertools
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -22,10 +24,11 @@ from torch import Tensor
 PIECE, GROUP = 32, 64  # rows, pieces
 SETUP_PROGRAMS = 64
 SETUP = {"BS": 512, "num_warps": 4}
-ROWS = {"BP": 32, "HALVINGS": 6, "num_warps": 4, "enable_fp_fusion": False}
+ROWS = {"BP": 32, "HALVINGS": 6, "enable_fp_fusion": False}
 GROUPS = {"BP": 16, "HALVINGS": 5, "num_warps": 4, "enable_fp_fusion": False}
 STATES = {"BG": 512, "num_warps": 4, "enable_fp_fusion": False}
 PARTS = {"gae": 2, "discounted_returns": 2, "min_gae": 3, "vtrace": 5}  # numbers that a map has
+WARPS = {"gae": 4, "discounted_returns": 4, "min_gae": 4, "vtrace": 8}  # of scan_rows: at 4, five numbers spill
 
 
 @triton.jit
@@ -455,6 +458,7 @@ def launch(
     states = rewards.new_empty(2, num_states + 1, dtype=torch.float32)
     sizes, halvings = (num_tokens, num_sequences), num_sequences.bit_length()
     tree = {"PIECE": PIECE, "GROUP": GROUP}
+    rows = {"SETUP_PROGRAMS": SETUP_PROGRAMS, "num_warps": WARPS[rule], **tree, **ROWS}
     of_rows = rewards, values, ratios, mask, bootstrap, lam_per_sequence, *(*results, None)[:2], cu_seqlens
     of_rows = *of_rows, firsts, broken, maps, states, *sizes, num_maps, num_states + 1, *(*numbers, 0.0, 0.0)[:4]
     with torch.cuda.device_of(rewards):
@@ -472,7 +476,7 @@ def launch(
             **tree,
             **SETUP,
         )
-        scan_rows[(programs,)](*of_rows, rule, PARTS[rule], False, SETUP_PROGRAMS=SETUP_PROGRAMS, **tree, **ROWS)
+        scan_rows[(programs,)](*of_rows, rule, PARTS[rule], False, **rows)
         scan_groups[(group_programs,)](
             cu_seqlens, group_firsts, maps, *sizes, num_maps, rule, PARTS[rule], **tree, **GROUPS
         )
@@ -490,7 +494,7 @@ def launch(
             **tree,
             **STATES,
         )
-        scan_rows[(programs,)](*of_rows, rule, PARTS[rule], True, SETUP_PROGRAMS=SETUP_PROGRAMS, **tree, **ROWS)
+        scan_rows[(programs,)](*of_rows, rule, PARTS[rule], True, **rows)
     return results
 
 
@@ -500,7 +504,8 @@ def _aot(capability: int, kernel, rule: str, dtype: str = "fp32", index: str = "
     types |= dict.fromkeys(("bootstrap", "lam_per_sequence", "result", "more", "maps", "states"), "*fp32")
     types |= dict.fromkeys(("firsts", "broken", "piece_firsts", "group_firsts"), "*i64")
     types |= dict.fromkeys(("gamma", "decay", "rho_bar", "c_bar"), "fp32")
-    launch = {"scan_setup": SETUP, "scan_rows": ROWS, "scan_groups": GROUPS, "scan_states": STATES}[kernel.__name__]
+    rows = ROWS | {"num_warps": WARPS[rule]}
+    launch = {"scan_setup": SETUP, "scan_rows": rows, "scan_groups": GROUPS, "scan_states": STATES}[kernel.__name__]
     options = {name: launch[name] for name in ("num_warps", "enable_fp_fusion") if name in launch}
     sizes = {"PIECE": PIECE, "GROUP": GROUP, "PIECES": ROWS["BP"], "GROUPS": GROUPS["BP"]}
     sizes |= {"RULE": rule, "PARTS": PARTS[rule], "SETUP_PROGRAMS": SETUP_PROGRAMS}
@@ -513,19 +518,18 @@ def _aot(capability: int, kernel, rule: str, dtype: str = "fp32", index: str = "
     return kernel, types, constants, options, False, capability
 
 
+# A row map is met in every dtype and on every architecture, and every dtype on every architecture, but not all three in
+# every combination: their product takes three times as long and differs in the loads alone.
+_TARGETS = ((80, "bf16", "i32"), (90, "fp16", "i64"), (100, "fp32", "i64"))
 AOT = [
-    _aot(90, scan_setup, "gae", index="i32"),
-    *(_aot(capability, scan_rows, "gae", "bf16", "i32", JOINING=False) for capability in (80, 90, 100)),
-    _aot(90, scan_rows, "gae", "bf16", "i32", JOINING=True),
+    *(_aot(capability, scan_setup, "gae", index=index) for capability, _, index in _TARGETS),
+    *(
+        _aot(_TARGETS[(i + j) % 3][0], scan_rows, rule, *_TARGETS[j][1:], JOINING=joining)
+        for i, (rule, joining) in enumerate(itertools.product(PARTS, (False, True)))
+        for j in range(3)
+    ),
     _aot(100, scan_rows, "gae", JOINING=False, mask=None, bootstrap=None, lam_per_sequence=None),
-    _aot(80, scan_groups, "gae"),
-    _aot(90, scan_states, "gae"),
-    _aot(80, scan_rows, "discounted_returns", JOINING=True),
-    _aot(100, scan_rows, "min_gae", "bf16", "i32", JOINING=True),
-    _aot(80, scan_groups, "min_gae"),
-    _aot(100, scan_states, "min_gae", bootstrap=None),
-    *(_aot(capability, scan_rows, "vtrace", JOINING=False) for capability in (80, 90)),
-    _aot(100, scan_rows, "vtrace", JOINING=True),
-    _aot(90, scan_groups, "vtrace"),
-    _aot(80, scan_states, "vtrace"),
+    *(_aot(_TARGETS[i % 3][0], scan_groups, rule) for i, rule in enumerate(PARTS)),
+    *(_aot(_TARGETS[(i + 1) % 3][0], scan_states, rule) for i, rule in enumerate(PARTS)),
+    _aot(80, scan_states, "min_gae", bootstrap=None),
 ]
