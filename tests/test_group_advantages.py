@@ -6,13 +6,27 @@ import statistics
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from cuda_graph import replayed
 
 from qrm_fast import group_advantages
 from qrm_fast.ops.group_advantages import KINDS, _group_advantages
+from qrm_fast.triton import group_advantages as triton_kernels
 
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "op", [_group_advantages, _group_advantages._init_fn], ids=["kernel", "reference"]
-)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
+
+
+@pytest.fixture(params=["kernel", "reference", "compared", "sorted"])
+def op(request, triton_device, monkeypatch):
+    """The CPU kernel, the reference, and the Triton kernel in both ways of finding a group, with small blocks."""
+    monkeypatch.setitem(triton_kernels.LAUNCH, "BS", 16)
+    if request.param == "sorted":
+        monkeypatch.setattr(triton_kernels, "COMPARED", 0)
+
+    def by_triton(*arguments):
+        moved = (x.to(triton_device) if isinstance(x, torch.Tensor) else x for x in arguments)
+        return triton_kernels.launch(*moved).cpu()
+
+    return {"kernel": _group_advantages, "reference": _group_advantages._init_fn}.get(request.param, by_triton)
 
 
 def extras(kind, rewards):
@@ -98,7 +112,6 @@ def inputs(num_sequences, dtype=torch.float32, device="cpu"):
     return rewards.to(device), group_ids.to(device)
 
 
-@IMPLEMENTATIONS
 def test_hand_computed(op):
     rewards = torch.tensor([1.0, 7.0, 0.0, 5.0, 2.0, 3.0])
     group_ids = torch.tensor([4, 0, 4, 2, 4, 2])
@@ -119,7 +132,6 @@ def test_hand_computed(op):
         torch.testing.assert_close(result, torch.tensor(expected, dtype=result.dtype))
 
 
-@IMPLEMENTATIONS
 def test_only_the_first_of_the_best_could_lead_and_a_tie_has_no_lead(op):
     rewards, one_group = torch.tensor([1.0, 3.0, 3.0, 0.0]), torch.zeros(4, dtype=torch.int64)
     assert not op(rewards, one_group, None, None, "pass_at_k", 0.0).any()
@@ -128,13 +140,11 @@ def test_only_the_first_of_the_best_could_lead_and_a_tie_has_no_lead(op):
     assert lead[:3].tolist() == [0, 0, 0] and lead[3] == pytest.approx(1 / statistics.stdev([1, 3, 3, 4]))
 
 
-@IMPLEMENTATIONS
 def test_opo_without_a_token_weighs_all_alike(op):
     result = op(torch.tensor([3.0, 5.0]), torch.tensor([0, 0]), torch.tensor([0, 0]), None, "opo", 0.0)
     assert result.tolist() == [-1, 1]
 
 
-@IMPLEMENTATIONS
 def test_a_greedy_reward_that_is_not_finite_spoils_its_own_sequence(op):
     greedy = torch.tensor([1.0, math.nan, math.inf])
     result = op(torch.ones(3), torch.zeros(3, dtype=torch.int64), None, greedy, "remax", 0.0)
@@ -150,6 +160,51 @@ def test_agrees_with_the_definition(num_sequences, kind, device):
     assert_as_accurate(run(_group_advantages._init_fn, rewards, group_ids, kind), exact, peer)
 
 
+@pytest.mark.parametrize("op", ["compared", "sorted"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_agrees_with_the_definition(kind, op):
+    """Rewards in bfloat16 and ids in int32 too; groups of one, and larger than a block."""
+    for num_sequences, dtype, index in (
+        (33, torch.float32, torch.int64),
+        (1, torch.half, torch.int64),
+        (20, torch.bfloat16, torch.int32),
+    ):
+        rewards, group_ids = inputs(num_sequences, dtype)
+        group_ids = group_ids.where(group_ids > 5, 0).to(index)
+        exact, peer = oracle(rewards, group_ids, kind), float32_path(rewards, group_ids, kind)
+        assert_as_accurate(run(op, rewards, group_ids, kind), exact, peer)
+    assert run(op, *inputs(0), kind).shape == (0,)
+
+
+@pytest.mark.parametrize("op", ["compared"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_equal_rewards_have_no_advantage(kind, op):
+    rewards, group_ids = torch.full((20,), 0.1), torch.zeros(20, dtype=torch.int64)
+    lengths, baseline = extras(kind, rewards).get("lengths"), rewards if kind == "remax" else None
+    assert not op(rewards, group_ids, lengths, baseline, kind, 0.0).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_sequences", [700, 9000], ids=["compared", "sorted"])
+def test_nothing_waits_and_a_graph_captures_it(kind, num_sequences):
+    rewards, group_ids = inputs(num_sequences, device="cuda")
+    group_ids = group_ids.where(group_ids % 3 > 0, 0)
+    options = extras(kind, rewards)
+
+    def step():
+        return group_advantages(rewards, group_ids, kind=kind, **options)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    direct = step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(replayed(step), direct)
+    on_cpu = {name: x.cpu() for name, x in options.items()}
+    torch.testing.assert_close(direct.cpu(), group_advantages(rewards.cpu(), group_ids.cpu(), kind=kind, **on_cpu))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype, kind):
@@ -159,7 +214,6 @@ def test_dtypes(dtype, kind):
     assert_as_accurate(result, oracle(rewards, group_ids, kind), float32_path(rewards, group_ids, kind))
 
 
-@IMPLEMENTATIONS
 @pytest.mark.parametrize("kind", KINDS)
 def test_rewards_that_are_not_finite_stay_alone(kind, op):
     rewards, group_ids = inputs(40)
@@ -170,14 +224,15 @@ def test_rewards_that_are_not_finite_stay_alone(kind, op):
     assert_as_accurate(result[finite], oracle(rewards, group_ids, kind)[finite], result[finite])
 
 
+@pytest.mark.unpoisoned  # else NaN is what an unwritten advantage holds
+@pytest.mark.parametrize("op", ["reference", "compared", "sorted"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(kind):
-    """The reference serves CUDA, where a kernel cannot raise."""
-    rewards, group_ids = torch.tensor([1.0, 2, 3, 5]), torch.tensor([0, 4, 0, -1])
+def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(kind, op):
+    rewards, group_ids = torch.tensor([1.0, 2, 3, 5]), torch.tensor([0, 1 << 40, 0, -1])
     inside = rewards[::2].contiguous()
     options = {name: x[[0, 2]] for name, x in extras(kind, rewards).items()}
     expected = group_advantages(inside, torch.tensor([0, 0]), kind=kind, **options)
-    result = run(_group_advantages._init_fn, rewards, group_ids, kind)
+    result = run(op, rewards, group_ids, kind)
     assert result[[1, 3]].isnan().all() and torch.equal(result[[0, 2]], expected)
 
 

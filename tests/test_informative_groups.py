@@ -4,16 +4,29 @@ import math
 
 import pytest
 import torch
+from cuda_graph import replayed
 
 from qrm_fast import group_advantages, informative_groups
 from qrm_fast.ops.informative_groups import _informative_groups
+from qrm_fast.triton import group_advantages as triton_groups
+from qrm_fast.triton import informative_groups as triton_kernels
 
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "op", [_informative_groups, _informative_groups._init_fn], ids=["kernel", "reference"]
-)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 
 
-@IMPLEMENTATIONS
+@pytest.fixture(params=["kernel", "reference", "compared", "sorted"])
+def op(request, triton_device, monkeypatch):
+    """The CPU kernel, the reference, and the Triton kernel in both ways of finding a group, with small blocks."""
+    monkeypatch.setitem(triton_kernels.LAUNCH, "BS", 4)
+    if request.param == "sorted":
+        monkeypatch.setattr(triton_groups, "COMPARED", 0)
+
+    def by_triton(rewards, group_ids):
+        return triton_kernels.launch(rewards.to(triton_device), group_ids.to(triton_device)).cpu()
+
+    return {"kernel": _informative_groups, "reference": _informative_groups._init_fn}.get(request.param, by_triton)
+
+
 def test_hand_worked(op):
     rewards = torch.tensor([1, 0, 1, 1, 0.1, 0.1, 5, math.nan, 2, 2, math.inf, 3, 2])
     group_ids = torch.tensor([4, 4, 2, 2, 0, 0, 7, 3, 3, 3, 9, 9, 4])
@@ -37,9 +50,34 @@ def test_where_rloo_leaves_an_advantage(num_sequences, dtype, device):
     assert _informative_groups._init_fn(rewards, group_ids).tolist() == of_group
 
 
-def test_ids_out_of_range_are_not_informative_where_nothing_can_be_raised():
-    mask = _informative_groups._init_fn(torch.tensor([1.0, 2, 3, 5]), torch.tensor([0, 4, 0, -1]))
+@pytest.mark.parametrize("op", ["reference", "compared", "sorted"], indirect=True)
+def test_ids_out_of_range_are_not_informative_where_nothing_can_be_raised(op):
+    mask = op(torch.tensor([1.0, 2, 3, 5]), torch.tensor([0, 1 << 40, 0, -1]))
     assert mask.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("op", ["compared", "sorted"], indirect=True)
+def test_triton_as_the_cpu_kernel(op):
+    g = torch.Generator().manual_seed(0)
+    for num_sequences, dtype in (0, torch.half), (1, torch.bfloat16), (33, torch.float32):
+        rewards = torch.rand(num_sequences, generator=g).round().to(dtype)
+        group_ids = torch.randint(max(num_sequences // 3, 1), (num_sequences,), generator=g).int()
+        assert torch.equal(op(rewards, group_ids), _informative_groups(rewards, group_ids))
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("num_sequences", [700, 9000], ids=["compared", "sorted"])
+def test_nothing_waits_and_a_graph_captures_it(num_sequences):
+    rewards = torch.rand(num_sequences, generator=torch.Generator().manual_seed(0)).round()
+    group_ids = torch.arange(num_sequences).flip(0) // 4
+    arguments = rewards.cuda(), group_ids.cuda()
+    informative_groups(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    direct = informative_groups(*arguments)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(direct.cpu(), informative_groups(rewards, group_ids))
+    assert torch.equal(replayed(lambda: informative_groups(*arguments)), direct)
 
 
 def test_opcheck():
