@@ -61,6 +61,7 @@ if torch.version.cuda:
     from .triton import min_form_returns as _min_form_returns_triton  # noqa: F401
     from .triton import moments as _moments_triton  # noqa: F401
     from .triton import policy_loss as _policy_loss_triton  # noqa: F401
+    from .triton import process_advantages as _process_advantages_triton  # noqa: F401
     from .triton import q_advantages as _q_advantages_triton  # noqa: F401
     from .triton import q_head_advantages as _q_head_advantages_triton  # noqa: F401
     from .triton import q_token_rewards as _q_token_rewards_triton  # noqa: F401

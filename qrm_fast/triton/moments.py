@@ -22,6 +22,18 @@ SEQUENCE_JOIN = {"BP": SEQUENCE_SPLITS, "num_warps": 1}
 
 
 @triton.jit
+def with_block(count, mean, m2, b_x, b_n):
+    """Moments joined with those of a block of finite values, each counted b_n times, about the block's own mean."""
+    own_count = tl.sum(b_n, 0)
+    own_mean = tl.sum(b_n * b_x, 0) / tl.maximum(own_count, 1.0)
+    b_deviation = tl.where(b_n > 0.0, b_x - own_mean, 0.0)
+    distance = own_mean - mean
+    share = own_count / tl.maximum(count + own_count, 1.0)
+    m2 += tl.sum(b_n * b_deviation * b_deviation, 0) + distance * distance * count * share
+    return count + own_count, mean + distance * share, m2
+
+
+@triton.jit
 def moments_rows(
     x,  # [T]
     mask,  # [T] or None
@@ -47,14 +59,8 @@ def moments_rows(
             m_t = m_t & (tl.load(mask + o_t, m_t, 0) != 0)
         b_x = tl.load(x + o_t, m_t, 0.0).to(tl.float64)
         m_t = m_t & (b_x - b_x == 0.0)
-        own_count = tl.sum(tl.where(m_t, 1.0, 0.0).to(tl.float64), 0)
-        own_mean = tl.sum(tl.where(m_t, b_x, 0.0), 0) / tl.maximum(own_count, 1.0)
-        b_deviation = tl.where(m_t, b_x - own_mean, 0.0)
-        distance = own_mean - mean
-        share = own_count / tl.maximum(count + own_count, 1.0)
-        m2 += tl.sum(b_deviation * b_deviation, 0) + distance * distance * count * share
-        mean += distance * share
-        count += own_count
+        b_n = tl.where(m_t, 1.0, 0.0).to(tl.float64)
+        count, mean, m2 = with_block(count, mean, m2, tl.where(m_t, b_x, 0.0), b_n)
     p_part = parts + (i_k * num_splits + i_p) * 3
     tl.store(p_part, count)
     tl.store(p_part + 1, mean)

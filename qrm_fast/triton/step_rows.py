@@ -10,7 +10,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ..ops.step_rows import shift_and_scale, step_rows
+from ..ops.step_rows import step_rows
 
 LAUNCH = {"BT": 512, "num_warps": 4}
 
@@ -36,14 +36,14 @@ def rows_of_steps(
     step_ends,  # [K]
     cu_seqlens,  # [S+1]
     penalty,  # [T] or None
-    affine,  # [2] float64 or None: shift and scale
+    stats,  # [2, 3] float64 or None: moments
     rows,  # [T]
     num_rows,
     num_steps,
     num_sequences,
     step_halvings,
     sequence_halvings,
-    KEEP_ZEROS: tl.constexpr,
+    WHITENING: tl.constexpr,
     MASK_STEP_ENDS: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -66,9 +66,14 @@ def rows_of_steps(
     b_x = tl.where(m_step, tl.load(values + i_step, m_step, 0.0), b_x)
     if penalty is not None:
         b_x -= tl.load(penalty + o_t, m_t, 0.0).to(tl.float64)
-    if affine is not None:
-        b_y = (b_x - tl.load(affine)) * tl.load(affine + 1)
-        b_x = tl.where((b_x == 0.0) & KEEP_ZEROS, 0.0, b_y)
+    if stats is not None:
+        count, mean, m2 = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2)
+        if WHITENING == "nonzero":
+            variance = tl.maximum((m2 + tl.load(stats + 3) * mean * mean) / tl.maximum(count, 1.0), 1e-8)
+        else:
+            variance = m2 / tl.maximum(count - 1.0, 1.0) + 1e-8
+        b_y = (b_x - mean) * tl.rsqrt(variance)
+        b_x = tl.where((b_x == 0.0) & (WHITENING == "nonzero"), 0.0, b_y)
     if MASK_STEP_ENDS:
         b_x = tl.where((i_step < num_steps) & (b_end == o_t), 0.0, b_x)
     tl.store(rows + o_t, b_x.to(rows.dtype.element_ty), m_t)
@@ -88,7 +93,6 @@ def launch(
 ) -> Tensor:
     num_steps, num_sequences = step_ends.shape[0], cu_seqlens.shape[0] - 1
     rows = values.new_empty(num_tokens, dtype=torch.float64 if wide else torch.float32)
-    affine = None if stats is None else shift_and_scale(stats, whitening)
     if num_tokens:
         with torch.cuda.device_of(values):
             rows_of_steps[(triton.cdiv(num_tokens, LAUNCH["BT"]),)](
@@ -97,14 +101,14 @@ def launch(
                 step_ends,
                 cu_seqlens,
                 penalty,
-                affine,
+                stats,
                 rows,
                 num_tokens,
                 num_steps,
                 num_sequences,
                 num_steps.bit_length(),
                 num_sequences.bit_length(),
-                KEEP_ZEROS=whitening == "nonzero",
+                WHITENING=whitening,
                 MASK_STEP_ENDS=mask_step_ends,
                 **LAUNCH,
             )
@@ -114,21 +118,21 @@ def launch(
 step_rows.register_kernel("cuda")(launch)
 
 
-def _aot(index: str, rows: str, keep_zeros: bool, **none) -> tuple:
+def _aot(index: str, rows: str, whitening: str, **none) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(("values", "base", "affine"), "*fp64") | dict.fromkeys(
+    types = dict.fromkeys(("values", "base", "stats"), "*fp64") | dict.fromkeys(
         ("step_ends", "cu_seqlens"), f"*{index}"
     )
     types |= {"penalty": "*fp32", "rows": rows}
     sizes = ("num_rows", "num_steps", "num_sequences", "step_halvings", "sequence_halvings")
     types |= dict.fromkeys(sizes, "i32")
-    constants = {"BT": LAUNCH["BT"], "KEEP_ZEROS": keep_zeros, "MASK_STEP_ENDS": keep_zeros}
+    constants = {"BT": LAUNCH["BT"], "WHITENING": whitening, "MASK_STEP_ENDS": whitening == "nonzero"}
     return rows_of_steps, types, {**constants, **none}, LAUNCH["num_warps"], False
 
 
 AOT = [
-    _aot("i64", "*fp32", True),
-    _aot("i32", "*fp32", False, penalty=None),
-    _aot("i64", "*fp32", False, base=None, penalty=None, affine=None),
-    _aot("i64", "*fp64", False),
+    _aot("i64", "*fp32", "nonzero"),
+    _aot("i32", "*fp32", "unbiased", penalty=None),
+    _aot("i64", "*fp32", "", base=None, penalty=None, stats=None),
+    _aot("i64", "*fp64", "unbiased"),
 ]
