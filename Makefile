@@ -1,6 +1,7 @@
 # Outside a virtual environment every verb first fills .venv (torch and the pins of constraints.txt); inside one it uses
 # that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch.
-# DATA=DIR gives the tests the folder of real data, which they otherwise skip.
+# DATA=DIR gives the tests the folder of real data, which they otherwise skip. One process per core runs them, a file at
+# a time and in the order of their names: the longest, test_build.py, is among the first.
 
 ifndef VIRTUAL_ENV
 ifeq ($(origin PYTHON),undefined)
@@ -20,7 +21,8 @@ demo: $(built)
 	$(PYTHON) -m qrm_fast.cli demo
 
 test: $(built)
-	$(PYTHON) -m pytest --durations=10 $(if $(DATA),--real-data $(DATA))
+	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
+		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 bench: $(built)
 	$(PYTHON) -m bench

@@ -1,4 +1,4 @@
-"""Poisoned memory, devices and real data, for every test.
+"""Poisoned memory, devices, threads and real data, for every test.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before qrm_fast is imported: without a CUDA
 device the tests run Triton kernels in the interpreter.
@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Read when torch is loaded: threads that wait by spinning starve the other processes of `make test`.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 if not torch.cuda.is_available():
