@@ -3,11 +3,16 @@
 The interpreter holds bfloat16 as uint16: its dot multiplies the integers, and its casts truncate. `install` puts
 float32 products of the values and rounding to nearest in their place. It also prepares the language anew for every
 function that a kernel calls, and scans one element at a time; `install` has it do the one once, the other by lanes.
+Every operation builds the type of its result, and of its result's shape; `install` has it find the one among those
+built before, and build the other for a reader only.
 """
+
+import functools
 
 import numpy as np
 import torch
 import triton.language as tl
+import triton.language.core as core
 from triton.runtime import interpreter
 
 
@@ -40,6 +45,17 @@ def _call(self, *args, **kwargs):
     return self.rewrite()(*args, **kwargs)
 
 
+@functools.cache
+def _block_type(scalar: tl.dtype, shape: tuple) -> tl.block_type:
+    return tl.block_type(scalar, list(shape))
+
+
+def _tuple(self, values, type=None):
+    self.values = list(values)
+    if type is not None:
+        self.type = type if isinstance(type, core.tuple_type) else core.tuple_type(type)
+
+
 def install() -> None:
     """Patches the interpreter of this process."""
     convert = interpreter._convert_float
@@ -55,3 +71,12 @@ def install() -> None:
     interpreter.ScanOps.generic_scan = _scan
     interpreter._patch_lang(tl.sum.fn)  # what Triton's own functions see; a launch prepares what the kernel sees
     interpreter.InterpretedFunction.__call__ = _call
+
+    core.tuple.__init__ = _tuple
+    core.tuple.type = functools.cached_property(lambda self: core._type_for_tuple_values(self.values))
+    core.tuple.type.__set_name__(core.tuple, "type")
+    core.pointer_type.__hash__ = core.dtype.__hash__
+    numpy_type = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: numpy_type(dtype.scalar)
+    tl.block_type.with_element_ty = lambda self, scalar: _block_type(scalar, tuple(self.shape))
+    interpreter.InterpreterBuilder.get_block_ty = lambda self, scalar, shape: _block_type(scalar, tuple(shape))
