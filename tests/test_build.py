@@ -204,13 +204,15 @@ def test_doctor_prints_who_serves_what(capsys):
 
 @pytest.fixture(scope="module")
 def fresh_python(tmp_path_factory):
-    """The interpreter of a new environment that borrows torch from this one, but no qrm_fast."""
+    """The interpreter of a new environment that borrows torch from this one, but no qrm_fast, PYTHONPATH's or other."""
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, with_pip=False)
     python = environment / "bin/python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    return python
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        yield python
 
 
 def test_a_missing_extension_names_the_fix(tmp_path, fresh_python):
