@@ -60,6 +60,7 @@ if torch.version.cuda:
     from .triton import merge_logprobs as _merge_logprobs_triton  # noqa: F401
     from .triton import min_form_returns as _min_form_returns_triton  # noqa: F401
     from .triton import moments as _moments_triton  # noqa: F401
+    from .triton import pairwise_q_loss as _pairwise_q_loss_triton  # noqa: F401
     from .triton import policy_loss as _policy_loss_triton  # noqa: F401
     from .triton import process_advantages as _process_advantages_triton  # noqa: F401
     from .triton import q_advantages as _q_advantages_triton  # noqa: F401

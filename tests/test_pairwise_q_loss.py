@@ -5,10 +5,14 @@ import math
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from cuda_graph import replayed
 from grids import cu_seqlens
 
 from qrm_fast import pairwise_q_loss
 from qrm_fast.ops.pairwise_q_loss import _pairwise_q_loss, _pairwise_q_loss_backward
+from qrm_fast.triton import pairwise_q_loss as triton_kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 
 PAIRS = [
     pytest.param([], id="no-pair"),
@@ -217,6 +221,102 @@ def test_compiles_whole_and_for_any_length():
             grads.append((result.loss, result.margin, result.accuracy, leaf.grad))
         for eager, graph in zip(*grads, strict=True):
             assert torch.equal(eager, graph)
+
+
+# Triton, on the GPU or in the interpreter
+
+
+@pytest.fixture
+def launches(triton_device, monkeypatch):
+    """Loss, margin, accuracy, counts and the gradient of q by the launchers, with small blocks."""
+    monkeypatch.setitem(triton_kernels.ROWS, "BT", 16)
+    monkeypatch.setitem(triton_kernels.PAIRS, "BP", 4)
+
+    def run(q, cu, mask, grad_loss, grad_margin, beta=0.2, gamma=2.0):
+        q, cu, mask, *upstream = (
+            x if x is None else x.to(triton_device) for x in (q, cu, mask, grad_loss, grad_margin)
+        )
+        loss, margin, accuracy, counts = triton_kernels.forward(q, cu, mask, beta, gamma)
+        grad = triton_kernels.backward(*upstream, q, cu, mask, margin, counts, beta, gamma)
+        return [x.cpu() for x in (loss, margin, accuracy, counts, grad)]
+
+    return run
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1, 1], [3, 7, 1, 64, 33, 0, 0, 5, 2, 2, 90, 1, 4, 4]], ids=str)
+def test_triton_agrees_with_the_definition(lengths, masked, launches):
+    q, cu, mask = inputs(lengths, masked)
+    upstream = torch.tensor(0.5), torch.linspace(-1, 1, len(lengths) // 2)
+    q64, peer_q = q.double().requires_grad_(), q.clone().requires_grad_()
+    exact, peer = oracle(q64, lengths, mask), _pairwise_q_loss._init_fn(peer_q, cu, mask, 0.2, 2.0)
+    for loss, margin in exact[:2], peer[:2]:
+        (loss * upstream[0].to(loss) + (margin * upstream[1].to(margin)).sum()).backward()
+    poisoned = q if mask is None else q.where(mask, math.nan)
+    *result, counts, grad = launches(poisoned, cu.long() if masked else cu, mask, *upstream)
+    for ours, want, torchs in zip((*result, grad), (*exact, q64.grad), (*peer[:3], peer_q.grad), strict=True):
+        assert_as_accurate(ours, want, torchs)
+    assert torch.equal(counts, peer[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_rounds_16_bit_gradients_once(dtype, launches):
+    lengths = [3, 7, 1, 40, 33, 20]
+    q, cu, mask = inputs(lengths, True, dtype)
+    q64 = q.double().requires_grad_()
+    exact = oracle(q64, lengths, mask)[0]
+    exact.backward()
+    loss, *_, grad = launches(q, cu, mask, torch.tensor(1.0), torch.zeros(3))
+    assert_as_accurate(loss, exact, exact.float())
+    assert_as_accurate(grad, q64.grad, q64.grad.to(dtype))
+
+
+def test_triton_extreme_margins_and_nan(launches):
+    q = torch.tensor([1e4, -1e4, -1e4, 1e4, 250.0, 0.0])
+    loss, margin, accuracy, _, grad = launches(q, torch.arange(7), None, torch.tensor(1.0), torch.zeros(3))
+    assert margin.tolist() == [2e4, -2e4, 250]
+    assert loss.item() == pytest.approx((2 + 0.2 * 2e4) / 3) and accuracy == pytest.approx(2 / 3)
+    torch.testing.assert_close(grad[:4], torch.tensor([0.0, 0.0, -0.2 / 3, 0.2 / 3]))
+    tiny = launches(q[4:], torch.arange(3), None, torch.tensor(1.0), torch.zeros(1))[0]
+    assert tiny.item() == pytest.approx(math.exp(2 - 50), rel=1e-6, abs=0)
+    loss, margin, *_ = launches(q.index_fill(0, torch.tensor(1), math.nan), torch.arange(7), None, loss, margin)
+    assert loss.isnan() and margin.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.unpoisoned
+def test_triton_bits_depend_on_the_own_pair_only(launches):
+    lengths = [70, 3, 41, 1, 5, 133]
+    q, cu, mask = inputs(lengths, True)
+    upstream = torch.tensor(1.0), torch.zeros(3)
+    margin = launches(q, cu, mask, *upstream)[1]
+    bos, mid, eos = cu[2:5].tolist()
+    alone = launches(q[bos:eos], torch.tensor([0, mid - bos, eos - bos]), mask[bos:eos], upstream[0], upstream[1][:1])
+    assert torch.equal(alone[1][0], margin[1])
+
+
+def test_triton_stays_inside_its_tensors(launches):
+    """Boundaries that a CPU kernel would refuse."""
+    wide = torch.full((60,), 7.0)
+    for bounds in [0, 500, 20], [-50, 4, 90], [9, 3, 40], [1 << 40, 3, -1]:
+        *_, counts, grad = launches(wide[20:40], torch.tensor(bounds), None, torch.tensor(1.0), torch.ones(1))
+        assert counts.shape == (2,) and counts.min() >= 0 and counts.max() <= 20 and grad.shape == (20,)
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+def test_nothing_waits_and_a_graph_captures_it():
+    q, cu, mask = inputs([1 + i * 37 % 3000 for i in range(80)], True, device="cuda")
+    q.requires_grad_()
+
+    def step():
+        result = pairwise_q_loss(q, cu, mask=mask)
+        return *result, *torch.autograd.grad(result.loss, q)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    direct = step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, replayed(step), direct))
 
 
 @pytest.mark.parametrize(
