@@ -63,6 +63,7 @@ if torch.version.cuda:
     from .triton import pairwise_q_loss as _pairwise_q_loss_triton  # noqa: F401
     from .triton import policy_loss as _policy_loss_triton  # noqa: F401
     from .triton import process_advantages as _process_advantages_triton  # noqa: F401
+    from .triton import process_diagnostics as _process_diagnostics_triton  # noqa: F401
     from .triton import q_advantages as _q_advantages_triton  # noqa: F401
     from .triton import q_head_advantages as _q_head_advantages_triton  # noqa: F401
     from .triton import q_token_rewards as _q_token_rewards_triton  # noqa: F401

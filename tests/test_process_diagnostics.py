@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from cuda_graph import replayed
 
 from qrm_fast import min_form_returns, process_diagnostics
 from qrm_fast.ops.process_diagnostics import _process_diagnostics
+from qrm_fast.triton import process_diagnostics as triton_kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 
 
 @pytest.fixture(params=["kernel", "reference"])
@@ -122,6 +126,78 @@ def test_compiles_whole_and_for_any_length():
             compiled(*arguments, **options), process_diagnostics(*arguments, **options), strict=True
         ):
             assert torch.equal(graph, eager)
+
+
+# Triton, on the GPU or in the interpreter
+
+
+@pytest.fixture
+def launched(triton_device, monkeypatch):
+    """The op by its launcher, with small blocks."""
+    for blocks, name in (
+        (triton_kernels.STEPS, "BK"),
+        (triton_kernels.ROWS, "BK"),
+        (triton_kernels.ROWS, "BT"),
+        (triton_kernels.SEQUENCES, "BS"),
+    ):
+        monkeypatch.setitem(blocks, name, 4)
+
+    def run(*arguments):
+        moved = (x.to(triton_device) if isinstance(x, torch.Tensor) else x for x in arguments)
+        return [x.cpu() for x in triton_kernels.launch(*moved)]
+
+    return run
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1, math.inf])
+def test_triton_as_the_cpu_kernel(temperature, launched):
+    """Ties, many steps, none, an empty answer, rewards and advantages that are not finite."""
+    g = torch.Generator().manual_seed(0)
+    ends = torch.cat([ENDS, 25 + torch.arange(0, 40, 3), torch.tensor([66, 69])])
+    rewards = torch.cat([REWARDS.float(), torch.randn(len(ends) - 6, generator=g)])
+    rewards[-1] = math.inf
+    rewards[9] = rewards[13] = -4.0  # in one lane of two blocks
+    cu = torch.cat([CU, torch.tensor([65, 70])])
+    advantages = torch.randn(70, generator=g)
+    advantages[3], advantages[40] = math.nan, -math.inf
+    for a, dtype, index in (None, torch.float32, torch.int64), (advantages, torch.bfloat16, torch.int32):
+        arguments = rewards.to(dtype), ends.to(index), cu.to(index), temperature, 10, a
+        for ours, want in zip(launched(*arguments), _process_diagnostics(*arguments), strict=True):
+            torch.testing.assert_close(ours, want, rtol=2e-7, atol=1e-12, equal_nan=True)
+    for num_sequences in 0, 2:
+        nothing = rewards[:0], ends[:0], cu.new_zeros(num_sequences + 1), temperature, 8, advantages[:0]
+        for ours, want in zip(launched(*nothing), _process_diagnostics(*nothing), strict=True):
+            assert torch.equal(ours, want)
+
+
+def test_triton_stays_inside_its_tensors(launched):
+    """Boundaries and steps that a CPU kernel would refuse."""
+    for wild in [-50, 4, 90, 3, 1 << 40, 7], [25, 20, 15, 10, 5, 0]:
+        for ends in ENDS.flip(0), ENDS + 1000, ENDS - 20:
+            for a in None, torch.full((25,), 2.0):
+                per_sequence, shares = launched(REWARDS.float(), ends, torch.tensor(wild), 0.1, 8, a)
+                assert per_sequence.shape == (3, 5) and shares.shape == (4,)
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+def test_nothing_waits_and_a_graph_captures_it():
+    g = torch.Generator().manual_seed(0)
+    ends = (torch.rand(60_000, generator=g) < 0.1).nonzero()[:, 0]
+    cpu = torch.rand(len(ends), generator=g), ends, torch.arange(0, 60_001, 60)
+    arguments, advantages = [x.cuda() for x in cpu], torch.randn(60_000, generator=g)
+    on_device = advantages.cuda()
+
+    def step():
+        return process_diagnostics(*arguments, advantages=on_device)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    direct = step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, replayed(step), direct))
+    for ours, want in zip(direct, process_diagnostics(*cpu, advantages=advantages), strict=True):
+        torch.testing.assert_close(ours.cpu(), want, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

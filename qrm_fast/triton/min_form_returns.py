@@ -48,6 +48,23 @@ def join(low, total, excess, other_low, other_total, other_excess):
 
 
 @triton.jit
+def lowest_step(step_rewards, begin, end, num_steps, BK: tl.constexpr):
+    """The lowest reward of steps [begin, end), the first step that has it, and whether one is not finite."""
+    infinity = float("inf")
+    b_low = tl.full([BK], infinity, tl.float64)
+    b_worst = tl.full([BK], num_steps, tl.int64)
+    b_broken = tl.full([BK], 0, tl.int32)
+    for i_k in range(begin, end, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_r = tl.load(step_rewards + o_k, o_k < end, infinity).to(tl.float64)  # [BK]
+        b_broken += tl.where((o_k < end) & (b_r - b_r != 0.0), 1, 0)
+        b_worst = tl.where(b_r < b_low, o_k, b_worst)
+        b_low = tl.minimum(b_low, b_r)
+    low = tl.min(b_low, 0)
+    return low, tl.min(tl.where(b_low == low, b_worst, num_steps), 0), tl.sum(b_broken, 0) > 0
+
+
+@triton.jit
 def min_form_returns(
     step_rewards,  # [K]
     step_ends,  # [K]
@@ -64,21 +81,8 @@ def min_form_returns(
     i_s = tl.program_id(0)
     begin = first_step(step_ends, num_steps, tl.load(cu_seqlens + i_s).to(tl.int64))
     end = first_step(step_ends, num_steps, tl.load(cu_seqlens + i_s + 1).to(tl.int64))
+    low, worst, broken = lowest_step(step_rewards, begin, end, num_steps, BK)
     infinity = float("inf")
-
-    # the lowest step, the first of equal ones
-    b_low = tl.full([BK], infinity, tl.float64)
-    b_worst = tl.full([BK], num_steps, tl.int64)
-    b_broken = tl.full([BK], 0, tl.int32)
-    for i_k in range(begin, end, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_r = tl.load(step_rewards + o_k, o_k < end, infinity).to(tl.float64)  # [BK]
-        b_broken += tl.where((o_k < end) & (b_r - b_r != 0.0), 1, 0)
-        b_worst = tl.where(b_r < b_low, o_k, b_worst)
-        b_low = tl.minimum(b_low, b_r)
-    low = tl.min(b_low, 0)
-    worst = tl.min(tl.where(b_low == low, b_worst, num_steps), 0)
-    broken = tl.sum(b_broken, 0) > 0
     zero = tl.sum(tl.zeros([BK], tl.float64), 0)
     warmth = zero + temperature + temperature_rest
 
