@@ -2,8 +2,9 @@
 
 Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: memory decides the speed. A program
 takes every `num_splits`-th block of a set's rows, counted from the set's first row, in registers about the block's own
-mean; a second launch joins a set's programs. No atomics; the bits of a sequence's moments depend on its own rows alone.
-In float64, where the mean of equal float32 values is exact. Block sizes have been compiled, not yet timed on a GPU.
+mean; a second launch joins a set's programs, a third the sequences of each group. No atomics; the bits of a sequence's
+moments depend on its own rows alone. In float64, where the mean of equal float32 values is exact. Block sizes have been
+compiled, not yet timed on a GPU.
 """
 
 import torch
@@ -12,7 +13,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.moments import _moments
-from ..segments import group_max, group_sum
+from .group_advantages import LAUNCH as GROUP
+from .group_advantages import by_group, led_group, members
 
 ROWS = {"BT": 1024, "num_warps": 4}
 BATCH_SPLITS = 1024  # programs that share one set of all rows
@@ -31,6 +33,13 @@ def with_block(count, mean, m2, b_x, b_n):
     share = own_count / tl.maximum(count + own_count, 1.0)
     m2 += tl.sum(b_n * b_deviation * b_deviation, 0) + distance * distance * count * share
     return count + own_count, mean + distance * share, m2
+
+
+@triton.jit
+def store_moments(p_set, count, mean, m2, m_set):
+    tl.store(p_set, count, m_set)
+    tl.store(p_set + 1, mean, m_set)
+    tl.store(p_set + 2, m2, m_set)
 
 
 @triton.jit
@@ -61,10 +70,7 @@ def moments_rows(
         m_t = m_t & (b_x - b_x == 0.0)
         b_n = tl.where(m_t, 1.0, 0.0).to(tl.float64)
         count, mean, m2 = with_block(count, mean, m2, tl.where(m_t, b_x, 0.0), b_n)
-    p_part = parts + (i_k * num_splits + i_p) * 3
-    tl.store(p_part, count)
-    tl.store(p_part + 1, mean)
-    tl.store(p_part + 2, m2)
+    store_moments(parts + (i_k * num_splits + i_p) * 3, count, mean, m2, True)
 
 
 @triton.jit
@@ -86,9 +92,33 @@ def moments_join(
     b_distance = tl.where(b_count > 0.0, b_mean - origin, 0.0)
     mean = tl.where(count > 0.0, origin + tl.sum(b_count * b_distance, 0) / count, 0.0)
     m2 = tl.sum(b_m2 + b_count * (b_mean - mean) * (b_mean - mean), 0)
-    tl.store(sets + i_k * 3, count)
-    tl.store(sets + i_k * 3 + 1, mean)
-    tl.store(sets + i_k * 3 + 2, m2)
+    store_moments(sets + i_k * 3, count, mean, m2, True)
+
+
+@triton.jit
+def moments_of_groups(
+    sets,  # [S, 3]
+    ids,  # [S], of by_group
+    order,  # [S] or None
+    joint,  # [S, 3]: of the whole group that each sequence belongs to
+    num_sequences,
+    BS: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    i_s, group, inside, end = led_group(ids, order, i, num_sequences, BS)
+    count = tl.full([], 0.0, tl.float64)
+    mean = tl.full([], 0.0, tl.float64)
+    m2 = tl.full([], 0.0, tl.float64)
+    for begin in range(i, end, BS):
+        o_s, m_s = members(ids, order, begin, end, group, BS)
+        b_count, b_mean = tl.load(sets + o_s * 3, m_s, 0.0), tl.load(sets + o_s * 3 + 1, m_s, 0.0)
+        count, mean, m2 = with_block(count, mean, m2, b_mean, b_count)
+        m2 += tl.sum(tl.load(sets + o_s * 3 + 2, m_s, 0.0), 0)
+    for begin in range(i, end, BS):
+        o_s, m_s = members(ids, order, begin, end, group, BS)
+        store_moments(joint + o_s * 3, count, mean, m2, m_s)
+    nan = tl.where(inside, 0.0, float("nan")).to(tl.float64)
+    store_moments(joint + i_s * 3, nan, nan, nan, ~inside)
 
 
 def launch(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None) -> Tensor:
@@ -103,16 +133,11 @@ def launch(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group_ids:
         with torch.cuda.device_of(x):
             moments_rows[(num_sets, num_splits)](x, mask, cu_seqlens, parts, num_rows, **ROWS)
             moments_join[(num_sets,)](parts, sets, num_splits, **(BATCH_JOIN if cu_seqlens is None else SEQUENCE_JOIN))
-    return sets if group_ids is None else _of_groups(sets, group_ids)
-
-
-def _of_groups(sets: Tensor, group_ids: Tensor) -> Tensor:
-    """Moments [S, 3] of the whole group that each sequence belongs to; a handful of launches over S."""
-    count, mean, m2 = sets.unbind(1)
-    total = group_sum(count, group_ids)
-    origin = group_max(mean.where(count > 0, -torch.inf), group_ids).where(total != 0, 0.0)
-    joint = origin + group_sum((count * (mean - origin)).where(count > 0, 0.0), group_ids) / total.clamp(min=1)
-    return torch.stack([total, joint, group_sum(m2 + count * (mean - joint).square(), group_ids)], dim=1)
+            if group_ids is not None:
+                ids, order = by_group(group_ids)
+                of_sequences, sets = sets, torch.empty_like(sets)
+                moments_of_groups[(num_sets,)](of_sequences, ids, order, sets, num_sets, **GROUP)
+    return sets
 
 
 _moments.register_kernel("cuda")(launch)
@@ -124,10 +149,13 @@ def _aot(dtype: str, **constants) -> tuple:
     return moments_rows, types, {"BT": ROWS["BT"], **constants}, ROWS["num_warps"], False
 
 
+_GROUPS = {"sets": "*fp64", "ids": "*i64", "order": "*i64", "joint": "*fp64", "num_sequences": "i32"}
 _JOIN = {"parts": "*fp64", "sets": "*fp64", "num_splits": "i32"}
 AOT = [
     _aot("bf16"),
     _aot("fp32", mask=None, cu_seqlens=None),
     (moments_join, _JOIN, {"BP": BATCH_SPLITS}, BATCH_JOIN["num_warps"], False),
     (moments_join, _JOIN, {"BP": SEQUENCE_SPLITS}, SEQUENCE_JOIN["num_warps"], False),
+    (moments_of_groups, _GROUPS, {"BS": GROUP["BS"]}, GROUP["num_warps"], False),
+    (moments_of_groups, _GROUPS | {"ids": "*i32"}, {"BS": GROUP["BS"], "order": None}, GROUP["num_warps"], False),
 ]

@@ -17,7 +17,7 @@ from ..ops.process_advantages import WHITENING, _process_advantages
 from .group_advantages import LAUNCH as GROUP
 from .group_advantages import by_group, led_group, members
 from .min_form_returns import first_step
-from .moments import BATCH_JOIN, BATCH_SPLITS, moments_join, with_block
+from .moments import BATCH_JOIN, BATCH_SPLITS, moments_join, store_moments, with_block
 from .step_rows import count_below
 
 STEPS = {"BK": 64, "num_warps": 1}
@@ -285,13 +285,8 @@ def process_levels(
                 count, mean, m2 = with_block(count, mean, m2, tl.where(m_t, b_x, 0.0), b_n)
     if WHITENED:
         p_part = parts + (i_p * num_splits + i_r).to(tl.int64) * 3
-        p_zeros = p_part + tl.num_programs(0).to(tl.int64) * num_splits * 3
-        tl.store(p_part, count)
-        tl.store(p_part + 1, mean)
-        tl.store(p_part + 2, m2)
-        tl.store(p_zeros, num_zeros)
-        tl.store(p_zeros + 1, 0.0)
-        tl.store(p_zeros + 2, 0.0)
+        store_moments(p_part, count, mean, m2, True)
+        store_moments(p_part + tl.num_programs(0).to(tl.int64) * num_splits * 3, num_zeros, 0.0, 0.0, True)
     else:
         tl.store(parts + tl.arange(0, 8), 0.0, (tl.arange(0, 8) < 6) & (i_p == 0))
 
