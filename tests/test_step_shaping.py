@@ -6,29 +6,41 @@ import math
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from cuda_graph import replayed
 from grids import LENGTHS, cu_seqlens
 
 from qrm_fast import clip_delta, implicit_rewards, progress_rewards
 from qrm_fast.ops.clip_delta import _clip_delta
 from qrm_fast.ops.implicit_rewards import _implicit_rewards
 from qrm_fast.ops.progress_rewards import _progress_rewards
+from qrm_fast.triton import clip_delta as clip_triton
+from qrm_fast.triton import implicit_rewards as implicit_triton
+from qrm_fast.triton import progress_rewards as progress_triton
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 CU = torch.tensor([0, 4, 4, 5, 7])
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def implementation(request, monkeypatch):
-    if request.param == "reference":
-        for name, op in (
-            ("clip_delta", _clip_delta),
-            ("implicit_rewards", _implicit_rewards),
-            (
-                "progress_rewards",
-                _progress_rewards,
-            ),
-        ):
-            monkeypatch.setattr(f"qrm_fast.ops.{name}._{name}", op._init_fn)
+@pytest.fixture(params=["kernel", "reference", "triton"])
+def implementation(request, monkeypatch, triton_device):
+    """What the public functions now run: the CPU kernels, the references, or the Triton kernels with small blocks."""
+
+    def by_triton(kernel):
+        monkeypatch.setitem(kernel.LAUNCH, "BT" if kernel is implicit_triton else "BK", 64)
+        return lambda *arguments: kernel.launch(
+            *(x.to(triton_device) if isinstance(x, torch.Tensor) else x for x in arguments)
+        ).cpu()
+
+    for name, op, kernel in (
+        ("clip_delta", _clip_delta, clip_triton),
+        ("implicit_rewards", _implicit_rewards, implicit_triton),
+        ("progress_rewards", _progress_rewards, progress_triton),
+    ):
+        if request.param != "kernel":
+            other = op._init_fn if request.param == "reference" else by_triton(kernel)
+            monkeypatch.setattr(f"qrm_fast.ops.{name}._{name}", other)
+    return request.param
 
 
 @pytest.mark.usefixtures("implementation")
@@ -41,6 +53,7 @@ def test_clip_delta_by_hand():
     assert clip_delta(rewards, CU, clip=False, delta=False).tolist() == rewards.tolist()
 
 
+@pytest.mark.parametrize("implementation", ["kernel", "reference"], indirect=True)
 @pytest.mark.usefixtures("implementation")
 def test_delta_bounds_the_return_by_a_single_score():
     """What is left from any step on is that step's score: the last step's own score is in nobody's return."""
@@ -65,10 +78,13 @@ def test_progress_rewards_by_hand():
     assert progress_rewards(after, start, CU, alpha=4.0).tolist() == [4 * x for x in expected]
 
 
-@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_agree_with_float64(lengths, dtype):
+def test_agree_with_float64(lengths, dtype, implementation):
+    if implementation == "triton":
+        if dtype == torch.float64:
+            pytest.skip("no float64 on CUDA")
+        lengths = lengths[-20:]  # the interpreter is slow
     g = torch.Generator().manual_seed(len(lengths))
     x, y = torch.randn(2, sum(lengths), generator=g).to(dtype)
     start, cu = torch.randn(len(lengths), generator=g).to(dtype), cu_seqlens(lengths)
@@ -109,6 +125,35 @@ def test_bits_depend_on_the_own_sequence_only():
     assert torch.equal(clip_delta(x[bos:eos], alone), whole[0][bos:eos])
     assert torch.equal(progress_rewards(x[bos:eos], start[7:8], alone), whole[1][bos:eos])
     assert torch.equal(implicit_rewards(x[3:50], x[53:100]), implicit_rewards(x[:-50], x[50:])[3:50])
+
+
+def test_triton_stays_inside_its_tensors(triton_device):
+    """Boundaries that a CPU kernel would refuse."""
+    wide = torch.full((2, 60), 7.0, device=triton_device)
+    for bounds in [0, 500, 20], [-50, 4, 90], [9, 3, 40], [1 << 40, 3, -1]:
+        cu = torch.tensor(bounds, device=triton_device)
+        shaped = clip_triton.launch(wide[0, 20:40], cu, 0.0, False, True)
+        progress = progress_triton.launch(wide[0, 20:40], wide[1, 20:22], cu, 1.0)
+        assert set(shaped.tolist()) <= {0.0, 7.0} and not progress[1:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+def test_nothing_waits_and_a_graph_captures_it():
+    lengths = [1 + i * 37 % 50 for i in range(600)]
+    x, start, cu = torch.randn(sum(lengths)), torch.randn(600), cu_seqlens(lengths)
+
+    def step(x, start, cu):
+        return clip_delta(x, cu), progress_rewards(x, start, cu), implicit_rewards(x, x.flip(0), beta=0.5)
+
+    arguments = x.cuda(), start.cuda(), cu.cuda()
+    step(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    direct = step(*arguments)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, replayed(lambda: step(*arguments)), direct))
+    for ours, want in zip(direct, step(x, start, cu), strict=True):
+        torch.testing.assert_close(ours.cpu(), want)
 
 
 def test_not_differentiable():
