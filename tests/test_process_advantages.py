@@ -18,7 +18,7 @@ from test_min_form_returns import oracle_steps
 
 from qrm_fast import from_padded, process_advantages, to_padded
 from qrm_fast.ops.min_form_returns import _min_form_returns
-from qrm_fast.ops.process_advantages import PRESETS, _process_advantages
+from qrm_fast.ops.process_advantages import PRESETS, _process_advantages, _process_rows
 from qrm_fast.ops.step_rows import step_rows
 
 N = 12
@@ -56,6 +56,7 @@ def implementation(request, monkeypatch):
         module = "qrm_fast.ops.process_advantages."
         monkeypatch.setattr(f"{module}_min_form_returns", _min_form_returns._init_fn)
         monkeypatch.setattr(f"{module}_process_advantages", _process_advantages._init_fn)
+        monkeypatch.setattr(f"{module}_process_rows", _process_rows._init_fn)
         monkeypatch.setattr(f"{module}step_rows", step_rows._init_fn)
 
 
@@ -344,7 +345,8 @@ def test_outcomes_alone_are_rloo():
 
 def test_ids_out_of_range_give_nan_where_nothing_can_be_raised(monkeypatch):
     """The reference serves CUDA, where a kernel cannot raise."""
-    monkeypatch.setattr("qrm_fast.ops.process_advantages._process_advantages", _process_advantages._init_fn)
+    for op in _process_advantages, _process_rows:
+        monkeypatch.setattr(f"qrm_fast.ops.process_advantages._{op._name}", op._init_fn)
     for preset in PRESETS:
         wrong = GOLDEN | {"group_ids": torch.tensor([1, 3, 1])}
         result = process_advantages(**wrong, preset=preset, mask_step_ends=False)
@@ -490,6 +492,8 @@ def test_opcheck():
     torch.library.opcheck(_process_advantages, (returns, ends, cu, ids, outcome, has_answer, kl, *options))
     options = (len(kl), "openrlhf", 1.0, 1.0, 1.0, False)
     torch.library.opcheck(_process_advantages, (returns, ends.int(), cu.long(), ids, None, None, None, *options))
+    options = (len(kl), "soft", 0.1, "verl", float(max_gen_len), 0.5, 1.0, True)
+    torch.library.opcheck(_process_rows, (rewards, ends, cu, ids, outcome, has_answer, kl, *options))
 
 
 def test_compiles_whole_and_for_any_length():

@@ -11,7 +11,7 @@ from test_process_advantages import CASES, EXPECTED, GOLDEN, inputs, transcripti
 
 from qrm_fast import process_advantages
 from qrm_fast.ops.min_form_returns import _min_form_returns
-from qrm_fast.ops.process_advantages import PRESETS, _process_advantages
+from qrm_fast.ops.process_advantages import PRESETS, _process_advantages, _process_rows
 from qrm_fast.triton import group_advantages as groups_triton
 from qrm_fast.triton import min_form_returns as min_form_triton
 from qrm_fast.triton import process_advantages as triton_kernels
@@ -37,6 +37,7 @@ def by_triton(triton_device, monkeypatch):
     monkeypatch.setattr(f"{module}_min_form_returns", min_form_triton.launch)
     monkeypatch.setattr(f"{module}_process_advantages", triton_kernels.launch)
     monkeypatch.setattr(f"{module}step_rows", rows_triton.launch)
+    monkeypatch.setattr(f"{module}_process_rows", _process_rows._init_fn)  # which calls the three
 
     def run(**arguments):
         moved = {k: v.to(triton_device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}

@@ -1,13 +1,14 @@
 // The return at every step by the min-form and its relatives, over the steps alone: 8 bytes read and 8 written per
 // step, some 40 times fewer than tokens; step_rows spreads them over the rows. One pass forward and one in reverse per
 // sequence, in double, rounded by the caller; sequences run in parallel, so a step's bits depend on its sequence only.
+#include "min_form_returns.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <tuple>
 
 #include "cu_seqlens.h"
@@ -65,8 +66,10 @@ QRM_FAST_TARGET_CLONES void soft_returns(int64_t n, double minimum, double tempe
   }
   const double total = Simd8::sum(totals);
   double sum = 0;
-  for (k = n - 1; k >= 0; --k) returns[k] = sum += returns[k];
-  for (k = 0; k < n; ++k) returns[k] /= total;
+  for (k = n - 1; k >= 0; --k) {
+    sum += returns[k];
+    returns[k] = sum / total;
+  }
 }
 
 // G_t = sum over j >= t of w_j r_j, w = softmax(-r / temperature) over j >= t: minimum + excess / total, both relative
@@ -102,8 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
   const CuSeqlens cu(cu_seqlens, num_tokens);
   Steps::check(step_ends, num_tokens);
   const Steps steps(step_ends, cu);
-  const bool soft = form == "soft", causal = form == "causal_soft";
-  STD_TORCH_CHECK(soft || causal || form == "sum", "the public function admits only known forms");
+  const Form known = form_of(form);
   const auto dtype = acc_dtype(step_rewards.scalar_type());
   Tensor returns = torch::stable::new_empty(step_rewards, {step_rewards.size(0)}, ScalarType::Double);
   Tensor outcome = torch::stable::new_empty(step_rewards, {cu.num_sequences()}, dtype);
@@ -120,15 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
         w[i] = -1;
         o[i] = 0;
         if (n == 0) continue;
-        const int64_t lowest = take_rewards(r + first, n, g + first);
-        if (lowest < 0) {
-          std::fill_n(g + first, n, std::numeric_limits<double>::quiet_NaN());
-        } else {
-          w[i] = first + lowest;
-          if (soft) soft_returns(n, g[first + lowest], temperature, g + first);
-          if (causal) causal_soft_returns(r + first, n, temperature, g + first);
-          if (form == "sum") sum_returns(r + first, n, g + first);
-        }
+        const int64_t lowest = sequence_returns(r + first, n, known, temperature, g + first);
+        if (lowest >= 0) w[i] = first + lowest;
         o[i] = g[first];
       }
     });
@@ -137,6 +132,34 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
 }
 
 }  // namespace
+
+Form form_of(const std::string& name) {
+  if (name == "soft") return Form::kSoft;
+  if (name == "causal_soft") return Form::kCausalSoft;
+  STD_TORCH_CHECK(name == "sum", "the public functions admit only known forms");
+  return Form::kSum;
+}
+
+template <typename T>
+int64_t sequence_returns(const T* rewards, int64_t n, Form form, double temperature, double* returns) {
+  const int64_t lowest = take_rewards(rewards, n, returns);
+  if (lowest < 0) {
+    std::fill_n(returns, n, std::numeric_limits<double>::quiet_NaN());
+  } else if (form == Form::kSoft) {
+    soft_returns(n, returns[lowest], temperature, returns);
+  } else if (form == Form::kCausalSoft) {
+    causal_soft_returns(rewards, n, temperature, returns);
+  } else {
+    sum_returns(rewards, n, returns);
+  }
+  return lowest;
+}
+
+template int64_t sequence_returns(const double*, int64_t, Form, double, double*);
+template int64_t sequence_returns(const float*, int64_t, Form, double, double*);
+template int64_t sequence_returns(const torch::headeronly::BFloat16*, int64_t, Form, double, double*);
+template int64_t sequence_returns(const torch::headeronly::Half*, int64_t, Form, double, double*);
+
 }  // namespace qrm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) { m.impl("min_form_returns", TORCH_BOX(&qrm_fast::min_form_returns)); }

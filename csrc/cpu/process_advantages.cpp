@@ -1,7 +1,8 @@
 // The advantage of every step from its return: the group baselines of PURE and of its two codes, and the moments that
 // whitening needs. Reads and writes 8 bytes per step, some 40 times fewer than tokens; rows are read only where they
-// carry a penalty. step_rows then writes the rows. In double; sequences run in parallel, groups and moments are summed
-// in the order of the sequences.
+// carry a penalty. step_rows then writes the rows. process_rows is all of it, step rewards to rows, in one call, the
+// levels in the place of the returns: memory is touched once per row, by the write. In double; sequences run in
+// parallel, groups and moments are summed in the order of the sequences.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,9 +16,14 @@
 
 #include "cu_seqlens.h"
 #include "dtypes.h"
+#include "fresh_rows.h"
 #include "groups.h"
+#include "min_form_returns.h"
 #include "moments.h"
+#include "simd.h"
+#include "step_rows.h"
 #include "steps.h"
+#include "target_clones.h"
 
 namespace qrm_fast {
 namespace {
@@ -58,6 +64,75 @@ std::vector<double> leave_one_out(const Groups& groups, const std::vector<Share>
   return baselines;
 }
 
+using Simd8 = Simd<double, 64>;
+
+// Of the steps of one sequence from k on, which lies behind its first: the rows of up to 8 of them, none in other
+// lanes.
+template <typename I>
+QRM_FAST_INLINE Simd8::Vec lengths_from(const I* ends, int64_t k, int64_t num_steps) {
+  Simd8::Vec lengths = {};
+  if (k + Simd8::kLanes <= num_steps) {
+    for (int64_t j = 0; j < Simd8::kLanes; ++j) lengths[j] = ends[k + j] - ends[k + j - 1];
+  } else {
+    for (int64_t j = 0; k + j < num_steps; ++j) lengths[j] = ends[k + j] - ends[k + j - 1];
+  }
+  return lengths;
+}
+
+QRM_FAST_INLINE Simd8::Vec values_from(const double* values, int64_t k, int64_t num_steps) {
+  return k + Simd8::kLanes <= num_steps ? Simd8::load(values + k) : Simd8::load_first(values + k, num_steps - k, 0);
+}
+
+// The returns of all rows of a sequence that begins at row bos, n > 0 steps.
+template <typename I>
+QRM_FAST_TARGET_CLONES double sum_of_returns(const double* returns, const I* ends, int64_t n, int64_t bos) {
+  Simd8::Vec sums = {};
+  for (int64_t k = 1; k < n; k += Simd8::kLanes) sums += values_from(returns, k, n) * lengths_from(ends, k, n);
+  return returns[0] * (ends[0] + 1 - bos) + Simd8::sum(sums);
+}
+
+// Counted values, each `n` times, about the first of them: the mean is no further from it than the spread allows.
+struct Deviations {
+  double count = 0, origin = 0, sum = 0, squares = 0;
+  bool drop_zeros = false;
+
+  void add(double value, double n) {
+    if (!(n > 0) || !std::isfinite(value) || (drop_zeros && value == 0)) return;
+    if (count == 0) origin = value;
+    const double deviation = value - origin;
+    count += n;
+    sum += n * deviation;
+    squares += n * deviation * deviation;
+  }
+  Moments moments() const {
+    if (count == 0) return {};
+    return {count, origin + sum / count, std::max(squares - sum * sum / count, 0.0)};
+  }
+};
+
+// Adds the levels of the steps behind a sequence's first; `unmasked`: -1 where the row that ends a step is masked.
+template <typename I>
+QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const I* ends, int64_t num_steps, int64_t unmasked,
+                                      Deviations& x) {
+  int64_t k = 1;
+  for (; k < num_steps && x.count == 0; ++k) x.add(levels[k], ends[k] - ends[k - 1] + unmasked);
+  const Simd8::Vec origin = Simd8::broadcast(x.origin), fewer = Simd8::broadcast(unmasked);
+  Simd8::Vec count = {}, sum = {}, squares = {};
+  for (; k < num_steps; k += Simd8::kLanes) {
+    const Simd8::Vec level = values_from(levels, k, num_steps);
+    Simd8::Vec n = lengths_from(ends, k, num_steps) + fewer;
+    n = n > 0.0 && level - level == 0.0 ? n : Simd8::Vec{};
+    if (x.drop_zeros) n = level == 0.0 ? Simd8::Vec{} : n;
+    const Simd8::Vec deviation = n == 0.0 ? Simd8::Vec{} : level - origin;
+    count += n;
+    sum += n * deviation;
+    squares += n * deviation * deviation;
+  }
+  x.count += Simd8::sum(count);
+  x.sum += Simd8::sum(sum);
+  x.squares += Simd8::sum(squares);
+}
+
 template <typename A>
 struct Batch {
   const CuSeqlens& cu;
@@ -79,12 +154,18 @@ struct Batch {
   // The return of the first step: NaN where a step reward is not finite.
   double process(int64_t i) const { return has_steps(i) ? returns[steps.first(i)] : 0; }
 
+  // The same function of the step ends, whichever integers they are.
+  template <typename F>
+  auto with_ends(int64_t i, F&& f) const {
+    const int64_t first = steps.first(i);
+    return steps.wide() ? f(steps.template ends<int64_t>() + first) : f(steps.template ends<int32_t>() + first);
+  }
+
   double sum_of_returns(int64_t i) const {
-    double sum = 0;
-    for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
-      sum += returns[k] * (steps.end(k) + 1 - steps.begin(i, k));
-    }
-    return sum;
+    if (!has_steps(i)) return 0;
+    return with_ends(i, [&](const auto* ends) {
+      return qrm_fast::sum_of_returns(returns + steps.first(i), ends, steps.count(i), cu[i]);
+    });
   }
 
   // What verl compares: the return of every row with outcome and penalty in it, summed.
@@ -135,37 +216,65 @@ struct Batch {
     return steps.end(steps.first(i + 1) - 1) + 1 - steps.begin(i, k) - remaining;
   }
 
-  // Calls f(value, count) for the unmasked rows of a sequence.
-  template <typename F>
-  void for_rows(int64_t i, const double* levels, double base, F&& f) const {
-    const int64_t last = steps.first(i + 1);
-    for (int64_t k = steps.first(i); k <= last; ++k) {
-      const double value = k < last ? levels[k] : base;
-      const int64_t end = k < last ? steps.end(k) + !mask_step_ends : cu[i + 1];
-      if (penalty == nullptr) {
-        f(value, end - steps.begin(i, k));
-      } else {
-        for (int64_t t = steps.begin(i, k); t < end; ++t) f(value - penalty[t], 1);
-      }
-    }
-  }
-
   // Of the rows that are not 0 where `drop_zeros`, of all unmasked ones else; rows that are not finite count nowhere.
-  // One pass, about the first row counted: the mean is no further from it than the spread allows.
   Moments moments(int64_t i, const double* levels, double base, bool drop_zeros) const {
-    double count = 0, origin = 0, sum = 0, squares = 0;
-    for_rows(i, levels, base, [&](double value, double n) {
-      if (!(n > 0) || !std::isfinite(value) || (drop_zeros && value == 0)) return;
-      if (count == 0) origin = value;
-      const double deviation = value - origin;
-      count += n;
-      sum += n * deviation;
-      squares += n * deviation * deviation;
-    });
-    if (count == 0) return {};
-    return {count, origin + sum / count, std::max(squares - sum * sum / count, 0.0)};
+    const int64_t first = steps.first(i), last = steps.first(i + 1);
+    Deviations x;
+    x.drop_zeros = drop_zeros;
+    if (penalty != nullptr) {
+      for (int64_t k = first; k <= last; ++k) {
+        const int64_t end = k < last ? steps.end(k) + !mask_step_ends : cu[i + 1];
+        for (int64_t t = steps.begin(i, k); t < end; ++t) x.add((k < last ? levels[k] : base) - penalty[t], 1);
+      }
+    } else {
+      if (first < last) {
+        x.add(levels[first], steps.end(first) + !mask_step_ends - cu[i]);
+        with_ends(i, [&](const auto* ends) { add_steps(levels + first, ends, last - first, -mask_step_ends, x); });
+      }
+      x.add(base, cu[i + 1] - steps.begin(i, last));
+    }
+    return x.moments();
   }
 };
+
+// Levels of the steps, bases of the rows after them, and the moments that whitening needs, as two sets.
+// `take_returns(i)` is called for every sequence before its returns are read; `level` may be where they lie.
+template <typename A, typename F>
+void step_advantages(const Batch<A>& batch, const Groups& groups, F&& take_returns, double* level, double* base,
+                     Moments* sets) {
+  const int64_t num_sequences = groups.size();
+  const Steps& steps = batch.steps;
+  std::vector<Share> process(num_sequences), outcome(num_sequences);
+  torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      take_returns(i);
+      process[i] = batch.process_share(i);
+      outcome[i] = batch.outcome_share(i);
+    }
+  });
+  // openrlhf shifts outcomes to {-1, 0}, which shows only where there are no others to compare with.
+  const bool openrlhf = batch.preset == Preset::openrlhf, whitens = openrlhf || batch.preset == Preset::verl;
+  const bool repeats = openrlhf || batch.preset == Preset::paper_step;
+  const std::vector<double> process_baseline = leave_one_out(groups, process, 0);
+  const std::vector<double> outcome_baseline = leave_one_out(groups, outcome, openrlhf ? 1 : 0);
+  std::vector<Moments> parts(num_sequences);
+  std::vector<int64_t> num_zeros(num_sequences);
+  torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      base[i] = batch.constant(i, process_baseline[i], outcome_baseline[i]);
+      for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
+        double process_level = batch.returns[k];
+        if (repeats) process_level -= process_baseline[i] * batch.repeats(i, k);
+        level[k] = batch.process_coef * process_level + base[i];
+      }
+      if (!whitens) continue;
+      parts[i] = batch.moments(i, level, base[i], openrlhf);
+      if (openrlhf && std::isfinite(base[i])) num_zeros[i] = batch.num_rows(i) - parts[i].count;
+    }
+  });
+  sets[0] = join(num_sequences, [&](int64_t i) { return parts[i]; });
+  for (const int64_t n : num_zeros) sets[1].count += n;
+}
 
 std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, const Tensor& step_ends,
                                                       const Tensor& cu_seqlens, const Tensor& group_ids,
@@ -177,13 +286,9 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
   const CuSeqlens cu(cu_seqlens, num_tokens);
   const Steps steps(step_ends, cu);
   const Groups groups(group_ids);
-  const int64_t num_sequences = groups.size();
   Tensor levels = torch::stable::new_empty(returns, {returns.size(0)});
-  Tensor bases = torch::stable::new_empty(returns, {num_sequences});
+  Tensor bases = torch::stable::new_empty(returns, {groups.size()});
   Tensor stats = torch::stable::new_zeros(returns, {2, 3});
-  double* level = static_cast<double*>(levels.mutable_data_ptr());
-  double* base = static_cast<double*>(bases.mutable_data_ptr());
-  Moments* sets = static_cast<Moments*>(stats.mutable_data_ptr());
   const auto dtype = outcome_rewards.has_value() ? outcome_rewards->scalar_type()
                      : penalty.has_value()       ? penalty->scalar_type()
                                                  : ScalarType::Float;
@@ -200,40 +305,62 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
                          process_coef,
                          outcome_coef,
                          mask_step_ends};
-    std::vector<Share> process(num_sequences), outcome(num_sequences);
-    torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        process[i] = batch.process_share(i);
-        outcome[i] = batch.outcome_share(i);
-      }
-    });
-    // openrlhf shifts outcomes to {-1, 0}, which shows only where there are no others to compare with.
-    const bool openrlhf = batch.preset == Preset::openrlhf, whitens = openrlhf || batch.preset == Preset::verl;
-    const bool repeats = openrlhf || batch.preset == Preset::paper_step;
-    const std::vector<double> process_baseline = leave_one_out(groups, process, 0);
-    const std::vector<double> outcome_baseline = leave_one_out(groups, outcome, openrlhf ? 1 : 0);
-    std::vector<Moments> parts(num_sequences);
-    std::vector<int64_t> num_zeros(num_sequences);
-    torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        base[i] = batch.constant(i, process_baseline[i], outcome_baseline[i]);
-        for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
-          double process_level = batch.returns[k];
-          if (repeats) process_level -= process_baseline[i] * batch.repeats(i, k);
-          level[k] = process_coef * process_level + base[i];
-        }
-        if (!whitens) continue;
-        parts[i] = batch.moments(i, level, base[i], openrlhf);
-        if (openrlhf && std::isfinite(base[i])) num_zeros[i] = batch.num_rows(i) - parts[i].count;
-      }
-    });
-    sets[0] = join(num_sequences, [&](int64_t i) { return parts[i]; });
-    for (const int64_t n : num_zeros) sets[1].count += n;
+    step_advantages(
+        batch, groups, [](int64_t) {}, static_cast<double*>(levels.mutable_data_ptr()),
+        static_cast<double*>(bases.mutable_data_ptr()), static_cast<Moments*>(stats.mutable_data_ptr()));
   });
   return {levels, bases, stats};
+}
+
+Tensor process_rows(const Tensor& step_rewards, const Tensor& step_ends, const Tensor& cu_seqlens,
+                    const Tensor& group_ids, const std::optional<Tensor>& outcome_rewards,
+                    const std::optional<Tensor>& has_answer, const std::optional<Tensor>& penalty, int64_t num_tokens,
+                    std::string form, double temperature, std::string preset, double max_gen_len, double process_coef,
+                    double outcome_coef, bool mask_step_ends) {
+  const CuSeqlens cu(cu_seqlens, num_tokens);
+  Steps::check(step_ends, num_tokens);
+  const Steps steps(step_ends, cu);
+  const Groups groups(group_ids);
+  Tensor out = fresh_rows(step_rewards, num_tokens);
+  Tensor levels = torch::stable::new_empty(step_rewards, {step_rewards.size(0)}, ScalarType::Double);
+  std::vector<double> bases(groups.size());
+  Moments sets[2];
+  dispatch_floating(step_rewards.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T* rewards = static_cast<const T*>(step_rewards.const_data_ptr());
+    double* level = static_cast<double*>(levels.mutable_data_ptr());
+    const A* rows_of_penalty = data_or_null<A>(penalty);
+    const Batch<A> batch{cu,
+                         steps,
+                         level,
+                         data_or_null<A>(outcome_rewards),
+                         data_or_null<bool>(has_answer),
+                         rows_of_penalty,
+                         preset_of(preset),
+                         max_gen_len,
+                         process_coef,
+                         outcome_coef,
+                         mask_step_ends};
+    const Form known = form_of(form);
+    const auto take_returns = [&](int64_t i) {
+      const int64_t first = steps.first(i), n = steps.count(i);
+      if (n > 0) sequence_returns(rewards + first, n, known, temperature, level + first);
+    };
+    step_advantages(batch, groups, take_returns, level, bases.data(), sets);
+    const Affine whitening = batch.preset == Preset::openrlhf ? whitening_of(sets, "nonzero")
+                             : batch.preset == Preset::verl   ? whitening_of(sets, "unbiased")
+                                                              : Affine{};
+    const StepRows<A> rows{cu, steps, level, bases.data(), rows_of_penalty, whitening, mask_step_ends};
+    rows.write(num_tokens, static_cast<A*>(out.mutable_data_ptr()));
+  });
+  return out;
 }
 
 }  // namespace
 }  // namespace qrm_fast
 
-STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) { m.impl("process_advantages", TORCH_BOX(&qrm_fast::process_advantages)); }
+STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) {
+  m.impl("process_advantages", TORCH_BOX(&qrm_fast::process_advantages));
+  m.impl("process_rows", TORCH_BOX(&qrm_fast::process_rows));
+}

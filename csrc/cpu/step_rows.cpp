@@ -1,18 +1,18 @@
 // Values of steps spread over the rows of their steps. Reads 8 bytes per step and, with a penalty, 4 per row; writes 4
-// per row in fp32: memory decides the speed. Rows are cut at sequences, which run in parallel.
+// per row in fp32: memory decides the speed. Threads take equal parts of the rows, wherever sequences end, and
+// fill them by whole vectors whose excess the next step overwrites.
+#include "step_rows.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <string>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
 #include "fresh_rows.h"
-#include "moments.h"
-#include "steps.h"
+#include "simd.h"
 #include "target_clones.h"
 
 namespace qrm_fast {
@@ -20,19 +20,86 @@ namespace {
 
 using torch::stable::Tensor;
 
-// y = (x - shift) * scale; an x of exactly 0 stays where `keep_zeros`.
-struct Affine {
-  double shift = 0;
-  double scale = 1;
-  bool keep_zeros = false;
+constexpr int64_t kLine = 64;
+constexpr int64_t kLinesAhead = 64;
+constexpr int64_t kVectors = 4;  // at once: most steps then take one turn of the loop, which predicts well
 
-  double operator()(double x) const { return keep_zeros && x == 0 ? 0 : (x - shift) * scale; }
-};
+// Rows [begin, end), and up to so many vectors of rows behind them where these lie before `limit`. Prefetching keeps
+// more lines of the result under way than stores do.
+template <typename A>
+QRM_FAST_INLINE void fill_rows(A value, int64_t begin, int64_t end, int64_t limit, A* rows) {
+  using V = Simd<A, kLine>;
+  const typename V::Vec all = V::broadcast(value);
+  int64_t t = begin;
+  for (; t < end && t + kVectors * V::kLanes <= limit; t += kVectors * V::kLanes) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kVectors; ++i) {
+      __builtin_prefetch(rows + t + (kLinesAhead + i) * V::kLanes, 1);
+      V::store(rows + t + i * V::kLanes, all);
+    }
+  }
+  for (; t < end; ++t) rows[t] = value;
+}
 
-// Whitening, given the moments of the counted rows and, as the second set, the count of those left at 0.
-Affine whitening_of(const std::optional<Tensor>& stats, const std::string& name) {
-  if (!stats.has_value()) return {};
-  const Moments* sets = static_cast<const Moments*>(stats->const_data_ptr());
+// Rows [begin, end), begin before end. I: of the step ends.
+template <typename I, typename A>
+QRM_FAST_TARGET_CLONES void write_rows(const StepRows<A>& x, int64_t begin, int64_t end, A* rows) {
+  const I* ends = x.steps.template ends<I>();
+  const double* values = x.values;
+  const A* penalty = x.penalty;
+  const Affine whitening = x.whitening;
+  const bool mask_step_ends = x.mask_step_ends;
+  const auto fill = [&](double value, int64_t from, int64_t to) __attribute__((always_inline)) {
+    if (penalty == nullptr) {
+      fill_rows(static_cast<A>(whitening(value)), from, to, end, rows);
+    } else {
+      for (int64_t t = from; t < to; ++t) rows[t] = whitening(value - penalty[t]);
+    }
+  };
+  int64_t t = begin, i = x.cu.first_ending_after(begin);
+  int64_t k = std::lower_bound(ends + x.steps.first(i), ends + x.steps.first(i + 1), begin) - ends;
+  for (; t < end; ++i) {
+    const int64_t first = x.steps.first(i), last = x.steps.first(i + 1);
+    for (; k < last && t < end; ++k) {
+      const int64_t next = ends[k] + 1, stop = std::min(next, end);
+      fill(values[k], t, stop);
+      if (mask_step_ends && stop == next) rows[stop - 1] = 0;
+      t = stop;
+    }
+    // Without a base 0, but NaN where the steps are.
+    const double beyond = x.base != nullptr ? x.base[i] : (first == last ? 0 : values[first] - values[first]);
+    const int64_t stop = std::min(x.cu[i + 1], end);
+    fill(beyond, t, stop);
+    t = std::max(t, stop);
+  }
+}
+
+Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const Tensor& step_ends,
+                 const Tensor& cu_seqlens, const std::optional<Tensor>& penalty, const std::optional<Tensor>& stats,
+                 std::string whitening, int64_t num_tokens, bool mask_step_ends, bool wide) {
+  const CuSeqlens cu(cu_seqlens, num_tokens);
+  const Steps steps(step_ends, cu);
+  const Affine map =
+      stats.has_value() ? whitening_of(static_cast<const Moments*>(stats->const_data_ptr()), whitening) : Affine{};
+  const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor out = fresh_rows(torch::stable::new_empty(values, {0}, dtype), num_tokens);
+  dispatch_floating(dtype, [&](auto zero) {
+    using A = acc_t<decltype(zero)>;
+    const StepRows<A> rows{cu,
+                           steps,
+                           static_cast<const double*>(values.const_data_ptr()),
+                           data_or_null<double>(base),
+                           data_or_null<A>(penalty),
+                           map,
+                           mask_step_ends};
+    rows.write(num_tokens, static_cast<A*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+}  // namespace
+
+Affine whitening_of(const Moments* sets, const std::string& name) {
   const Moments& rows = sets[0];
   if (name == "nonzero") {
     const double variance = (rows.m2 + sets[1].count * rows.mean * rows.mean) / std::max(rows.count, 1.0);
@@ -43,46 +110,17 @@ Affine whitening_of(const std::optional<Tensor>& stats, const std::string& name)
 }
 
 template <typename A>
-QRM_FAST_TARGET_CLONES void fill_rows(double value, const A* penalty, const Affine& affine, int64_t begin, int64_t end,
-                                      A* rows) {
-  if (penalty == nullptr) {
-    std::fill(rows + begin, rows + end, static_cast<A>(affine(value)));
-  } else {
-    for (int64_t t = begin; t < end; ++t) rows[t] = affine(value - penalty[t]);
-  }
-}
-
-Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const Tensor& step_ends,
-                 const Tensor& cu_seqlens, const std::optional<Tensor>& penalty, const std::optional<Tensor>& stats,
-                 std::string whitening, int64_t num_tokens, bool mask_step_ends, bool wide) {
-  const CuSeqlens cu(cu_seqlens, num_tokens);
-  const Steps steps(step_ends, cu);
-  const double* v = static_cast<const double*>(values.const_data_ptr());
-  const double* b = data_or_null<double>(base);
-  const Affine map = whitening_of(stats, whitening);
-  const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor out = fresh_rows(torch::stable::new_empty(values, {0}, dtype), num_tokens);
-  dispatch_floating(dtype, [&](auto zero) {
-    using A = acc_t<decltype(zero)>;
-    const A* p = data_or_null<A>(penalty);
-    A* rows = static_cast<A*>(out.mutable_data_ptr());
-    torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = steps.first(i), last = steps.first(i + 1);
-        for (int64_t k = first; k < last; ++k) {
-          fill_rows(v[k], p, map, steps.begin(i, k), steps.end(k) + 1, rows);
-          if (mask_step_ends) rows[steps.end(k)] = 0;
-        }
-        // Without a base 0, but NaN where the steps are.
-        const double beyond = b != nullptr ? b[i] : (first == last ? 0 : v[first] - v[first]);
-        fill_rows(beyond, p, map, steps.begin(i, last), cu[i + 1], rows);
-      }
-    });
+void StepRows<A>::write(int64_t num_rows, A* rows) const {
+  const auto write_part = steps.wide() ? write_rows<int64_t, A> : write_rows<int32_t, A>;
+  const int64_t num_lines = (num_rows * sizeof(A) + kLine - 1) / kLine, in_line = kLine / sizeof(A);
+  torch::stable::parallel_for(0, num_lines, 256, [&](int64_t begin, int64_t end) {
+    write_part(*this, begin * in_line, std::min(end * in_line, num_rows), rows);
   });
-  return out;
 }
 
-}  // namespace
+template struct StepRows<float>;
+template struct StepRows<double>;
+
 }  // namespace qrm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(qrm_fast, CPU, m) { m.impl("step_rows", TORCH_BOX(&qrm_fast::step_rows)); }

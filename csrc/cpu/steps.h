@@ -1,8 +1,10 @@
 // Steps of packed sequences: the rows where one ends, int32 or int64 [K], read as int64 without a copy. A step begins
 // after the previous one of its sequence; rows after a sequence's last step end belong to none.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -30,6 +32,12 @@ class Steps {
 
   int64_t end(int64_t k) const {
     return wide_ ? static_cast<const int64_t*>(data_)[k] : static_cast<const int32_t*>(data_)[k];
+  }
+  // The ends as they lie, I being int64_t where wide(), else int32_t.
+  bool wide() const { return wide_; }
+  template <typename I>
+  const I* ends() const {
+    return static_cast<const I*>(data_);
   }
   // The steps of sequence i are first(i) to first(i + 1) - 1.
   int64_t first(int64_t i) const { return first_[i]; }
@@ -60,8 +68,12 @@ class Steps {
   static void check(const torch::stable::Tensor& step_ends, int64_t num_tokens) {
     const I* ends = static_cast<const I*>(step_ends.const_data_ptr());
     const int64_t num_steps = step_ends.size(0);
-    bool ascending = num_steps == 0 || (0 <= ends[0] && ends[num_steps - 1] < num_tokens);
-    for (int64_t k = 1; k < num_steps; ++k) ascending &= ends[k - 1] < ends[k];
+    std::atomic<bool> ascending = num_steps == 0 || (0 <= ends[0] && ends[num_steps - 1] < num_tokens);
+    torch::stable::parallel_for(1, num_steps, 4096, [&](int64_t begin, int64_t end) {
+      bool mine = true;
+      for (int64_t k = begin; k < end; ++k) mine &= ends[k - 1] < ends[k];
+      if (!mine) ascending = false;
+    });
     for (int64_t k = 0; !ascending && k < num_steps; ++k) {
       CHECK_VALUE(0 <= ends[k] && ends[k] < num_tokens, "step_ends must lie in [0, ", num_tokens, "), got ", ends[k],
                   " at index ", k);

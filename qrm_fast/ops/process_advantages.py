@@ -106,28 +106,49 @@ def process_advantages(
     outcome_coef = 1.0 if outcome_coef is None else float(outcome_coef)
     masked = preset == "openrlhf" if mask_step_ends is None else bool(mask_step_ends)
 
+    of_step = (preset, float(max_gen_len or 1), process_coef, outcome_coef, masked)
+    of_sequence = (step_ends, cu_seqlens, group_ids, outcome_rewards, has_answer, penalty, num_tokens)
+    whitening = WHITENING.get(preset)
+    if process_group is None or whitening is None:
+        return _process_rows(step_rewards, *of_sequence, form, temperature, *of_step)
     returns, _, _ = _min_form_returns(step_rewards, step_ends, cu_seqlens, num_tokens, form, temperature)
-    levels, base, stats = _process_advantages(
-        returns,
-        step_ends,
-        cu_seqlens,
-        group_ids,
-        outcome_rewards,
-        has_answer,
-        penalty,
-        num_tokens,
-        preset,
-        float(max_gen_len or 1),
-        process_coef,
-        outcome_coef,
-        masked,
-    )
-    whitening = WHITENING.get(preset, "")
-    if whitening and process_group is not None:
-        stats = join_ranks(stats, process_group)
+    levels, base, stats = _process_advantages(returns, *of_sequence, *of_step)
+    stats = join_ranks(stats, process_group)
     wide = step_rewards.dtype == torch.float64
-    stats = stats if whitening else None
     return step_rows(levels, base, step_ends, cu_seqlens, penalty, stats, whitening, num_tokens, masked, wide)
+
+
+@torch.library.custom_op("qrm_fast::process_rows", mutates_args=())
+def _process_rows(
+    step_rewards: Tensor,
+    step_ends: Tensor,
+    cu_seqlens: Tensor,
+    group_ids: Tensor,
+    outcome_rewards: Tensor | None,
+    has_answer: Tensor | None,
+    penalty: Tensor | None,
+    num_tokens: int,
+    form: str,
+    temperature: float,
+    preset: str,
+    max_gen_len: float,
+    process_coef: float,
+    outcome_coef: float,
+    mask_step_ends: bool,
+) -> Tensor:
+    """[T]: returns, their advantages and the rows, whitened over this call where the preset whitens."""
+    returns, _, _ = _min_form_returns(step_rewards, step_ends, cu_seqlens, num_tokens, form, temperature)
+    of_sequence = (step_ends, cu_seqlens, group_ids, outcome_rewards, has_answer, penalty, num_tokens)
+    of_step = (preset, max_gen_len, process_coef, outcome_coef, mask_step_ends)
+    levels, base, stats = _process_advantages(returns, *of_sequence, *of_step)
+    wide = step_rewards.dtype == torch.float64
+    to_whiten = (stats, WHITENING[preset]) if preset in WHITENING else (None, "")
+    return step_rows(levels, base, step_ends, cu_seqlens, penalty, *to_whiten, num_tokens, mask_step_ends, wide)
+
+
+@_process_rows.register_fake
+def _(step_rewards, step_ends, cu_seqlens, group_ids, outcome_rewards, has_answer, penalty, num_tokens, *options):
+    return step_rewards.new_empty(num_tokens, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
 
 
 @torch.library.custom_op("qrm_fast::process_advantages", mutates_args=())
