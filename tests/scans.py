@@ -110,6 +110,16 @@ def problem(scan: str, lengths: list[int], dtype: torch.dtype = torch.float32, s
     return Problem(columns[: SCANS[scan].num_columns].to(dtype), cu_seqlens(lengths), mask, bootstrap, lengths)
 
 
+def loops(name: str, p: Problem, decay: float, bootstrap: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """`loop` over every sequence; masked rows are left out of it and hold 0."""
+    out = torch.zeros(1 if name == "discounted_returns" else 2, len(p.mask), dtype=torch.float64)
+    for i, rows in enumerate(p.sequences()):
+        kept = rows if mask is None else rows[mask[rows]]
+        if len(kept):
+            out[:, kept] = loop(name, p.columns[:, kept], None if bootstrap is None else bootstrap[i].item(), decay)
+    return out
+
+
 def decays(scan: str, decay: float) -> dict[str, float]:
     """Options under which a row's weight falls by this factor per row (of vtrace at most by it)."""
     return {"gamma": decay} if scan == "discounted_returns" else {"lam": decay}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from grids import LENGTHS, cu_seqlens
 
-from qrm_fast import q_token_rewards, whiten
+from qrm_fast import q_advantages, q_token_rewards, whiten
 from qrm_fast.ops.moments import _moments, moments
 from qrm_fast.triton import moments as triton_kernels
 
@@ -91,6 +91,7 @@ def on_rank(rank, folder):
         {
             "rewards": q_token_rewards(q[rows], cu, mask=mask[rows], center=True, process_group=world),
             "whitened": whiten(q[rows], mask=mask[rows], unbiased=True, process_group=world),
+            "advantages": q_advantages(q[rows], q[rows].square(), cu, mask=mask[rows], process_group=world).advantages,
             "alone": q_token_rewards(q[rows], cu, mask=mask[rows], center=True),
             "stats": moments(q[rows], mask[rows], process_group=world),
             "one side empty": moments(q[rows], mask[rows] & bool(rank), process_group=world),
@@ -110,6 +111,9 @@ def test_a_process_group_sees_one_batch(tmp_path):
     torch.testing.assert_close(torch.cat([first["rewards"], second["rewards"]]), expected, rtol=2e-7, atol=0)
     expected_whitened = whiten(q, mask=mask, unbiased=True)
     torch.testing.assert_close(torch.cat([first["whitened"], second["whitened"]]), expected_whitened, rtol=2e-7, atol=0)
+    expected_advantages = q_advantages(q, q.square(), cu, mask=mask).advantages
+    joined = torch.cat([first["advantages"], second["advantages"]])
+    torch.testing.assert_close(joined, expected_advantages, rtol=2e-7, atol=0)
     assert not torch.allclose(first["alone"], expected[:701])
     for name in "stats", "one side empty", "none", "constant":
         assert torch.equal(first[name], second[name])

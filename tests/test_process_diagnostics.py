@@ -1,5 +1,6 @@
 """process_diagnostics: a batch worked by hand, temperature limits, corner cases, and the promises of every op."""
 
+import itertools
 import math
 
 import pytest
@@ -65,6 +66,32 @@ def test_outcome_and_worst_step_are_those_of_min_form_returns(dtype):
     worst = (form.worst_step - step_cu[:-1] + 1) / step_cu.diff()
     torch.testing.assert_close(result.worst_position.float(), worst.where(step_cu.diff() > 0, 0.0))
     assert result.one_step_mass is None and result.short_mass is None
+
+
+@pytest.mark.usefixtures("implementation")
+def test_agrees_with_a_loop_over_answers():
+    g = torch.Generator().manual_seed(0)
+    lengths = [1 + i * 37 % 60 for i in range(50)]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    ends = (torch.rand(sum(lengths), generator=g) < 0.08).nonzero()[:, 0]
+    rewards, advantages = torch.rand(len(ends), generator=g).mul(2).sub(1), torch.randn(sum(lengths), generator=g)
+    result = process_diagnostics(rewards, ends, cu, min_tokens=20, advantages=advantages)
+    few, mass, expected = [[], []], [], []
+    for bos, eos in itertools.pairwise(cu.tolist()):
+        r = [x for x, end in zip(rewards.tolist(), ends.tolist(), strict=True) if bos <= end < eos]
+        raw = [math.exp(-10 * (x - min(r))) for x in r]
+        w = [x / math.fsum(raw) for x in raw]
+        entropy = -math.fsum(x * math.log(x) for x in w)
+        soft = math.fsum(x * y for x, y in zip(w, r, strict=True))
+        expected.append((soft, (r.index(min(r)) + 1) / len(r), math.exp(entropy)) if r else (0.0, 0.0, 0.0))
+        few[0].append(len(r) <= 1)
+        few[1].append(eos - bos < 20)
+        mass.append(advantages[bos:eos].double().abs().sum().item())
+    for ours, exact in zip(result[:3], zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours.double(), torch.tensor(exact, dtype=torch.float64), rtol=2e-7, atol=1e-12)
+    shares = [sum(f) / 50 for f in few]
+    shares += [math.fsum(m for m, counts in zip(mass, f, strict=True) if counts) / math.fsum(mass) for f in few]
+    assert [x.item() for x in result[3:]] == pytest.approx(shares, rel=2e-7)
 
 
 @pytest.mark.usefixtures("implementation")

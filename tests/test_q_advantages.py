@@ -86,6 +86,20 @@ def test_masked_rows_are_never_read(scope, on):
     assert not clean[:, ~mask].any() and all(torch.equal(clean, p) for p in poisoned)
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_row(poison, on):
+    q, cu, *_ = inputs([4, 3, 5], device=on)
+    values = q.flip(0)
+    clean = q_advantages(q, values, cu, mask=torch.arange(12, device=on) != 5)
+    values[5] = poison
+    advantages, returns = q_advantages(q, values, cu)
+    assert not advantages[5].isfinite() and advantages.isfinite().sum() == 11 and returns.isfinite().all()
+    q[5] = poison
+    kept = torch.arange(12, device=on) != 5
+    for ours, expected in zip(q_advantages(q, values, cu), clean, strict=True):
+        assert not ours[5].isfinite() and torch.equal(ours[kept], expected[kept])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype):
     q, cu, *rest = inputs([3, 1, 7, 63, 65], dtype)

@@ -265,12 +265,15 @@ def test_zero_spread(dtype, center):
     assert not q_token_rewards(torch.tensor([3.0]), torch.tensor([0, 1]), scope="sequence").any()
 
 
-def test_a_row_that_is_not_finite_stays_in_its_sequence(device):
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_stays_in_its_sequence(poison, device):
+    """It is left out of the statistics; the re-scored last action holds the mean of its sequence."""
     lengths = [4, 3, 5]
     q, cu, *_ = inputs(lengths, device=device)
-    q[5] = math.nan
+    q[5] = poison
     result = q_token_rewards(q, cu, center=True, eos_rescore="mean")
-    assert result[5].isnan() and result[6].isnan() and result.isnan().sum() == 2
+    spoilt = torch.tensor([poison, poison], device=device)
+    assert torch.equal(result[5:7].nan_to_num(7.0), spoilt.nan_to_num(7.0)) and result.isfinite().sum() == 10
     kept = torch.arange(12, device=device) != 5
     expected = q_token_rewards(q, cu, center=True, eos_rescore="mean", mask=kept)
     assert torch.equal(result[:4], expected[:4]) and torch.equal(result[7:], expected[7:])

@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 from grids import LENGTHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scans import SCANS, decays, loop, problem
+from scans import SCANS, decays, loop, loops, problem
 
 from qrm_fast import from_padded, to_padded
 
@@ -29,9 +29,8 @@ def assert_close_where_finite(ours, exact, peer, slack=1):
 def test_no_further_from_float64_than_pytorch(name, lengths, decay):
     scan, p = SCANS[name], problem(name, lengths)
     for options in {}, {"bootstrap": p.bootstrap}, {"bootstrap": p.bootstrap, "mask": p.mask}:
+        exact = loops(name, p, decay, **options)
         options = options | decays(name, decay)
-        wide = {k: v.double() if k == "bootstrap" else v for k, v in options.items()}
-        exact = scan.reference(p.columns.double(), p.cu, **wide)
         peer = scan.reference(p.columns, p.cu, **options)
         for results in zip(scan.op(p.columns, p.cu, **options), exact, peer, strict=True):
             assert_close_where_finite(*results)
@@ -72,6 +71,18 @@ def test_an_all_masked_batch_gives_zeros(name):
     nothing = torch.zeros_like(p.mask)
     results = scan.op(torch.full_like(p.columns, math.nan), p.cu, bootstrap=p.bootstrap, mask=nothing)
     assert not any(result.any() for result in results)
+
+
+@every_scan
+def test_sequences_with_and_without_a_bootstrap_mix(name):
+    """A bootstrap of 0, of min_gae of infinity, has the bits of none."""
+    scan, p = SCANS[name], problem(name, [9, 1, 0, 70, 9000, 3])
+    given, none = torch.tensor([True, False] * 3), math.inf if name == "min_gae" else 0.0
+    mixed = scan.op(p.columns, p.cu, bootstrap=p.bootstrap.where(given, none), mask=p.mask)
+    every = scan.op(p.columns, p.cu, bootstrap=p.bootstrap, mask=p.mask)
+    rows = given.repeat_interleave(p.cu.diff())
+    for ours, with_one, without in zip(mixed, every, scan.op(p.columns, p.cu, mask=p.mask), strict=True):
+        assert torch.equal(ours, with_one.where(rows, without)) and not torch.equal(with_one, without)
 
 
 @pytest.mark.unpoisoned

@@ -126,12 +126,12 @@ def test_infinite_rewards_reach_what_a_loop_lets_them_reach(name, bad, decay, tr
             assert ((got == want) | (got.isnan() & want.isnan()) | (got.isfinite() & want.isfinite())).all(), i
 
 
+@every_scan
 @pytest.mark.parametrize("bounds", [[0, 500], [-50, 90], [90, 10, 100], [1 << 40, 3], [0, 99], [0, 60, 40, 100], [0]])
-def test_broken_boundaries(bounds, triton_device):
+def test_broken_boundaries(name, bounds, triton_device):
     """Rows around the tensors keep their sentinel, every result is NaN."""
-    wide = torch.full((2, 300), 7.0, device=triton_device)
-    cu = torch.tensor(bounds, device=triton_device)
-    results = gae.launch(wide[0, 100:200], wide[1, 100:200], cu, 1.0, 0.95, None, None, None)
+    wide = torch.full((SCANS[name].num_columns, 300), 7.0, device=triton_device)
+    results = launch(name, wide[:, 100:200], torch.tensor(bounds), device=triton_device)
     assert all(x.isnan().all() for x in results) and (wide == 7).all()
 
 
