@@ -4,6 +4,8 @@ Left out on purpose: products of these grids (an op takes the whole length grid 
 more than 2^31 elements, which a test names itself where a kernel's offsets can reach it.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,3 +30,11 @@ NUM_ROWS = [0, 1, 2, 33, 64, 257]
 def cu_seqlens(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
     """[S+1] boundaries of packed sequences of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def far_apart(x: Tensor, path: Path) -> Tensor:
+    """`x` [T, D] with 2^30 elements and some from row to row: past 2^31 in the fourth, of a sparse file."""
+    stride = (1 << 30) + 8
+    num_elements = len(x) * stride
+    storage = torch.UntypedStorage.from_file(str(path), True, num_elements * x.element_size())
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, (stride, 1)).copy_(x)

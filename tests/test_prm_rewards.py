@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from grids import far_apart
 
 from qrm_fast import prm_rewards
 from qrm_fast.ops.prm_rewards import _prm_rewards
@@ -63,6 +64,11 @@ def test_strided_rows_and_bits():
     whole = prm_rewards(logits)
     assert torch.equal(prm_rewards(wide[:, 3:5]), whole)
     assert torch.equal(prm_rewards(logits[77:80]), whole[77:80])
+
+
+def test_offsets_beyond_int32(tmp_path):
+    logits = torch.randn(6, 2).bfloat16()
+    assert torch.equal(prm_rewards(far_apart(logits, tmp_path / "logits")), prm_rewards(logits))
 
 
 def test_not_differentiable():

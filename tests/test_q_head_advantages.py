@@ -1,12 +1,14 @@
 """q_head_advantages: the bits of its two ops on CPU, float64 for its Triton kernel, and the promises of every op."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from grids import LENGTHS, cu_seqlens
+from grids import LENGTHS, cu_seqlens, far_apart
 from test_q_token_rewards import oracle
+from triton.runtime import interpreter
 
 from qrm_fast import q_head_advantages, q_token_rewards, token_q
 from qrm_fast.ops.q_head_advantages import _q_head_advantages
@@ -19,6 +21,14 @@ OPTIONS = [
     {"center": True, "eos_rescore": "mean"},
     {"min_std": 2.0, "eps": 0.5, "eos_rescore": "mean"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """In the interpreter a program takes 16 rows, so that short sequences have several."""
+    if not torch.cuda.is_available():
+        for name, size in {"ROWS": 16, "BT": 8, "BD": 32, "BR": 16}.items():
+            monkeypatch.setitem(triton_kernels.LAUNCH, name, size)
 
 
 def inputs(lengths, dim=40, dtype=torch.float32):
@@ -89,10 +99,9 @@ def test_agrees_with_the_definition(lengths, options, device):
     assert_as_accurate(result, exact, peer, slack=LUCK)
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [1], [3, 0, 17, 33], [16, 32]], ids=str)
+@pytest.mark.parametrize("lengths", [[], [0], [1], [3, 0, 17, 33], [16, 32, 0, 1, 90]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_triton_agrees_with_the_definition(triton_device, lengths, dtype, monkeypatch):
-    monkeypatch.setitem(triton_kernels.LAUNCH, "BD", 32)
+def test_triton_agrees_with_the_definition(triton_device, lengths, dtype):
     hidden, head, cu, mask = inputs(lengths, 40, dtype)
     for options, m in zip(OPTIONS, (None, mask, mask), strict=True):
         exact, peer = exact_and_peer(hidden, head, cu, m, options)
@@ -103,12 +112,28 @@ def test_triton_agrees_with_the_definition(triton_device, lengths, dtype, monkey
 
 
 @pytest.mark.unpoisoned
-def test_triton_bits_depend_on_the_own_sequence_only(triton_device):
-    hidden, head, cu, mask = (x.to(triton_device) for x in inputs([5, 20, 3], 24))
+@pytest.mark.parametrize("lengths", [[5, 20, 3], [1, 90, 16, 0, 40]], ids=str)
+def test_triton_bits_depend_on_the_own_sequence_only(triton_device, lengths):
+    hidden, head, cu, mask = (x.to(triton_device) for x in inputs(lengths, 24))
     packed = triton_kernels.launch(hidden, head, cu, mask, True, True, 0.0, 1e-8)
-    own = torch.tensor([0, 20], device=triton_device)
-    alone = triton_kernels.launch(hidden[5:25], head, own, mask[5:25], True, True, 0.0, 1e-8)
-    assert torch.equal(alone, packed[5:25])
+    assert torch.equal(packed, triton_kernels.launch(hidden, head, cu, mask, True, True, 0.0, 1e-8))
+    for bos, eos in itertools.pairwise(cu.tolist()):
+        own = torch.tensor([0, eos - bos], device=triton_device)
+        alone = triton_kernels.launch(hidden[bos:eos], head, own, mask[bos:eos], True, True, 0.0, 1e-8)
+        assert torch.equal(alone, packed[bos:eos])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs programs in its own order")
+def test_triton_bits_do_not_depend_on_which_program_is_last(monkeypatch):
+    arguments = *inputs([5, 70, 33], 24), True, True, 0.0, 1e-8
+    forwards = triton_kernels.launch(*arguments)
+    numbered = interpreter.interpreter_builder.set_grid_idx
+    num_programs = 108 // triton_kernels.LAUNCH["ROWS"] + 3
+    for order in (lambda x: num_programs - 1 - x), (lambda x: x * 4 % num_programs):
+        monkeypatch.setattr(
+            interpreter.interpreter_builder, "set_grid_idx", lambda x, y, z, o=order: numbered(o(x), y, z)
+        )
+        assert torch.equal(triton_kernels.launch(*arguments), forwards)
 
 
 def test_triton_stays_inside_its_tensors(triton_device):
@@ -143,6 +168,18 @@ def test_strided_rows_are_read_in_place():
     assert torch.equal(
         q_head_advantages(wide[::2, 2:42], head, cu, mask=mask), q_head_advantages(hidden, head, cu, mask=mask)
     )
+
+
+@pytest.mark.parametrize("by", ["cpp", "triton"])
+def test_offsets_beyond_int32(by, tmp_path):
+    """In the interpreter, which computes a kernel's indices in the dtypes that a GPU does."""
+    if by == "triton" and torch.cuda.is_available():
+        pytest.skip("rows of a sparse file on the host")
+    hidden, head, cu, mask = inputs([3, 3], 16, torch.bfloat16)
+    op = triton_kernels.launch if by == "triton" else _q_head_advantages
+    arguments = head, cu, mask, True, True, 0.0, 1e-8
+    far = far_apart(hidden, tmp_path / "hidden")
+    assert far.stride(0) * 5 > 2**32 and torch.equal(op(far, *arguments), op(hidden, *arguments))
 
 
 def test_autocast_casts_as_linear_does():
