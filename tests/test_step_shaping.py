@@ -115,6 +115,15 @@ def test_what_is_not_finite_stays_where_it_is():
     assert progress.isnan().tolist() == [False, True, True, False, True, False, False]
 
 
+@pytest.mark.usefixtures("implementation")
+def test_log_ratios_that_are_not_finite_stay_in_their_rows():
+    result = implicit_rewards(
+        torch.tensor([math.nan, math.inf, -math.inf, -math.inf, 1.0]), torch.tensor([0.0, 0, 0, -math.inf, -1])
+    )
+    expected = torch.tensor([math.nan, math.inf, -math.inf, math.nan, 0.1])
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
 @pytest.mark.unpoisoned
 def test_bits_depend_on_the_own_sequence_only():
     lengths = [1 + i * 37 % 50 for i in range(600)]
