@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qrm_fast import discounted_returns, gae, min_gae, vtrace
+from qrm_fast import discounted_returns, gae, min_gae, q_head_advantages, q_token_rewards, token_q, vtrace
 
 from .harness import KEPT_MEMORY, Case, Provider, case, copy
 from .rivals import Rival, available
@@ -250,3 +250,50 @@ def gae_beside_frameworks(device: torch.device, num_sequences: int, width: int) 
     num_bytes = 16 * num_tokens
     limit = copy(num_bytes, device)
     return Case(providers, gate, limit=limit, bytes=num_bytes, error=error, absent=absent)
+
+
+ANSWERS = ["128 each", "one of half the tokens, 128 each"]
+
+
+@case(
+    cpu=[{"num_tokens": 1 << 14, "dim": 3584, "answers": answers} for answers in ANSWERS],
+    cuda=[{"num_tokens": 1 << 17, "dim": 3584, "answers": answers} for answers in ANSWERS],
+)
+def q_head(device: torch.device, num_tokens: int, dim: int, answers: str) -> Case:
+    """bfloat16 hidden states to advantages: bound by reading them."""
+    long = num_tokens // 2 if "half" in answers else 0
+    lengths = torch.tensor([long] * bool(long) + [128] * ((num_tokens - long) // 128), device=device)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    hidden = torch.randn(num_tokens, dim, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device)
+    head = torch.randn(dim, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(device)
+
+    def unfused() -> Tensor:
+        return q_token_rewards(token_q(hidden, head), cu_seqlens, scope="sequence", center=True)
+
+    def normalised(q: Tensor) -> Tensor:
+        per_row = partial(torch.repeat_interleave, repeats=lengths, output_size=num_tokens)
+        deviation = q - per_row(torch.segment_reduce(q, "mean", lengths=lengths))
+        sigma = torch.segment_reduce(deviation.square(), "mean", lengths=lengths).sqrt()
+        return deviation / (per_row(sigma) + 1e-8)
+
+    ours = partial(q_head_advantages, hidden, head, cu_seqlens, center=True)
+    wide = normalised(hidden.double() @ head.double()).cpu()
+
+    def error(_: str, result: Tensor) -> float:
+        return (result.cpu().double() - wide).abs().max().item()
+
+    def gate() -> None:
+        assert error("qrm_fast", ours()) <= 2 * error("unfused", unfused())
+
+    num_bytes = 2 * num_tokens * dim + 4 * num_tokens
+    return Case(
+        {
+            "qrm_fast": ours,
+            "token_q, then q_token_rewards": unfused,
+            "PyTorch": lambda: normalised((hidden @ head).float()),
+        },
+        gate,
+        limit=copy(num_bytes, device),
+        bytes=num_bytes,
+        error=error,
+    )
