@@ -55,31 +55,11 @@ def kl_penalty(logprobs, ref_logprobs, o_t, m_t, kl_coef, KL: tl.constexpr):
 
 
 @triton.jit
-def store_results(
-    b_y,  # normalised q of rows o_t
-    values,
-    value_stats,
-    i_set,
-    logprobs,
-    ref_logprobs,
-    advantages,
-    returns,
-    o_t,
-    m_t,
-    m_kept,
-    value_coef,
-    kl_coef,
-    eps,
-    KL: tl.constexpr,
-):
-    if logprobs is not None:
-        b_y -= kl_penalty(logprobs, ref_logprobs, o_t, m_kept, kl_coef, KL)
-    tl.store(returns + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
-    if values is not None:
-        b_value = tl.load(values + o_t, m_kept, 0.0).to(tl.float64)
-        if value_stats is not None:
-            b_value = normalised(b_value, value_stats + i_set * 3, 0.0, eps, False)
-        tl.store(advantages + o_t, tl.where(m_kept, b_y - value_coef * b_value, 0.0).to(tl.float32), m_t)
+def critic_share(values, value_stats, i_set, o_t, m_t, value_coef, eps):
+    b_value = tl.load(values + o_t, m_t, 0.0).to(tl.float64)
+    if value_stats is not None:
+        b_value = normalised(b_value, value_stats + i_set * 3, 0.0, eps, False)
+    return value_coef * b_value
 
 
 @triton.jit
@@ -115,23 +95,12 @@ def reward_rows(
     if PER_SEQUENCE:
         i_set = sequence_of(cu_seqlens, o_t, num_sequences, num_halvings)
     b_y = normalised(tl.load(q + o_t, m_kept, 0.0).to(tl.float64), stats + i_set * 3, min_std, eps, CENTER)
-    store_results(
-        b_y,
-        values,
-        value_stats,
-        i_set,
-        logprobs,
-        ref_logprobs,
-        advantages,
-        returns,
-        o_t,
-        m_t,
-        m_kept,
-        value_coef,
-        kl_coef,
-        eps,
-        KL,
-    )
+    if logprobs is not None:
+        b_y -= kl_penalty(logprobs, ref_logprobs, o_t, m_kept, kl_coef, KL)
+    tl.store(returns + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
+    if values is not None:
+        b_y -= critic_share(values, value_stats, i_set, o_t, m_kept, value_coef, eps)
+        tl.store(advantages + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
 
 
 @triton.jit
@@ -176,25 +145,14 @@ def rescore_last(
         b_kept += tl.where(m_kept, 1.0, 0.0)
         b_last = tl.where(m_kept, o_t, b_last)
     i_last = tl.max(b_last, 0)
-    if i_last >= 0:
-        average = tl.sum(b_total, 0) / tl.sum(b_kept, 0)
-        store_results(
-            average,
-            values,
-            value_stats,
-            i_set,
-            logprobs,
-            ref_logprobs,
-            advantages,
-            returns,
-            i_last,
-            i_last >= 0,
-            i_last >= 0,
-            value_coef,
-            kl_coef,
-            eps,
-            KL,
-        )
+    m_last = i_last >= 0
+    average = tl.sum(b_total, 0) / tl.maximum(tl.sum(b_kept, 0), 1.0)
+    if logprobs is not None:
+        average -= kl_penalty(logprobs, ref_logprobs, i_last, m_last, kl_coef, KL)
+    tl.store(returns + i_last, average.to(tl.float32), m_last)
+    if values is not None:
+        average -= critic_share(values, value_stats, i_set, i_last, m_last, value_coef, eps)
+        tl.store(advantages + i_last, average.to(tl.float32), m_last)
 
 
 def run(
