@@ -35,7 +35,7 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=str, default="runs/demo", help="Directory for everything that is written.")
     options = parser.parse_args(arguments)
-    _before_models("cpu", "float32")
+    _before_models("cpu")
     _expect_a_new_head()
     from .demo import demo as run
     from .plots import Answer, curves, heat_map, read_runs
@@ -148,7 +148,7 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if len(options.response) > 2:
         raise ValueError(f"response must be given once or twice, got {len(options.response)}")
-    _before_models(options.device, "float32")
+    _before_models(options.device)
     from .plots import Answer, first_difference, heat_map
     from .score import score as run
 
@@ -257,16 +257,14 @@ def _add_options(parser: ArgumentParser, config: type, *, only: Sequence[str] = 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str], config: type[Config], **fixed: object) -> Config:
     options = parser.parse_args(arguments).as_dict()
-    _before_models(options["device"], options["dtype"])
+    _before_models(options["device"])
     return config(**{field.name: options[field.name] for field in fields(config) if field.name in options} | fixed)
 
 
-def _before_models(device: str, dtype: str) -> None:
-    """Refuse what torch does not have here, and keep transformers' progress bars out of what a command prints."""
+def _before_models(device: str) -> None:
+    """Refuse a device that torch does not have here; keep transformers' progress bars out of what a command prints."""
     from transformers.utils import logging
 
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype must be one of torch, such as float32 or bfloat16, got {dtype}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
@@ -291,11 +289,12 @@ def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split()).replace('"<unicode string>"', "the file")
     text = re.sub(r"<class '(?:builtins\.)?(\w+)'>", r"\1", text).replace("typing.", "").replace("NoneType", "None")
     text = re.sub(r'^Parser key "(\S+)": Expected an? (.*)\. Got value: (.*)$', r"\1 must be \2, got \3", text)
-    return re.sub(
+    text = re.sub(
         r'^Parser key "(\S+)": Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)$',
         r"\1 must be one of \2, got \3",
         text,
     )
+    return re.sub(r"must be (?:one of )?Literal\[(.*?)\]", r"must be one of \1", text)
 
 
 # ---- what people see

@@ -8,6 +8,7 @@ AutoModelForTokenClassification with one label. Only their backbone is called he
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,7 @@ def check_no_leak(model: PreTrainedModel) -> None:
 
 # ---- models and tokenizers
 
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # of weights and activations, as torch names it
 SCRATCH = {
     "scratch:demo": dict(hidden_size=128, num_hidden_layers=3, intermediate_size=256, initializer_range=0.05),
     "scratch:small": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=704, initializer_range=0.02),

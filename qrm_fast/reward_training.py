@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
 from .metrics import MetricsLog, Phases
-from .models import check_no_leak, load_token_model, load_tokenizer, save_checkpoint
+from .models import Dtype, check_no_leak, load_token_model, load_tokenizer, save_checkpoint
 from .optimizer import adamw, step, trapezoid
 from .rewards import q_scores
 from .tasks import Pair, encode_prompt, encode_response, fit, read_jsonl
@@ -49,7 +49,7 @@ class QRMConfig:
     """Packed tokens per micro-batch; both answers of a pair share one."""
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
 

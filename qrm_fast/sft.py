@@ -7,7 +7,7 @@ import torch
 
 from . import linear_logprobs, pack, plan_microbatches
 from .metrics import MetricsLog, Phases
-from .models import check_no_leak, load_policy, load_tokenizer, packed_hidden, save_checkpoint
+from .models import Dtype, check_no_leak, load_policy, load_tokenizer, packed_hidden, save_checkpoint
 from .optimizer import adamw, step, trapezoid
 from .tasks import Demonstration, encode_prompt, encode_response, fit, read_jsonl
 
@@ -40,7 +40,7 @@ class SFTConfig:
     """Packed tokens per micro-batch."""
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
 

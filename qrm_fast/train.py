@@ -32,6 +32,7 @@ from . import (
 )
 from .metrics import MetricsLog, Phases
 from .models import (
+    Dtype,
     check_no_leak,
     check_same_vocabulary,
     load_policy,
@@ -143,7 +144,7 @@ class Config:
     """Go on from the last resumable checkpoint in `out`."""
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
 

@@ -258,12 +258,15 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
         (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
         (
             [*TRAIN_MD, "--reward", "fame"],
-            "reward must be one of Literal['q-rm', 'verifier', 'random'], None, got fame",
+            "reward must be one of 'q-rm', 'verifier', 'random', None, got fame",
         ),
         ([*TRAIN_MD, "--preset", "grpo"], "preset must be one of qrm-released, qrm-paper, rloo and"),
         ([*TRAIN_MD, "--config", "no.yaml"], "no.yaml"),
         ([*TRAIN_MD, "--device", "toaster"], "device must be one that torch can use here, got toaster"),
-        ([*TRAIN_MD, "--dtype", "float31"], "dtype must be one of torch, such as float32 or bfloat16, got float31"),
+        (
+            [*TRAIN_MD, "--dtype", "float31"],
+            "dtype must be one of 'float32', 'bfloat16', 'float16', 'float64', got float31",
+        ),
         (["train-rm", "--data", "no.jsonl", "--tokenizer", "bpe"], "No such file or directory: 'no.jsonl'"),
         (["plot", "no"], "expected a metrics.jsonl in no or below it, found none"),
         ([*SCORE_MP, "--response", "r", "--response", "r"], "response must be given once or twice, got 3"),
