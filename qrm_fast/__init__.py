@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from . import doctor
 from .ops.clip_delta import clip_delta
 from .ops.discounted_returns import discounted_returns
 from .ops.gae import Advantages, gae
@@ -42,9 +43,8 @@ try:
         from . import _cuda  # type: ignore[attr-defined]  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "the compiled extensions of qrm_fast are missing or were built for another Python or torch; run "
-        "`pip install --no-build-isolation .` beside the torch in use, or `python setup.py build_ext --inplace` in a "
-        f"source tree ({error})"
+        "the compiled extensions of qrm_fast are missing or were built for another Python or torch; "
+        f"{doctor.REBUILD} ({error})"
     ) from error
 
 if torch.version.cuda:
@@ -87,6 +87,17 @@ if torch.version.cuda:
             _scan.register()
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
+
+_served = doctor.served()
+_lacking = [row.op for row in _served if row.cpu is None]
+if has_cuda_kernels:
+    _scans = "discounted_returns", "gae", "min_gae", "vtrace"
+    _lacking += [f"{row.op} for CUDA" for row in _served if row.cuda is None and row.op in _scans]
+if _lacking:  # their references would take over in silence
+    raise ImportError(
+        "the compiled extensions of qrm_fast are older than its sources: they lack kernels of "
+        f"{', '.join(_lacking)}; {doctor.REBUILD}"
+    )
 
 __all__ = [
     "Advantages",

@@ -11,6 +11,10 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 PACKAGE = Path(__file__).parent
+REBUILD = (
+    "run `pip install --no-build-isolation .` beside the torch in use, or `python setup.py build_ext --inplace` in a "
+    "source tree"
+)
 
 
 class Served(NamedTuple):
@@ -24,8 +28,7 @@ class Served(NamedTuple):
 
 def served() -> list[Served]:
     """One row per op of this package, as the dispatcher has it now."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qrm_fast::"))
-    return [_served(name) for name in names]
+    return [_served(name) for name in sorted(OPDEFS) if name.startswith("qrm_fast::")]
 
 
 def _served(op: str) -> Served:

@@ -223,6 +223,16 @@ def test_a_missing_extension_names_the_fix(tmp_path, fresh_python):
     assert "pip install --no-build-isolation ." in done.stderr
 
 
+def test_an_extension_older_than_the_sources_names_the_ops_and_the_fix(tmp_path, fresh_python):
+    shutil.copytree(PACKAGE, tmp_path / "qrm_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    op = (PACKAGE / "ops/prm_rewards.py").read_text().replace("qrm_fast::prm_rewards", "qrm_fast::younger")
+    (tmp_path / "qrm_fast/ops/prm_rewards.py").write_text(op)
+    done = subprocess.run([fresh_python, "-c", "import qrm_fast"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: the compiled extensions of qrm_fast are older than its sources" in done.stderr
+    assert "lack kernels of younger; run `pip install --no-build-isolation .`" in done.stderr
+
+
 # Packages
 
 
