@@ -369,6 +369,14 @@ def test_triton_bits_do_not_depend_on_the_packing(by_triton):
         assert torch.equal(alone[0], packed[0][37:]) and alone[1] == packed[1][2]
 
 
+def test_triton_finds_the_steps_between_any_two_rows(triton_device):
+    pairs = torch.tensor(list(itertools.combinations(range(10), 2)))
+    rewards, ends = 2.0 ** torch.arange(9), torch.arange(9)
+    arguments = (x.to(triton_device) for x in (rewards, ends, pairs.flatten()))
+    _, outcome, _ = min_form_triton.launch(*arguments, 9, "sum", 0.1)
+    assert torch.equal(outcome[::2].cpu(), 2.0 ** pairs[:, 1] - 2.0 ** pairs[:, 0])
+
+
 def test_triton_whitens_and_masks_as_the_kernel_does(triton_device, monkeypatch):
     monkeypatch.setitem(rows_triton.LAUNCH, "BT", 16)
     rewards, ends, cu = inputs([30, 0, 20], share=0.3)

@@ -14,7 +14,6 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.group_advantages import _group_advantages
-from .min_form_returns import first_step
 
 COMPARED = 4096
 LAUNCH = {"BS": 512, "num_warps": 4}
@@ -29,6 +28,19 @@ def by_group(group_ids: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @triton.jit
+def first_from(ids, num_ids, group):
+    """The place of the first of ascending ids that is not below `group`."""
+    low = group * 0
+    high = low + num_ids
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(ids + middle).to(tl.int64) < group
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
 def led_group(ids, order, i, num_sequences, BS: tl.constexpr):
     """Of the i-th sequence: itself, its group, whether that is one, and where its members end if it is the first."""
     i_s = i
@@ -37,7 +49,7 @@ def led_group(ids, order, i, num_sequences, BS: tl.constexpr):
     if order is not None:
         i_s = tl.load(order + i)
         leads = inside & (tl.load(ids + i - 1, i > 0, -1).to(tl.int64) != group)
-        end = first_step(ids, tl.where(leads, num_sequences, 0), group + 1)
+        end = first_from(ids, tl.where(leads, num_sequences, 0), group + 1)
     else:
         # backwards: members tend to lie side by side
         later = tl.where(inside, 0, 1)

@@ -17,16 +17,22 @@ LAUNCH = {"BK": 64, "num_warps": 1}
 
 
 @triton.jit
-def first_step(step_ends, num_steps, row):
-    """The first step that ends at or after a row."""
-    low = row * 0
-    high = low + num_steps
-    while low < high:
-        middle = (low + high) // 2
-        before = tl.load(step_ends + middle).to(tl.int64) < row
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, middle)
-    return low
+def steps_of(step_ends, num_steps, begin, end):
+    """The steps [first, last) that end in rows [begin, end), by two searches at once: each waits for its own loads."""
+    first = begin * 0
+    first_high = first + num_steps
+    last = first
+    last_high = first_high
+    while (first < first_high) | (last < last_high):
+        middle = (first + first_high) // 2
+        last_middle = (last + last_high) // 2
+        before = tl.load(step_ends + middle, first < first_high, 0).to(tl.int64) < begin
+        last_before = tl.load(step_ends + last_middle, last < last_high, 0).to(tl.int64) < end
+        first_high = tl.where(before, first_high, middle)
+        last_high = tl.where(last_before, last_high, last_middle)
+        first = tl.where(before & (first < first_high), middle + 1, first)
+        last = tl.where(last_before & (last < last_high), last_middle + 1, last)
+    return first, tl.maximum(first, last)
 
 
 @triton.jit
@@ -73,18 +79,16 @@ def min_form_returns(
     outcome,  # [S]
     worst_step,  # [S]
     num_steps,
-    temperature,
-    temperature_rest,  # what rounding the temperature to float32 took from it
+    temperature: tl.float64,
     FORM: tl.constexpr,
     BK: tl.constexpr,
 ):
     i_s = tl.program_id(0)
-    begin = first_step(step_ends, num_steps, tl.load(cu_seqlens + i_s).to(tl.int64))
-    end = first_step(step_ends, num_steps, tl.load(cu_seqlens + i_s + 1).to(tl.int64))
+    bos, eos = tl.load(cu_seqlens + i_s).to(tl.int64), tl.load(cu_seqlens + i_s + 1).to(tl.int64)
+    begin, end = steps_of(step_ends, num_steps, bos, eos)
     low, worst, broken = lowest_step(step_rewards, begin, end, num_steps, BK)
     infinity = float("inf")
     zero = tl.sum(tl.zeros([BK], tl.float64), 0)
-    warmth = zero + temperature + temperature_rest
 
     total = zero + 1.0
     if FORM == "soft":
@@ -92,7 +96,7 @@ def min_form_returns(
         for i_k in range(begin, end, BK):
             o_k = i_k + tl.arange(0, BK)
             b_r = tl.load(step_rewards + o_k, o_k < end, 0.0).to(tl.float64)
-            b_total += tl.where(o_k < end, tl.exp((low - b_r) / warmth), 0.0)
+            b_total += tl.where(o_k < end, tl.exp((low - b_r) / temperature), 0.0)
         total = tl.sum(b_total, 0)
 
     # in reverse: the return of a step is that of its block from it on, joined with what follows the block
@@ -106,12 +110,12 @@ def min_form_returns(
         b_r = tl.load(step_rewards + o_k, m_k, 0.0).to(tl.float64)  # [BK]
         if FORM == "causal_soft":
             # G = minimum + excess / total, in units of the temperature
-            b_low = tl.where(m_k, b_r / warmth, infinity)
+            b_low = tl.where(m_k, b_r / temperature, infinity)
             b_scan = tl.associative_scan(
                 (b_low, tl.where(m_k, 1.0, 0.0).to(tl.float64), b_r * 0.0), 0, join, reverse=True
             )
             b_from, b_weight, b_excess = join(b_scan[0], b_scan[1], b_scan[2], carry_low, carry_total, carry)
-            b_return = (b_from + b_excess / b_weight) * warmth
+            b_return = (b_from + b_excess / b_weight) * temperature
             m_first = tl.arange(0, BK) == 0
             carry_low = tl.sum(tl.where(m_first, b_from, 0.0), 0)
             carry_total = tl.sum(tl.where(m_first, b_weight, 0.0), 0)
@@ -119,7 +123,7 @@ def min_form_returns(
         else:
             b_term = tl.where(m_k, b_r, 0.0)
             if FORM == "soft":
-                b_term = tl.where(m_k, tl.exp((low - b_r) / warmth) * b_r, 0.0)
+                b_term = tl.where(m_k, tl.exp((low - b_r) / temperature) * b_r, 0.0)
             b_return = (tl.associative_scan(b_term, 0, add, reverse=True) + carry) / total
             carry += tl.sum(b_term, 0)
         b_return = tl.where(broken, float("nan"), b_return)
@@ -137,9 +141,8 @@ def launch(
     returns = step_rewards.new_empty(num_steps, dtype=torch.float64)
     outcome = step_rewards.new_empty(num_sequences, dtype=torch.float32)
     worst_step = step_rewards.new_empty(num_sequences, dtype=torch.int64)
-    # Arguments are float32; beyond these limits hard, revmin and the mean are exact.
+    # beyond these limits hard, revmin and the mean are exact
     temperature = min(max(temperature, 1e-30), 1e30)
-    rounded = torch.tensor(temperature, dtype=torch.float32).item()
     if num_sequences:
         with torch.cuda.device_of(step_rewards):
             min_form_returns[(num_sequences,)](
@@ -150,8 +153,7 @@ def launch(
                 outcome,
                 worst_step,
                 num_steps,
-                rounded,
-                temperature - rounded,
+                temperature,
                 FORM=form,
                 **LAUNCH,
             )
@@ -164,8 +166,7 @@ _min_form_returns.register_kernel("cuda")(launch)
 def _aot(dtype: str, index: str, form: str) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
     types = {"step_rewards": f"*{dtype}", "step_ends": f"*{index}", "cu_seqlens": "*i32", "returns": "*fp64"}
-    types |= {"outcome": "*fp32", "worst_step": "*i64", "num_steps": "i32"}
-    types |= dict.fromkeys(("temperature", "temperature_rest"), "fp32")
+    types |= {"outcome": "*fp32", "worst_step": "*i64", "num_steps": "i32", "temperature": "fp64"}
     return min_form_returns, types, {"BK": LAUNCH["BK"], "FORM": form}, LAUNCH["num_warps"], False
 
 

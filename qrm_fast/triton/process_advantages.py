@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops.process_advantages import WHITENING, _process_advantages
 from .group_advantages import LAUNCH as GROUP
 from .group_advantages import by_group, led_group, members
-from .min_form_returns import first_step
+from .min_form_returns import steps_of
 from .moments import BATCH_JOIN, BATCH_SPLITS, moments_join, store_moments, with_block
 from .step_rows import count_below
 
@@ -29,8 +29,7 @@ ROW_SPLITS = 8  # programs that share the penalties of a sequence
 def sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens):
     """The rows [bos, eos) of a sequence and its steps [first, last), inside the tensors whatever the boundaries."""
     begin, end = tl.load(cu_seqlens + i_s).to(tl.int64), tl.load(cu_seqlens + i_s + 1).to(tl.int64)
-    first = first_step(step_ends, num_steps, begin)
-    last = tl.maximum(first_step(step_ends, num_steps, end), first)
+    first, last = steps_of(step_ends, num_steps, begin, end)
     bos = tl.minimum(tl.maximum(begin, 0), num_tokens)
     return bos, tl.minimum(tl.maximum(end, bos), num_tokens), first, last
 
