@@ -11,7 +11,7 @@ from test_process_advantages import CASES, EXPECTED, GOLDEN, inputs, transcripti
 
 from qrm_fast import process_advantages
 from qrm_fast.ops.min_form_returns import _min_form_returns
-from qrm_fast.ops.process_advantages import PRESETS, WHITENING, _process_advantages, _process_rows
+from qrm_fast.ops.process_advantages import PRESETS, WHITENING, _process_advantages
 from qrm_fast.triton import group_advantages as groups_triton
 from qrm_fast.triton import min_form_returns as min_form_triton
 from qrm_fast.triton import process_advantages as triton_kernels
@@ -23,7 +23,7 @@ every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 @pytest.fixture
 def by_triton(triton_device, monkeypatch):
-    """The public function through the launchers, with small blocks."""
+    """The public function through the launcher, with small blocks."""
     for module, name, size in (
         (min_form_triton.LAUNCH, "BK", 4),
         (rows_triton.LAUNCH, "BT", 64),
@@ -34,11 +34,7 @@ def by_triton(triton_device, monkeypatch):
     ):
         monkeypatch.setitem(module, name, size)
     monkeypatch.setattr(triton_kernels, "ROW_SPLITS", 2)
-    module = "qrm_fast.ops.process_advantages."
-    monkeypatch.setattr(f"{module}_min_form_returns", min_form_triton.launch)
-    monkeypatch.setattr(f"{module}_process_advantages", triton_kernels.launch)
-    monkeypatch.setattr(f"{module}step_rows", rows_triton.launch)
-    monkeypatch.setattr(f"{module}_process_rows", _process_rows._init_fn)  # which calls the three
+    monkeypatch.setattr("qrm_fast.ops.process_advantages._process_rows", triton_kernels.launch_rows)
 
     def run(**arguments):
         moved = {k: v.to(triton_device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qrm_fast.triton.min_form_returns import first_step
+from qrm_fast.triton.group_advantages import first_from
+from qrm_fast.triton.min_form_returns import steps_of
 from qrm_fast.triton.q_token_rewards import sequence_of
 from qrm_fast.triton.step_rows import count_below
 
@@ -19,14 +20,19 @@ def searches(bounds, rows, found, num_sequences, num_halvings, NUM_ROWS: tl.cons
     tl.store(found + o_t, sequence_of(bounds, b_row, num_sequences, num_halvings))
     tl.store(found + NUM_ROWS + o_t, count_below(bounds, num_sequences + 1, num_halvings, b_row))
     for i in range(0, NUM_ROWS):
-        tl.store(found + 2 * NUM_ROWS + i, first_step(bounds, num_sequences + 1, tl.load(rows + i)))
+        row = tl.load(rows + i)
+        first, last = steps_of(bounds, num_sequences + 1, row, row)
+        tl.store(found + 2 * NUM_ROWS + i, first_from(bounds, num_sequences + 1, row))
+        tl.store(found + 3 * NUM_ROWS + i, first)
+        tl.store(found + 4 * NUM_ROWS + i, last)
 
 
 def test_boundaries_beyond_int32(triton_device):
     far = 1 << 32
     bounds = torch.tensor([0, 3, far - 1, far + 5, far + 5, 1 << 40])
     rows = torch.tensor([0, 2, 3, far - 2, far - 1, far + 4, far + 5, (1 << 40) - 1])
-    found = torch.full((3, len(rows)), -1, device=triton_device)
+    found = torch.full((5, len(rows)), -1, device=triton_device)
     searches[(1,)](bounds.to(triton_device), rows.to(triton_device), found, len(bounds) - 1, 3, NUM_ROWS=len(rows))
     below = torch.searchsorted(bounds, rows)
-    assert torch.equal(found.cpu(), torch.stack([torch.searchsorted(bounds[1:], rows, right=True), below, below]))
+    assert torch.equal(found[0].cpu(), torch.searchsorted(bounds[1:], rows, right=True))
+    assert torch.equal(found[1:].cpu(), below.expand(4, -1))

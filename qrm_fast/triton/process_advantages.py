@@ -13,7 +13,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ..ops.process_advantages import WHITENING, _process_advantages
+from ..ops.process_advantages import WHITENING, _process_advantages, _process_rows
+from . import min_form_returns, step_rows
 from .group_advantages import LAUNCH as GROUP
 from .group_advantages import by_group, led_group, members
 from .min_form_returns import steps_of
@@ -376,7 +377,36 @@ def launch(
     return levels, base, stats
 
 
+def launch_rows(
+    step_rewards: Tensor,
+    step_ends: Tensor,
+    cu_seqlens: Tensor,
+    group_ids: Tensor,
+    outcome_rewards: Tensor | None,
+    has_answer: Tensor | None,
+    penalty: Tensor | None,
+    num_tokens: int,
+    form: str,
+    temperature: float,
+    preset: str,
+    max_gen_len: float,
+    process_coef: float,
+    outcome_coef: float,
+    mask_step_ends: bool,
+) -> Tensor:
+    """The launches of min_form_returns, those above and that of step_rows, without the dispatch between them."""
+    returns, _, _ = min_form_returns.launch(step_rewards, step_ends, cu_seqlens, num_tokens, form, temperature)
+    of_sequence = step_ends, cu_seqlens, group_ids, outcome_rewards, has_answer, penalty, num_tokens
+    of_step = preset, max_gen_len, process_coef, outcome_coef, mask_step_ends
+    levels, base, stats = launch(returns, *of_sequence, *of_step)
+    to_whiten = (stats, WHITENING[preset]) if preset in WHITENING else (None, "")
+    return step_rows.launch(
+        levels, base, step_ends, cu_seqlens, penalty, *to_whiten, num_tokens, mask_step_ends, wide=False
+    )
+
+
 _process_advantages.register_kernel("cuda")(launch)
+_process_rows.register_kernel("cuda")(launch_rows)
 
 
 def _aot(kernel, preset: str, index: str, penalised: bool, **constants) -> tuple:
