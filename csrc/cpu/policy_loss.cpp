@@ -16,6 +16,7 @@
 
 #include "cu_seqlens.h"
 #include "dtypes.h"
+#include "fresh_rows.h"
 #include "policy_sums.h"
 #include "simd.h"
 
@@ -102,8 +103,9 @@ struct Lanes : Simd<double, Bytes> {
   }
 };
 
-// Rows [begin, end). `log_ratios`: one per row for gspo, else null.
-template <int Bytes, typename T>
+// Rows [begin, end). `log_ratios`: one per row for gspo (kSequence), else null; the token's own ratio then needs no
+// exponential of its own.
+template <int Bytes, bool kSequence, typename T>
 QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_ratios,
                                        const PolicyOptions<double>& options, double entropy_coef, int64_t begin,
                                        int64_t end) {
@@ -121,7 +123,7 @@ QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_
                           __attribute__((always_inline)) { return weight != V{} ? L::load(p + t, count) : V{}; };
     const V logprob = load(rows.logprobs), advantage = load(rows.advantages);
     const V old = rows.old_logprobs ? load(rows.old_logprobs) : logprob;
-    const V log_ratio = log_ratios ? load(log_ratios) : logprob - old;
+    const V log_ratio = kSequence ? load(log_ratios) : logprob - old;
     const V ref = rows.ref_logprobs ? load(rows.ref_logprobs) : V{};
     const V entropy = rows.entropy ? load(rows.entropy) : V{};
     const auto x = policy_terms<V, L>(logprob, old, log_ratio, rows.ref_logprobs ? &ref : nullptr, advantage, o);
@@ -148,25 +150,25 @@ using BlockOfRows = PolicySums (*)(const Rows<T>&, const acc_t<T>*, const Policy
                                    int64_t);
 
 #if defined(__x86_64__)
-template <typename T>
+template <bool kSequence, typename T>
 QRM_FAST_TARGET_AVX2 PolicySums policy_rows_avx2(const Rows<T>& rows, const acc_t<T>* log_ratios,
                                                  const PolicyOptions<double>& options, double entropy_coef,
                                                  int64_t begin, int64_t end) {
-  return policy_rows<32>(rows, log_ratios, options, entropy_coef, begin, end);
+  return policy_rows<32, kSequence>(rows, log_ratios, options, entropy_coef, begin, end);
 }
 #endif
-template <typename T>
+template <bool kSequence, typename T>
 PolicySums policy_rows_portable(const Rows<T>& rows, const acc_t<T>* log_ratios, const PolicyOptions<double>& options,
                                 double entropy_coef, int64_t begin, int64_t end) {
-  return policy_rows<16>(rows, log_ratios, options, entropy_coef, begin, end);
+  return policy_rows<16, kSequence>(rows, log_ratios, options, entropy_coef, begin, end);
 }
 
-template <typename T>
+template <bool kSequence, typename T>
 BlockOfRows<T> policy_rows_of_this_cpu() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return policy_rows_avx2<T>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return policy_rows_avx2<kSequence, T>;
 #endif
-  return policy_rows_portable<T>;
+  return policy_rows_portable<kSequence, T>;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
@@ -179,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const auto dtype = acc_dtype(logprobs.scalar_type());
   Tensor loss = torch::stable::new_empty(logprobs, {}, dtype);
   Tensor metrics = torch::stable::new_empty(logprobs, {kPolicyMetrics}, dtype);
-  Tensor dlogprobs = torch::stable::new_empty(logprobs, {num_tokens}, dtype);
-  Tensor dentropy = torch::stable::new_empty(logprobs, {entropy.has_value() ? num_tokens : 0}, dtype);
+  Tensor dlogprobs = fresh_rows(logprobs, num_tokens);
+  Tensor dentropy = fresh_rows(logprobs, entropy.has_value() ? num_tokens : 0);
   dispatch_floating(logprobs.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -198,11 +200,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     };
     std::vector<A> log_ratios;
     if (cu_seqlens) log_ratios = sequence_log_ratios(rows, CuSeqlens(*cu_seqlens, num_tokens), num_tokens);
-    const BlockOfRows<T> sum_rows = policy_rows_of_this_cpu<T>();
+    const BlockOfRows<T> sum_rows =
+        cu_seqlens ? policy_rows_of_this_cpu<true, T>() : policy_rows_of_this_cpu<false, T>();
     std::vector<PolicySums> blocks((num_tokens + kBlock - 1) / kBlock);
     torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = sum_rows(rows, log_ratios.empty() ? nullptr : log_ratios.data(), options, entropy_coef, i * kBlock,
+        blocks[i] = sum_rows(rows, log_ratios.data(), options, entropy_coef, i * kBlock,
                              std::min((i + 1) * kBlock, num_tokens));
       }
     });
@@ -215,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
 }
 
 Tensor scaled_derivative(const Tensor& grad_loss, const Tensor& derivative, const Tensor& x) {
-  Tensor grad = torch::stable::new_empty(x, x.sizes());
+  Tensor grad = in_huge_pages(torch::stable::new_empty(x, x.sizes()));
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "fresh_rows.h"
 #include "target_clones.h"
 
 namespace qrm_fast {
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& return
                                       const std::optional<Tensor>& token_weights, double clip) {
   const int64_t num_tokens = values.size(0);
   Tensor loss = torch::stable::new_empty(returns, {});
-  Tensor derivative = torch::stable::new_empty(returns, {num_tokens});
+  Tensor derivative = fresh_rows(returns, num_tokens);
   dispatch_floating(values.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
