@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "simd.h"
 
@@ -19,19 +21,27 @@ namespace qrm_fast {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Uninitialised scratch in huge pages where the system has them: a call's first touch of 4 KiB pages would cost it
-// several percent.
+// Uninitialised arrays in one allocation, in huge pages where the system has them: the first touch of 4 KiB pages would
+// cost a call several percent, and panels in pages scattered over the sets of L2 do not stay there.
 template <typename S>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(S);
+  explicit Scratch(std::initializer_list<int64_t> counts) {
+    int64_t total = 0;
+    for (int64_t count : counts) {
+      starts_.push_back(total);
+      total += round_up(count, kLine / sizeof(S));
+    }
+    const int64_t bytes = std::max<int64_t>(total, 1) * sizeof(S);
     const bool huge = bytes >= kHuge;
     data_.reset(static_cast<S*>(::operator new(bytes, std::align_val_t(huge ? kHuge : kLine))));
     data_.get_deleter().align = std::align_val_t(huge ? kHuge : kLine);
     if (huge) madvise(data_.get(), bytes / kHuge * kHuge, MADV_HUGEPAGE);  // a hint: nothing to do where it is refused
   }
+  explicit Scratch(int64_t count) : Scratch({count}) {}
+
   S* get() const { return data_.get(); }
+  S* operator[](int i) const { return data_.get() + starts_[i]; }
 
  private:
   static constexpr int64_t kLine = 64, kHuge = 2 << 20;
@@ -40,12 +50,14 @@ class Scratch {
     void operator()(S* p) const { ::operator delete(p, align); }
   };
   std::unique_ptr<S, Delete> data_;
+  std::vector<int64_t> starts_;
 };
 
 // One tile: c[i][j] = (accumulate ? c[i][j] : 0) + sum_k A(i, k) b[k * nr + j] with
 //   A(i, k) = a[i * a_row + k * a_step + k / nr * a_jump]
-// where a_jump is for an A that itself is stored in panels. Meanwhile the tile fetches what the next tiles will read: a
-// cache line from `ahead` on every kAheadSteps steps, and `ahead_jump` further after nr steps.
+// where a_jump is for an A that itself is stored in panels. Meanwhile the tile fetches what is read next, on every
+// kAheadSteps steps two cache lines: one from `ahead`, which moves on by `ahead_jump` after nr steps, and one from
+// `soon`.
 template <typename S>
 struct Tile {
   int64_t depth;
@@ -57,6 +69,7 @@ struct Tile {
   bool accumulate;
   const S* ahead;
   int64_t ahead_jump;
+  const S* soon;
 };
 
 inline constexpr int64_t kDepth = 256;     // steps of K that a tile sums at a time
@@ -83,7 +96,7 @@ QRM_FAST_INLINE void register_tile(const Tile<S>& t) {
   constexpr int64_t kWidth = Vectors * V::kLanes;
   static_assert(kWidth % kAheadSteps == 0 && Rows * kWidth <= kLargestTile);
   typename V::Vec acc[Rows][Vectors] = {};
-  const S *b = t.b, *ahead = t.ahead;
+  const S *b = t.b, *ahead = t.ahead, *soon = t.soon;
   // Rows are addressed as base + {0, 1, 2} strides: a pointer for each would not fit the registers.
   constexpr int kPerBase = 3;
   static_assert(Rows % kPerBase == 0);
@@ -106,7 +119,9 @@ QRM_FAST_INLINE void register_tile(const Tile<S>& t) {
   int64_t k = 0;
   while (k + kAheadSteps <= t.depth) {
     __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(soon, 0, 2);
     ahead += kLineBytes / sizeof(S);
+    soon += kLineBytes / sizeof(S);
     for (int s = 0; s < kAheadSteps; ++s) step();
     k += kAheadSteps;
     if (k % kWidth == 0) {
@@ -189,7 +204,8 @@ void multiply_panels(const GemmKernel<S>& kernel, int64_t m, int64_t n, int64_t 
                            ldc,
                            k > 0,
                            a_panel,
-                           0};
+                           0,
+                           a_panel};
         if (i + mr <= m && j + nr <= n) {
           kernel.tile(tile);
         } else {

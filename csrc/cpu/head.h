@@ -21,15 +21,16 @@
 
 namespace qrm_fast {
 
-inline constexpr int64_t kResident = 512;  // steps along D per pass: X^T of kRows rows and so many steps stays in L2
-inline constexpr int64_t kRows = 256;      // hidden rows whose panels one thread sweeps the vocabulary with
+inline constexpr int64_t kResident = 512;    // steps along D per pass: X^T of kRows rows and so many steps stays in L2
+inline constexpr int64_t kScoredRows = 128;  // hidden rows scored together by one thread: more of X^T leaves L2
+inline constexpr int64_t kRows = 256;        // hidden rows of a block whose gradients are computed together
 inline constexpr int64_t kChunk = 96;  // columns folded or differentiated at a time; a multiple of every tile's rows
 inline constexpr int64_t kSweep = 4;   // splits of weight that all blocks of rows pass before the next: they stay in L3
 inline constexpr int64_t kSplit = 480;   // columns whose statistics one unit of work folds, cut from V; of kChunk
-inline constexpr int64_t kSlab = 16128;  // columns between two barriers of a backward pass; a multiple of kChunk
+inline constexpr int64_t kSlab = 16896;  // columns between two barriers of a backward pass; a multiple of kChunk
 inline constexpr int64_t kSteps = 256;   // columns per step of dX
 inline constexpr int64_t kMostRows = 6;  // of a tile
-inline constexpr int64_t kGroup = 512;   // columns of D per pass of dW, whose X stays in L2
+inline constexpr int64_t kGroup = 128;   // columns of D per pass of dW, whose X is read again and again from L2
 
 struct [[gnu::visibility("hidden")]] HeadOptions {
   std::optional<torch::stable::Tensor> bias;
@@ -51,14 +52,17 @@ void parallel(int64_t count, F f) {
   });
 }
 
-// Runs `worker(next)` on every thread, where next() is the next of `count` units or `count` when none is left. Which
-// thread gets which must not matter to the results.
+// Runs `worker(thread, next)` on at most max_workers(count) threads, where next() is the next of `count` units or
+// `count` when none is left. Which thread gets which must not matter to the results.
+inline int64_t max_workers(int64_t count) { return std::min<int64_t>(count, torch::stable::get_num_threads()); }
+
 template <typename F>
 void parallel_workers(int64_t count, F worker) {
   std::atomic<int64_t> taken{0};
   const auto next = [&] { return std::min(taken.fetch_add(1), count); };
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(next); });
+  torch::stable::parallel_for(0, max_workers(count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) worker(thread, next);
+  });
 }
 
 // What the fold of one row comes to. lse + lse_residual is the log-partition to twice the precision.
@@ -241,21 +245,24 @@ class Head {
   }
 
   // dX^T [panels][padded_dim()][lanes] (+)= W^T dZ over `columns` columns from `column` on. A thread owns some of D;
-  // sums run through V in fixed steps: a row's bits are its own.
-  void add_hidden_gradient(int64_t column, int64_t columns, const S* dz, int64_t z_panel, int64_t panels, S* dx) const {
-    const int64_t mr = kernels.gemm.mr, most = ceil_div(kSteps, mr);
-    torch::stable::parallel_for(0, ceil_div(dim, mr), 1, [&](int64_t begin, int64_t end) {
-      Scratch<S> w(most * packed_pitch(kSteps));
-      for (int64_t first = begin; first < end; first += most) {
-        const int64_t count = std::min(most, end - first);
+  // sums run through V in fixed steps: a row's bits are its own. `w`: [hidden_gradient_scratch()].
+  void add_hidden_gradient(int64_t column, int64_t columns, const S* dz, int64_t z_panel, int64_t panels, S* w,
+                           S* dx) const {
+    const int64_t mr = kernels.gemm.mr, tiles = ceil_div(dim, mr), threads = max_workers(tiles);
+    parallel(threads, [&](int64_t thread) {
+      const int64_t begin = tiles * thread / threads, end = tiles * (thread + 1) / threads;
+      S* packed = w + thread * packed_step();
+      for (int64_t first = begin; first < end; first += packed_tiles()) {
+        const int64_t count = std::min(packed_tiles(), end - first);
         for (int64_t k = 0; k < columns; k += kSteps) {
           const int64_t steps = std::min(kSteps, columns - k);
-          pack_weight_by_dim(column + k, steps, first * mr, count, w.get());
-          add_hidden_gradient_step(column + k, steps, first, count, w.get(), dz + k * lanes(), z_panel, panels, dx);
+          pack_weight_by_dim(column + k, steps, first * mr, count, packed);
+          add_hidden_gradient_step(column + k, steps, first, count, packed, dz + k * lanes(), z_panel, panels, dx);
         }
       }
     });
   }
+  int64_t hidden_gradient_scratch() const { return max_workers(ceil_div(dim, kernels.gemm.mr)) * packed_step(); }
 
   // dW [width, D] (+)= dZ X for one chunk.
   void add_weight_gradient(int64_t width, const S* dz, int64_t z_panel, int64_t height, const S* x_by_dim, S* dw,
@@ -277,7 +284,7 @@ class Head {
         for (int64_t d = group; d < group_end; d += gemm.nr) {
           const int64_t t = (d - group) / gemm.nr, pieces = ceil_div(kGroup, piece);
           tile.ahead = dw + (i + gemm.mr + t / pieces * slots) * dim + group + t % pieces * piece;
-          tile.b = x_by_dim + d * height;
+          tile.soon = tile.b = x_by_dim + d * height;
           tile.c = dw + i * dim + d;
           if (i + gemm.mr <= width && d + gemm.nr <= dim) {
             gemm.tile(tile);
@@ -374,7 +381,7 @@ class Head {
       tile.a = direct ? reinterpret_cast<const S*>(w + k) : converted;
       tile.accumulate = k > 0;
       for (int64_t p = 0; p < panels; ++p) {
-        tile.b = x + (p * dim + k) * gemm.nr;
+        tile.soon = tile.b = x + (p * dim + k) * gemm.nr;
         tile.c = z + p * z_panel;
         tile.ahead = next + p * piece;
         gemm.tile(tile);
@@ -385,6 +392,8 @@ class Head {
   // From one packed panel of weight to the next: a line more than it holds, or the panels, which are written side by
   // side, would share their cache sets.
   int64_t packed_pitch(int64_t steps) const { return steps * kernels.gemm.mr + kLine; }
+  int64_t packed_tiles() const { return ceil_div(kSteps, kernels.gemm.mr); }
+  int64_t packed_step() const { return packed_tiles() * packed_pitch(kSteps); }
 
   // Weight rows [begin, begin + count) as left operand of dX^T: `panels` panels [count][mr] from dimension d0 on.
   void pack_weight_by_dim(int64_t begin, int64_t count, int64_t d0, int64_t panels, S* dst) const {
@@ -423,6 +432,7 @@ class Head {
     const GemmKernel<S>& gemm = kernels.gemm;
     const int64_t piece = ahead_piece<S>(gemm.nr), stride = w_stride_ * sizeof(In) / sizeof(S);
     const int64_t pieces = ceil_div(count * gemm.mr * sizeof(In) / sizeof(S), piece), slots = steps / gemm.nr;
+    const int64_t fetched = kSteps / kAheadSteps * kLineBytes / sizeof(S);
     const S* next = reinterpret_cast<const S*>(w_ + (column + steps) * w_stride_ + first * gemm.mr);
     Tile<S> tile;
     tile.depth = steps;
@@ -435,6 +445,7 @@ class Head {
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = p * count + i;
+        tile.soon = (p + 1 < panels ? dz + (p + 1) * z_panel : dz + steps * gemm.nr) + i * fetched;
         tile.ahead = next + t / pieces * slots * stride + t % pieces * piece;
         tile.a = w + i * packed_pitch(steps);
         tile.b = dz + p * z_panel;
@@ -458,18 +469,18 @@ class Head {
 template <typename In, typename S>
 FoldedRows<S> fold_rows(const Head<In, S>& head) {
   const int64_t count = head.rows.size(), dim = head.dim, nr = head.lanes();
-  const int64_t panels = ceil_div(count, nr), most = kRows / nr, blocks = ceil_div(panels, most);
+  const int64_t panels = ceil_div(count, nr), most = kScoredRows / nr, blocks = ceil_div(panels, most);
   const int64_t splits = ceil_div(head.vocab, kSplit), sweeps = ceil_div(splits, kSweep);
-  Scratch<S> x(panels * dim * nr);
-  head.pack_hidden(0, count, x.get());
+  const Scratch<S> memory({panels * dim * nr, max_workers(sweeps * blocks) * kScoredRows * kChunk});
+  S *x = memory[0], *logits = memory[1];
+  head.pack_hidden(0, count, x);
   FoldedRows<S> folded(head.kernels, panels, splits);
-  parallel_workers(sweeps * blocks, [&](auto next) {
-    Scratch<S> z(kRows * kChunk);
+  parallel_workers(sweeps * blocks, [&](int64_t thread, auto next) {
+    S* z = logits + thread * kScoredRows * kChunk;
     for (int64_t unit; (unit = next()) < sweeps * blocks;) {
       const int64_t sweep = unit / blocks, first = unit % blocks * most, here = std::min(most, panels - first);
       for (int64_t split = sweep * kSweep; split < std::min(splits, (sweep + 1) * kSweep); ++split) {
-        head.fold_split(first * nr, here, split, x.get() + first * dim * nr, z.get(), kChunk * nr, false, folded,
-                        first);
+        head.fold_split(first * nr, here, split, x + first * dim * nr, z, kChunk * nr, false, folded, first);
       }
     }
   });

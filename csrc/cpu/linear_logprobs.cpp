@@ -66,11 +66,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
   const int64_t panels = ceil_div(count, nr), most = kRows / nr, wide = round_up(dim, nr);
   const int64_t slab = std::min(kBackwardSlab, round_up(vocab, kChunk));
   constexpr bool kRounded = !std::is_same_v<In, S>;
-  Scratch<S> x(panels * dim * nr), x_by_dim(need_weight ? count * wide : 0), z(kRows * slab);
-  Scratch<S> dx(need_hidden ? panels * head.padded_dim() * nr : 0), dw(need_weight && kRounded ? slab * dim : 0);
-  head.pack_hidden(0, count, x.get());
+  const Scratch<S> memory(
+      {panels * dim * nr, need_weight ? count * wide : 0, need_hidden ? panels * head.padded_dim() * nr : 0,
+       need_hidden ? head.hidden_gradient_scratch() : 0, need_weight && kRounded ? slab * dim : 0, kRows * slab});
+  S *x = memory[0], *x_by_dim = memory[1], *dx = memory[2], *packed = memory[3], *dw = memory[4], *z = memory[5];
+  head.pack_hidden(0, count, x);
   for (int64_t row = 0; row < count && need_weight; row += kRows) {
-    head.pack_hidden_by_dim(row, std::min(kRows, count - row), x_by_dim.get() + row * wide);
+    head.pack_hidden_by_dim(row, std::min(kRows, count - row), x_by_dim + row * wide);
   }
   std::vector<double> db(need_bias ? vocab : 0, 0.0);
   Tensor hidden_grad =
@@ -85,35 +87,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
 
   for (int64_t column = 0; column < vocab && count > 0; column += slab) {
     const int64_t columns = std::min(slab, vocab - column), z_panel = slab * nr;
-    S* dw_slab = dw.get();
+    S* dw_slab = dw;
     if constexpr (!kRounded) dw_slab = weight_out + column * dim;
     for (int64_t row = 0; row < count; row += kRows) {
       const int64_t height = std::min(kRows, count - row), here = ceil_div(height, nr);
       coefficients.set(head, row, height, gradients.data() + row);
-      parallel_workers(ceil_div(columns, kChunk), [&](auto next) {
+      parallel_workers(ceil_div(columns, kChunk), [&](int64_t, auto next) {
         for (int64_t unit; (unit = next()) * kChunk < columns;) {
           const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
-          S* chunk = z.get() + j * nr;
-          head.logits(row, here, column + j, width, x.get() + row * dim, chunk, z_panel);
+          S* chunk = z + j * nr;
+          head.logits(row, here, column + j, width, x + row * dim, chunk, z_panel);
           for (int64_t p = 0; p < here; ++p) {
             head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
           }
           if (need_weight) {
-            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim.get() + row * wide, dw_slab + j * dim,
-                                     row > 0);
+            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim + row * wide, dw_slab + j * dim, row > 0);
           }
           if (need_bias) head.add_bias_gradient(width, chunk, z_panel, height, db.data() + column + j);
         }
       });
       if (need_hidden) {
-        head.add_hidden_gradient(column, columns, z.get(), z_panel, here, dx.get() + row * head.padded_dim());
+        head.add_hidden_gradient(column, columns, z, z_panel, here, packed, dx + row * head.padded_dim());
       }
     }
     if (need_weight && kRounded) {
-      parallel(columns, [&](int64_t j) { round_into(weight_out + (column + j) * dim, dw.get() + j * dim, dim); });
+      parallel(columns, [&](int64_t j) { round_into(weight_out + (column + j) * dim, dw + j * dim, dim); });
     }
   }
-  if (need_hidden) head.unpack_hidden_gradient(0, count, dx.get(), hidden_out);
+  if (need_hidden) head.unpack_hidden_gradient(0, count, dx, hidden_out);
   round_into(static_cast<In*>(bias_grad.mutable_data_ptr()), db.data(), db.size());
   return {hidden_grad, weight_grad, bias_grad};
 }

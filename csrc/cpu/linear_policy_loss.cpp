@@ -77,9 +77,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   const int64_t panels = ceil_div(std::min(count, rows_per_block), nr), wide = round_up(dim, nr);
   const int64_t z_panel = round_up(vocab, head.kernels.gemm.mr) * nr;
   const bool gradients_needed = need_hidden || need_weight || need_bias;
-  Scratch<S> x(panels * dim * nr), z(panels * z_panel);
-  Scratch<S> x_by_dim(need_weight ? rows_per_block * wide : 0);
-  Scratch<S> dx(need_hidden ? panels * head.padded_dim() * nr : 0);
+  const Scratch<S> memory({panels * dim * nr, need_weight ? rows_per_block * wide : 0,
+                           need_hidden ? panels * head.padded_dim() * nr : 0,
+                           need_hidden ? head.hidden_gradient_scratch() : 0, panels * z_panel});
+  S *x = memory[0], *x_by_dim = memory[1], *dx = memory[2], *packed = memory[3], *z = memory[4];
   std::vector<double> db(need_bias ? vocab : 0, 0.0);
   std::vector<RowGradient<S>> gradients(rows_per_block);
   BlockGradient<S> coefficients(panels, nr);
@@ -92,14 +93,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
 
   const auto score = [&](int64_t row, int64_t height) -> Results {
     const int64_t here = ceil_div(height, nr);
-    head.pack_hidden(row, height, x.get());
-    const int64_t groups = ceil_div(here, kRows / nr);
+    head.pack_hidden(row, height, x);
+    const int64_t together = kScoredRows / nr, groups = ceil_div(here, together);
     FoldedRows<S> folded(head.kernels, here, splits);
-    parallel_workers(groups * splits, [&](auto next) {
+    parallel_workers(groups * splits, [&](int64_t, auto next) {
       for (int64_t unit; (unit = next()) < groups * splits;) {
-        const int64_t split = unit % splits, first = unit / splits * (kRows / nr);
-        head.fold_split(row + first * nr, std::min(kRows / nr, here - first), split, x.get() + first * dim * nr,
-                        z.get() + first * z_panel, z_panel, true, folded, first);
+        const int64_t split = unit / groups, first = unit % groups * together;
+        head.fold_split(row + first * nr, std::min(together, here - first), split, x + first * dim * nr,
+                        z + first * z_panel, z_panel, true, folded, first);
       }
     });
     folded.merge();
@@ -126,13 +127,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
       entropy_out[t] = r.entropy;
     }
     if (!gradients_needed) return;
-    if (need_weight) head.pack_hidden_by_dim(row, height, x_by_dim.get());
+    if (need_weight) head.pack_hidden_by_dim(row, height, x_by_dim);
     const int64_t here = ceil_div(height, nr);
     coefficients.set(head, row, height, gradients.data());
     for (int64_t column = 0; column < vocab; column += kSlab) {
       const int64_t columns = std::min(kSlab, vocab - column);
-      S* dz = z.get() + column * nr;
-      parallel_workers(ceil_div(columns, kChunk), [&](auto next) {
+      S* dz = z + column * nr;
+      parallel_workers(ceil_div(columns, kChunk), [&](int64_t, auto next) {
         for (int64_t unit; (unit = next()) * kChunk < columns;) {
           const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
           S* chunk = dz + j * nr;
@@ -140,15 +141,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
             head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
           }
           if (need_weight) {
-            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim.get(), weight_out + (column + j) * dim,
-                                     row > 0);
+            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim, weight_out + (column + j) * dim, row > 0);
           }
           if (need_bias) head.add_bias_gradient(width, chunk, z_panel, height, db.data() + column + j);
         }
       });
-      if (need_hidden) head.add_hidden_gradient(column, columns, dz, z_panel, here, dx.get());
+      if (need_hidden) head.add_hidden_gradient(column, columns, dz, z_panel, here, packed, dx);
     }
-    if (need_hidden) head.unpack_hidden_gradient(row, height, dx.get(), hidden_out);
+    if (need_hidden) head.unpack_hidden_gradient(row, height, dx, hidden_out);
   };
 
   // Whole sequences while they fit into a block; a longer one is scored once more before, for its mean.
