@@ -107,6 +107,9 @@ QRM_FAST_INLINE void register_tile(const Tile<S>& t) {
     typename V::Vec row[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) row[j] = V::load(b + j * V::kLanes);
+    // B comes from L2: its lines are asked for some steps before.
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; j += kLineBytes / sizeof(S)) __builtin_prefetch(b + kAheadSteps * kWidth + j, 0, 3);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const S scale = *reinterpret_cast<const S*>(a[i / kPerBase] + i % kPerBase * a_row);
