@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -15,10 +14,10 @@
 #include <vector>
 
 #include "cu_seqlens.h"
+#include "double_lanes.h"
 #include "dtypes.h"
 #include "fresh_rows.h"
 #include "policy_sums.h"
-#include "simd.h"
 
 namespace qrm_fast {
 namespace {
@@ -58,34 +57,10 @@ std::vector<acc_t<T>> sequence_log_ratios(const Rows<T>& rows, const CuSeqlens& 
   return log_ratios;
 }
 
-// Double lanes filled from any dtype; lanes beyond the first `count` read as 0. `kDouble`: the rows are double too.
+// `kDouble`: the rows are double too.
 template <int Bytes, bool kDouble>
-struct Lanes : Simd<double, Bytes> {
+struct Lanes : DoubleLanes<Bytes> {
   using typename Simd<double, Bytes>::Vec;
-  static constexpr int kLanes = Simd<double, Bytes>::kLanes;
-  typedef float FloatVec __attribute__((vector_size(Bytes / 2)));
-
-  QRM_FAST_INLINE static Vec load(const double* p, int64_t count) {
-    Vec v{};
-    std::memcpy(&v, p, count * sizeof(double));
-    return v;
-  }
-  QRM_FAST_INLINE static Vec load(const float* p, int64_t count) {
-    FloatVec v{};
-    std::memcpy(&v, p, count * sizeof(float));
-    return __builtin_convertvector(v, Vec);
-  }
-  template <typename T>
-  QRM_FAST_INLINE static Vec load(const T* p, int64_t count) {
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = static_cast<float>(p[i]);
-    return load(lanes, kLanes);
-  }
-  QRM_FAST_INLINE static void store(double* p, int64_t count, Vec v) { std::memcpy(p, &v, count * sizeof(double)); }
-  QRM_FAST_INLINE static void store(float* p, int64_t count, Vec v) {
-    const FloatVec narrow = __builtin_convertvector(v, FloatVec);
-    std::memcpy(p, &narrow, count * sizeof(float));
-  }
 
   QRM_FAST_INLINE static Vec exp(Vec x) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();

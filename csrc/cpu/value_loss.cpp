@@ -1,6 +1,6 @@
 // Squared error of a critic and its derivative in one pass over the rows: 12 bytes per token in fp32, 20 with clip and
-// weights. Sums run in double over fixed blocks of rows, split over fixed lanes, and are combined in order: their bits
-// do not depend on the number of threads.
+// weights. Terms are in double, a token per lane, and rounded once. Sums run over fixed lanes of fixed blocks of rows
+// and are combined in order: their bits do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "double_lanes.h"
 #include "dtypes.h"
 #include "fresh_rows.h"
-#include "target_clones.h"
 
 namespace qrm_fast {
 namespace {
@@ -19,7 +19,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kLanes = 16;
 
 template <typename T>
 struct Rows {
@@ -28,41 +27,59 @@ struct Rows {
   const T* old_values;  // null without clip
   const acc_t<T>* token_weights;
   acc_t<T> mean_weight;
-  acc_t<T> clip;
+  double clip;
   acc_t<T>* derivative;
 };
 
-// Rows [begin, begin + count), count <= kLanes: adds each to its lane. Inlined with its two flags known, it vectorises.
-template <bool kClip, bool kWeights, typename T>
-[[gnu::always_inline]] inline void add_rows(const Rows<T>& rows, int64_t begin, int64_t count, double* lanes) {
-  using A = acc_t<T>;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = begin + i;
-    const A value = rows.values[t], target = rows.returns[t];
-    const A weight = kWeights ? rows.token_weights[t] : rows.mean_weight;
-    const A error = value - target;
-    A loss = error * error, slope = 2 * error;
-    if (kClip) {
-      const A old = rows.old_values[t], low = old - rows.clip, high = old + rows.clip;
-      const A clipped = (!(value >= low) ? low : value > high ? high : value) - target;
-      const A clipped_loss = clipped * clipped;
-      slope = loss < clipped_loss ? A(0) : slope;
-      loss = clipped_loss <= loss || loss != loss ? loss : clipped_loss;  // a NaN of either stays
+// Sum over the rows [begin, end).
+template <int Bytes, typename T>
+QRM_FAST_INLINE double value_rows(const Rows<T>& rows, int64_t begin, int64_t end) {
+  using L = DoubleLanes<Bytes>;
+  using V = typename L::Vec;
+  acc_t<T> mean_weights[L::kLanes];
+  std::fill_n(mean_weights, L::kLanes, rows.mean_weight);
+  V sum = {};
+  const auto add = [&](int64_t t, int64_t count) __attribute__((always_inline)) {
+    const V weight = L::load(rows.token_weights ? rows.token_weights + t : mean_weights, count);
+    const V value = L::load(rows.values + t, count), target = L::load(rows.returns + t, count);
+    const V error = value - target;
+    V loss = error * error, slope = 2 * error;
+    if (rows.old_values) {
+      const V old = L::load(rows.old_values + t, count), low = old - rows.clip, high = old + rows.clip;
+      const V clipped = (value >= low ? (value > high ? high : value) : low) - target;
+      const V clipped_loss = clipped * clipped;
+      slope = loss < clipped_loss ? V{} : slope;
+      loss = clipped_loss <= loss ? loss : (loss == loss ? clipped_loss : loss);  // a NaN of either stays
     }
-    const bool keep = weight != 0;
-    rows.derivative[t] = keep ? weight * slope : A(0);
-    lanes[i] += keep ? double(weight) * double(loss) : 0.0;
-  }
+    L::store(rows.derivative + t, count, weight != V{} ? weight * slope : V{});
+    sum += weight != V{} ? weight * loss : V{};
+  };
+  int64_t t = begin;
+  for (; t + L::kLanes <= end; t += L::kLanes) add(t, L::kLanes);  // whose loads have a fixed size
+  if (t < end) add(t, end - t);
+  return L::sum(sum);
 }
 
-template <bool kClip, bool kWeights, typename T>
-QRM_FAST_TARGET_CLONES double block_sum(const Rows<T>& rows, int64_t begin, int64_t end) {
-  double lanes[kLanes] = {};
-  for (; begin + kLanes <= end; begin += kLanes) add_rows<kClip, kWeights>(rows, begin, kLanes, lanes);
-  add_rows<kClip, kWeights>(rows, begin, end - begin, lanes);
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+template <typename T>
+using BlockOfRows = double (*)(const Rows<T>&, int64_t, int64_t);
+
+#if defined(__x86_64__)
+template <typename T>
+QRM_FAST_TARGET_AVX2 double value_rows_avx2(const Rows<T>& rows, int64_t begin, int64_t end) {
+  return value_rows<32>(rows, begin, end);
+}
+#endif
+template <typename T>
+double value_rows_portable(const Rows<T>& rows, int64_t begin, int64_t end) {
+  return value_rows<16>(rows, begin, end);
+}
+
+template <typename T>
+BlockOfRows<T> value_rows_of_this_cpu() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return value_rows_avx2<T>;
+#endif
+  return value_rows_portable<T>;
 }
 
 std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& returns,
@@ -80,16 +97,14 @@ std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& return
         data_or_null<T>(old_values),
         data_or_null<A>(token_weights),
         static_cast<A>(1.0 / num_tokens),
-        static_cast<A>(clip),
+        clip,
         static_cast<A*>(derivative.mutable_data_ptr()),
     };
-    const auto sum_block = rows.old_values ? rows.token_weights ? block_sum<true, true, T> : block_sum<true, false, T>
-                           : rows.token_weights ? block_sum<false, true, T>
-                                                : block_sum<false, false, T>;
+    const BlockOfRows<T> sum_rows = value_rows_of_this_cpu<T>();
     std::vector<double> blocks((num_tokens + kBlock - 1) / kBlock);
     torch::stable::parallel_for(0, blocks.size(), 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = sum_block(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
+        blocks[i] = sum_rows(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
       }
     });
     double sum = 0;
