@@ -273,6 +273,47 @@ def test_rows_after_the_last_step(preset):
     torch.testing.assert_close(result, expected)
 
 
+def with_a_group_of_zeros():
+    """Group 1 has equal outcomes, and rewards only in the first steps of its first answer: its other rows are 0."""
+    arguments, kl = inputs([30, 25, 40, 35], share=0.5)
+    arguments["group_ids"] = torch.tensor([0, 0, 1, 1])
+    arguments["outcome_rewards"] = torch.tensor([1.0, 0, 1, 1])
+    arguments["step_rewards"][(arguments["step_ends"] >= 55).nonzero()[3:]] = 0.0
+    kl[55:] = 0.0
+    return arguments, kl
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("penalised", [False, True])
+def test_openrlhf_whitens_without_rows_of_zero(penalised):
+    arguments, kl = with_a_group_of_zeros()
+    options = {"kl": kl} if penalised else {}
+    exact, peer = (
+        transcription(*list(arguments.values())[:4], outcome_rewards=arguments["outcome_rewards"], preset="openrlhf",
+                      dtype=dtype, **options)
+        for dtype in (torch.float64, torch.float32)
+    )  # fmt: skip
+    assert_as_accurate(process_advantages(**arguments, preset="openrlhf", **options), exact, peer)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_rows_that_are_not_finite_are_no_zeros():
+    arguments, kl = with_a_group_of_zeros()
+    kl[-1] = math.nan
+    options = {"preset": "openrlhf", "mask_step_ends": False}
+    result = process_advantages(**arguments, kl=kl, **options)
+    ends = arguments["step_ends"]
+    first = arguments | {
+        "step_rewards": arguments["step_rewards"][ends < 95],
+        "step_ends": ends[ends < 95],
+        "cu_seqlens": arguments["cu_seqlens"][:4],
+        "group_ids": arguments["group_ids"][:3],
+        "outcome_rewards": arguments["outcome_rewards"][:3],
+    }
+    alone = process_advantages(**first, kl=kl[:95], **options)
+    torch.testing.assert_close(result[:95], alone, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_not_finite_stays_in_its_sequence(preset):

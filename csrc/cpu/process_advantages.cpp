@@ -94,10 +94,15 @@ QRM_FAST_TARGET_CLONES double sum_of_returns(const double* returns, const I* end
 // Counted values, each `n` times, about the first of them: the mean is no further from it than the spread allows.
 struct Deviations {
   double count = 0, origin = 0, sum = 0, squares = 0;
+  double lost = 0;  // times a value that is not finite
   bool drop_zeros = false;
 
   void add(double value, double n) {
-    if (!(n > 0) || !std::isfinite(value) || (drop_zeros && value == 0)) return;
+    if (!(n > 0) || (drop_zeros && value == 0)) return;
+    if (!std::isfinite(value)) {
+      lost += n;
+      return;
+    }
     if (count == 0) origin = value;
     const double deviation = value - origin;
     count += n;
@@ -117,11 +122,13 @@ QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const I* ends, int64
   int64_t k = 1;
   for (; k < num_steps && x.count == 0; ++k) x.add(levels[k], ends[k] - ends[k - 1] + unmasked);
   const Simd8::Vec origin = Simd8::broadcast(x.origin), fewer = Simd8::broadcast(unmasked);
-  Simd8::Vec count = {}, sum = {}, squares = {};
+  Simd8::Vec count = {}, sum = {}, squares = {}, lost = {};
   for (; k < num_steps; k += Simd8::kLanes) {
     const Simd8::Vec level = values_from(levels, k, num_steps);
     Simd8::Vec n = lengths_from(ends, k, num_steps) + fewer;
-    n = n > 0.0 && level - level == 0.0 ? n : Simd8::Vec{};
+    n = n > 0.0 ? n : Simd8::Vec{};
+    lost += level - level == 0.0 ? Simd8::Vec{} : n;
+    n = level - level == 0.0 ? n : Simd8::Vec{};
     if (x.drop_zeros) n = level == 0.0 ? Simd8::Vec{} : n;
     const Simd8::Vec deviation = n == 0.0 ? Simd8::Vec{} : level - origin;
     count += n;
@@ -131,6 +138,7 @@ QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const I* ends, int64
   x.count += Simd8::sum(count);
   x.sum += Simd8::sum(sum);
   x.squares += Simd8::sum(squares);
+  x.lost += Simd8::sum(lost);
 }
 
 template <typename A>
@@ -217,7 +225,7 @@ struct Batch {
   }
 
   // Of the rows that are not 0 where `drop_zeros`, of all unmasked ones else; rows that are not finite count nowhere.
-  Moments moments(int64_t i, const double* levels, double base, bool drop_zeros) const {
+  Deviations deviations(int64_t i, const double* levels, double base, bool drop_zeros) const {
     const int64_t first = steps.first(i), last = steps.first(i + 1);
     Deviations x;
     x.drop_zeros = drop_zeros;
@@ -233,7 +241,7 @@ struct Batch {
       }
       x.add(base, cu[i + 1] - steps.begin(i, last));
     }
-    return x.moments();
+    return x;
   }
 };
 
@@ -268,8 +276,9 @@ void step_advantages(const Batch<A>& batch, const Groups& groups, F&& take_retur
         level[k] = batch.process_coef * process_level + base[i];
       }
       if (!whitens) continue;
-      parts[i] = batch.moments(i, level, base[i], openrlhf);
-      if (openrlhf && std::isfinite(base[i])) num_zeros[i] = batch.num_rows(i) - parts[i].count;
+      const Deviations rows = batch.deviations(i, level, base[i], openrlhf);
+      parts[i] = rows.moments();
+      if (openrlhf && std::isfinite(base[i])) num_zeros[i] = batch.num_rows(i) - rows.count - rows.lost;
     }
   });
   sets[0] = join(num_sequences, [&](int64_t i) { return parts[i]; });
