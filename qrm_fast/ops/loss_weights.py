@@ -68,7 +68,7 @@ def _loss_weights(
     counts = sequence_sum(counted.double(), cu_seqlens)  # [S]
     i_seq = sequence_ids(cu_seqlens, num_tokens)
     here = counts.sum() if mode == "token-mean" else (counts > 0).sum()
-    per_row = 1.0
+    per_row: Tensor | float = 1.0
     if mode == "seq-mean-token-mean":
         per_row = torch.cat([counts, counts.new_full((1,), torch.nan)])[i_seq]  # rows behind the last boundary
     return (1 / ((total or here) * norm * per_row * counted)).where(counted, 0.0).float()
