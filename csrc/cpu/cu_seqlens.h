@@ -1,13 +1,32 @@
 // Packed sequence boundaries: int32 or int64 [S+1], read as int64 without a copy.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "../check.h"
+#include "target_clones.h"
 
 namespace qrm_fast {
+
+template <typename I>
+QRM_FAST_TARGET_CLONES static bool never_decreases(const I* x, int64_t begin, int64_t end) {
+  I decreases = 0;
+  for (int64_t i = begin; i < end; ++i) decreases |= x[i] > x[i + 1] ? 1 : 0;
+  return decreases == 0;
+}
+
+// x[0] <= x[1] <= ... <= x[count]
+template <typename I>
+bool never_decreases(const I* x, int64_t count) {
+  std::atomic<bool> sorted{true};
+  torch::stable::parallel_for(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+    if (!never_decreases(x, begin, end)) sorted = false;
+  });
+  return sorted;
+}
 
 class CuSeqlens {
  public:
@@ -17,10 +36,8 @@ class CuSeqlens {
         wide_(cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Long),
         num_sequences_(cu_seqlens.size(0) - 1) {
     CHECK_VALUE((*this)[0] == 0, name, " must start at 0, got ", (*this)[0]);
-    const int64_t size = num_sequences_ + 1;
-    const bool sorted =
-        wide_ ? std::is_sorted(static_cast<const int64_t*>(data_), static_cast<const int64_t*>(data_) + size)
-              : std::is_sorted(static_cast<const int32_t*>(data_), static_cast<const int32_t*>(data_) + size);
+    const bool sorted = wide_ ? never_decreases(static_cast<const int64_t*>(data_), num_sequences_)
+                              : never_decreases(static_cast<const int32_t*>(data_), num_sequences_);
     for (int64_t i = 0; !sorted && i < num_sequences_; ++i) {
       CHECK_VALUE((*this)[i] <= (*this)[i + 1], name, " must not decrease, got ", (*this)[i], " then ", (*this)[i + 1],
                   " at index ", i + 1);

@@ -17,6 +17,7 @@ struct ReturnRule {
   using Map = Affine<double>;
   static constexpr int kInputs = 1, kOutputs = 1, kNext = -1;
   static constexpr double kNoBootstrap = 0;
+  static constexpr bool kSameFactor = true;
 
   DecayPowers decay;
 
@@ -30,6 +31,7 @@ struct ReturnRule {
 
     QRM_FAST_INLINE explicit Vectors(const ReturnRule& rule) : decay(rule.decay) {}
     QRM_FAST_INLINE Vec next(const Vec*) const { return Vec{}; }
+    QRM_FAST_INLINE Vec terms(const Vec* in, Vec) const { return in[0]; }
     QRM_FAST_INLINE Vec composed(const Vec* in, Vec) const { return L::composed(in[0], decay); }
     QRM_FAST_INLINE Map map(Vec b, int64_t lane) const { return {L::powers(decay)[lane], b[lane]}; }
     QRM_FAST_INLINE Vec apply(Vec b, double x) const { return b + L::powers(decay) * x; }

@@ -18,6 +18,7 @@ struct GaeRule {
   using Map = Affine<double>;
   static constexpr int kInputs = 2, kOutputs = 2, kNext = 1;
   static constexpr double kNoBootstrap = 0;
+  static constexpr bool kSameFactor = true;
 
   double gamma;
   DecayPowers decay;
@@ -34,9 +35,8 @@ struct GaeRule {
 
     QRM_FAST_INLINE explicit Vectors(const GaeRule& rule) : gamma(rule.gamma), decay(rule.decay) {}
     QRM_FAST_INLINE Vec next(const Vec* in) const { return in[1]; }
-    QRM_FAST_INLINE Vec composed(const Vec* in, Vec after) const {
-      return L::composed(in[0] + gamma * after - in[1], decay);
-    }
+    QRM_FAST_INLINE Vec terms(const Vec* in, Vec after) const { return in[0] + gamma * after - in[1]; }
+    QRM_FAST_INLINE Vec composed(const Vec* in, Vec after) const { return L::composed(terms(in, after), decay); }
     QRM_FAST_INLINE Map map(Vec b, int64_t lane) const { return {L::powers(decay)[lane], b[lane]}; }
     QRM_FAST_INLINE Vec apply(Vec b, double x) const { return b + L::powers(decay) * x; }
     QRM_FAST_INLINE void results(const Vec* in, Vec, Vec x, Vec, Vec* out) const {
@@ -54,8 +54,9 @@ struct GaeRules {
   const S* lam_per_sequence;
   Rule shared;
 
-  Rule operator()(int64_t s) const {
-    return lam_per_sequence == nullptr ? shared : Rule{gamma, DecayPowers(gamma * lam_per_sequence[s])};
+  const Rule& operator()(int64_t s, Rule& own) const {
+    if (lam_per_sequence == nullptr) return shared;
+    return own = {gamma, DecayPowers(gamma * lam_per_sequence[s])};
   }
 };
 

@@ -20,6 +20,7 @@ struct MinGaeRule {
   using Map = ClampedAffine<double>;
   static constexpr int kInputs = 2, kOutputs = 2, kNext = 1;
   static constexpr double kNoBootstrap = std::numeric_limits<double>::infinity();
+  static constexpr bool kSameFactor = false;
 
   double lam;
   DecayPowers decay;

@@ -9,6 +9,9 @@
 // short sequences, and of a longer one exactly one block. That block is folded to its map first, which needs no other
 // block; then what the rows after it hand on arrives through the unit's slot and goes on to the next slot before the
 // block's results are computed, from cache. A thread waits only for units that were taken before its own.
+//
+// All of it walks from the last row to the first and asks for rows some lines ahead, across sequences and units: the
+// processor's own prefetching ends with a page of 4 KiB.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -27,6 +30,7 @@ namespace qrm_fast {
 
 constexpr int64_t BLOCK = 8192;
 constexpr int kMaxLanes = 8;
+constexpr int64_t kAheadBytes = 1536;  // of a column, asked for before they are read
 
 // What the rows after a row hand on: the recurrence, and what a row reads of its successor.
 struct Handed {
@@ -37,6 +41,7 @@ struct Handed {
 struct DecayPowers {
   double powers[kMaxLanes];
 
+  DecayPowers() = default;
   explicit DecayPowers(double c) {
     powers[kMaxLanes - 1] = c;
     for (int i = kMaxLanes - 2; i >= 0; --i) powers[i] = decay_product(powers[i + 1], c);
@@ -151,6 +156,8 @@ struct Lanes : Simd<double, Bytes> {
 //                                  its successor's value, or -1
 //   kNoBootstrap, end(bootstrap)   what the end of the sequence hands on
 //   next(value)                    what a row reads of its successor, given that column
+//   kSameFactor                    whether x enters every row's map by one factor, decay[1]: Vectors then has
+//                                  terms(in, after), what the rows add to it
 //   Vectors<Bytes>                 the same for a vector of rows, after[i] being lane i's successor:
 //     next(in)                     the values that the rows before read
 //     composed(in, after)          the maps from each row to the end of the vector
@@ -173,7 +180,12 @@ struct RowScan {
   using Map = typename Rule::Map;
 
   QRM_FAST_INLINE static void load(const Columns<Rule, S>& c, int64_t t, Vec* in) {
-    for (int i = 0; i < Rule::kInputs; ++i) in[i] = L::load(c.in[i] + t);
+    for (int i = 0; i < Rule::kInputs; ++i) {
+      const S* p = c.in[i] + t;
+      in[i] = L::load(p);
+      // In front of the column it is only a hint.
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) - kAheadBytes));
+    }
   }
   // The first `count` rows to the last lanes.
   QRM_FAST_INLINE static void load_first(const Columns<Rule, S>& c, int64_t count, Vec* in) {
@@ -190,12 +202,24 @@ struct RowScan {
     const Vectors vectors(rule);
     Map map = Map::identity();
     Vec in[Rule::kInputs], nexts = L::broadcast(next);
-    const auto add = [&](int lane) __attribute__((always_inline)) {
-      const Vec own = vectors.next(in);
-      map = vectors.map(vectors.composed(in, L::template later<1>(own, nexts)), lane).after(map);
+    const auto after = [&]() __attribute__((always_inline)) {
+      const Vec own = vectors.next(in), theirs = L::template later<1>(own, nexts);
       nexts = own;
+      return theirs;
+    };
+    const auto add = [&](int lane) __attribute__((always_inline)) {
+      map = vectors.map(vectors.composed(in, after()), lane).after(map);
     };
     int64_t t = c.num_rows;
+    if constexpr (Rule::kSameFactor) {  // lane by lane, joined once at the end
+      Vec sums = {};
+      const double factor = rule.decay[L::kLanes];
+      for (; t >= L::kLanes; t -= L::kLanes) {
+        load(c, t - L::kLanes, in);
+        sums = vectors.terms(in, after()) + factor * sums;
+      }
+      map = {decay_power(rule.decay[1], c.num_rows - t), L::composed(sums, rule.decay)[0]};
+    }
     for (; t >= L::kLanes; t -= L::kLanes) {
       load(c, t - L::kLanes, in);
       add(0);
@@ -255,7 +279,7 @@ template <typename R>
 struct SameRule {
   using Rule = R;
   Rule rule;
-  const Rule& operator()(int64_t) const { return rule; }
+  const Rule& operator()(int64_t, Rule&) const { return rule; }
 };
 
 template <typename Rules, typename T>
@@ -267,7 +291,7 @@ struct PackedScan {
   S* out[Rule::kOutputs];
   const bool* mask;    // [T] or nullptr
   const S* bootstrap;  // [S] or nullptr
-  Rules rules;         // rules(s): the Rule of sequence s
+  Rules rules;         // rules(s, own): the Rule of sequence s, perhaps made in `own`
   std::vector<Slot> slots = {};
 
   void run(const CuSeqlens& cu, int64_t num_tokens) {
@@ -299,11 +323,16 @@ struct PackedScan {
   template <int Bytes>
   QRM_FAST_INLINE void unit_of(const CuSeqlens& cu, int64_t num_tokens, int64_t u) {
     const int64_t low = u * BLOCK, high = std::min(low + BLOCK, num_tokens);
-    for (int64_t s = cu.first_ending_after(low); s < cu.num_sequences() && cu[s] < high; ++s) {
+    const int64_t first = cu.first_ending_after(low), last = cu.first_ending_after(high - 1);
+    const auto serve = [&](int64_t s) __attribute__((always_inline)) {
       const int64_t bos = cu[s], eos = cu[s + 1];
       const int64_t end = eos <= high ? eos : eos - (eos - high + BLOCK - 1) / BLOCK * BLOCK;
       if (end > bos) block<Bytes>(s, u, bos, std::max(bos, end - BLOCK), end, eos);
-    }
+    };
+    // Another unit waits for the first sequence's block where more of it lies in front.
+    const bool awaited = first < last && cu[first + 1] - cu[first] > BLOCK;
+    if (awaited) serve(first);
+    for (int64_t s = last; s >= first + awaited; --s) serve(s);
   }
 
   template <int Bytes>
@@ -346,7 +375,8 @@ struct PackedScan {
   QRM_FAST_INLINE void dense_block(int64_t s, int64_t u, bool goes_on, int64_t end, int64_t eos,
                                    const Columns<Rule, S>& columns) {
     using Scan = RowScan<Rule, S, Bytes>;
-    const Rule rule = rules(s);
+    Rule own;
+    const Rule& rule = rules(s, own);
     Handed handed = rule.end(bootstrap != nullptr ? bootstrap[s] : Rule::kNoBootstrap);
     if (end == eos && !goes_on) return Scan::scan(rule, columns, handed);
     if constexpr (Rule::kNext >= 0) {

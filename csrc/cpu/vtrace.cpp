@@ -19,6 +19,7 @@ struct VtraceRule {
   using Map = Affine<double>;
   static constexpr int kInputs = 3, kOutputs = 2, kNext = 1;
   static constexpr double kNoBootstrap = 0;
+  static constexpr bool kSameFactor = false;
 
   double gamma, decay, rho_bar, c_bar;  // decay = gamma lam
 
