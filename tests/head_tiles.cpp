@@ -103,6 +103,52 @@ void check_tile(const char* set, const GemmKernel<S>& gemm) {
   }
 }
 
+#if defined(__x86_64__)
+// The tile whose elements are pairs of bfloat16, over a depth beyond two panels.
+void check_pair_tile(const PanelKernels<float>& kernels) {
+  const int64_t mr = kernels.gemm.mr, nr = kernels.gemm.nr, depth = 2 * nr + 5;
+  const auto halves = [](int64_t count, double scale) {  // truncated to bfloat16
+    std::vector<float> x = values<float>(count, scale);
+    for (float& v : x) {
+      uint32_t bits;
+      std::memcpy(&bits, &v, 4);
+      bits &= 0xffff0000;
+      std::memcpy(&v, &bits, 4);
+    }
+    return x;
+  };
+  const auto words = [](const std::vector<float>& low, const std::vector<float>& high) {
+    std::vector<float> out(low.size());
+    for (size_t i = 0; i < out.size(); ++i) {
+      uint32_t a, b;
+      std::memcpy(&a, &low[i], 4);
+      std::memcpy(&b, &high[i], 4);
+      a = a >> 16 | b;
+      std::memcpy(&out[i], &a, 4);
+    }
+    return out;
+  };
+  const std::vector<float> a[] = {halves(mr * depth, 1), halves(mr * depth, 3)};
+  const std::vector<float> b[] = {halves(depth * nr, 2), halves(depth * nr, 0.5)};
+  const std::vector<float> left = words(a[0], a[1]), right = words(b[0], b[1]);
+  for (bool accumulate : {true, false}) {
+    std::vector<float> c(mr * nr, 0.5f);
+    kernels.pair_tile(
+        {depth, left.data(), depth, 1, 0, right.data(), c.data(), nr, accumulate, left.data(), 0, right.data()});
+    for (int64_t i = 0; i < mr; ++i) {
+      for (int64_t j = 0; j < nr; ++j) {
+        double want = accumulate ? 0.5 : 0;
+        for (int64_t k = 0; k < depth; ++k) {
+          for (int h : {0, 1}) want += double(a[h][i * depth + k]) * b[h][k * nr + j];
+        }
+        expect("avx512bf16", "pair tile", c[i * nr + j], want, 1e-5);
+      }
+    }
+  }
+  std::printf("avx512bf16 pairs\n");
+}
+#endif
+
 template <typename S>
 void check_panels(const char* set, const PanelKernels<S>& kernels) {
   check_tile(set, kernels.gemm);
@@ -192,6 +238,7 @@ int main() {
     check("avx512", Avx512Head<double>::kernels());
     check_panels("avx512", Avx512Panel<double>::kernels());
   }
+  if (panel_kernels<float>().pair_tile != nullptr) check_pair_tile(panel_kernels<float>());
 #endif
   return failures > 0;
 }

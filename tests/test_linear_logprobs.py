@@ -25,7 +25,7 @@ SHAPES = [
         (130, 17, 2176),
         (40, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
         (1300, 9, 1500),  # rows beyond one unit of work
-        (3, 5, 8100),  # vocabulary beyond one slab of the backward pass
+        (20, 5, 8100),  # vocabulary beyond one slab of the backward pass
     ]
 ]
 OPTIONS = {
@@ -136,7 +136,8 @@ def test_logits_up_to_30(dtype):
     assert (ours[0] <= 0).all()
     for got, want, other in zip(ours[3:], exact[3:], peer[3:], strict=True):
         error, peer_error = ((x.double() - want).norm() for x in (got, other))
-        assert error <= peer_error / (1 if dtype == torch.float32 else 3), f"{error:.3g}, PyTorch {peer_error:.3g}"
+        allowed = peer_error * 1.1 if dtype == torch.float32 else peer_error / 3  # equal paths differ by luck
+        assert error <= allowed, f"{error:.3g}, PyTorch {peer_error:.3g}"
 
 
 def test_later_calls_of_other_shapes_change_nothing():
@@ -244,19 +245,21 @@ def test_vocabularies_in_use(v):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
 
 
-def test_strided_rows():
-    tensors, rest = make(40, 12, 100, torch.float32)
-    wide = torch.full((40, 2, 12), math.nan)
-    wide[:, 0] = tensors["hidden"]
-    tall = torch.full((200, 12), math.nan)
-    tall[::2] = tensors["weight"]
-    ours = run(linear_logprobs, tensors, rest, torch.float32)
-    hidden, weight = wide[:, 0].detach().requires_grad_(), tall[::2].detach().requires_grad_()
-    strided = linear_logprobs(hidden, weight, rest["targets"])
-    for x, y in zip(ours[:3], strided, strict=True):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pitch", [24, 15])  # 15: every second row starts in the middle of a pair of bfloat16
+def test_strided_rows(dtype, pitch):
+    tensors, rest = make(40, 12, 100, dtype)
+    ours = run(linear_logprobs, tensors, rest, dtype)
+    strided = []
+    for name in "hidden", "weight":
+        wide = torch.full((len(tensors[name]), pitch), math.nan, dtype=dtype)
+        wide[:, -12:] = tensors[name]
+        strided.append(wide[:, -12:].detach().requires_grad_())
+    result = linear_logprobs(*strided, rest["targets"])
+    for x, y in zip(ours[:3], result, strict=True):
         assert torch.equal(x, y)
-    strided.logprobs.sum().backward()
-    assert hidden.grad.shape == (40, 12) and torch.isfinite(weight.grad).all()
+    result.logprobs.sum().backward()
+    assert all(x.grad.shape[1] == 12 and torch.isfinite(x.grad).all() for x in strided)
 
 
 def test_frozen_inputs_cost_nothing():

@@ -3,6 +3,10 @@
 // An element of A is broadcast and read where it lies: A is the weight itself, or the logits' gradient itself. A row of
 // B is `nr` contiguous elements of a panel [K][nr]. A tile walks K in order, so an element of C has the same bits
 // whatever m, n, its position and the thread count are: the reason that a vendor GEMM is not used here.
+//
+// An element of a tile for pairs is two bfloat16 of neighbouring k in the place of a float, and a step of K adds both
+// of their products, each exact, to the float: twice the rate where the processor has the instruction (AVX512_BF16). It
+// takes a bfloat16 below the smallest normal float for 0.
 #pragma once
 #include <sys/mman.h>
 
@@ -72,7 +76,7 @@ struct Tile {
   const S* soon;
 };
 
-inline constexpr int64_t kDepth = 256;     // steps of K that a tile sums at a time
+inline constexpr int64_t kDepth = 128;     // steps of K that a tile sums at a time
 inline constexpr int64_t kAheadSteps = 8;  // divides every nr
 inline constexpr int64_t kLineBytes = 64;
 
@@ -90,7 +94,15 @@ struct GemmKernel {
 
 inline constexpr int64_t kLargestTile = 512;  // elements
 
-template <typename S, int Bytes, int Rows, int Vectors>
+// c += a[2i] b[0] + a[2i + 1] b[1] in lane i, for the pairs of bfloat16 in a and b.
+template <typename Vec, typename S>
+QRM_FAST_INLINE void add_pair_products(Vec& c, Vec a, const S& b) {
+#if defined(__x86_64__)
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(b));
+#endif
+}
+
+template <typename S, int Bytes, int Rows, int Vectors, bool Pairs = false>
 QRM_FAST_INLINE void register_tile(const Tile<S>& t) {
   using V = Simd<S, Bytes>;
   constexpr int64_t kWidth = Vectors * V::kLanes;
@@ -112,9 +124,15 @@ QRM_FAST_INLINE void register_tile(const Tile<S>& t) {
     for (int j = 0; j < kWidth; j += kLineBytes / sizeof(S)) __builtin_prefetch(b + kAheadSteps * kWidth + j, 0, 3);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const S scale = *reinterpret_cast<const S*>(a[i / kPerBase] + i % kPerBase * a_row);
+      const S& scale = *reinterpret_cast<const S*>(a[i / kPerBase] + i % kPerBase * a_row);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) acc[i][j] += row[j] * scale;
+      for (int j = 0; j < Vectors; ++j) {
+        if constexpr (Pairs) {
+          add_pair_products(acc[i][j], row[j], scale);
+        } else {
+          acc[i][j] += row[j] * scale;
+        }
+      }
     }
     for (const char*& base : a) base += a_step;
     b += kWidth;

@@ -65,19 +65,19 @@ void parallel_workers(int64_t count, F worker) {
   });
 }
 
-// What the fold of one row comes to. lse + lse_residual is the log-partition to twice the precision.
+// What the fold of one row comes to, each rounded once. lse + lse_residual is the log-partition to twice the precision.
 template <typename S>
 struct RowResult {
   S logprob, entropy, lse, lse_residual;
 
   RowResult(const SoftmaxStats<S>& stats, S target_logit) {
-    const S log_sum = std::log(stats.sum);
-    logprob = (target_logit - stats.max) - log_sum;
+    const double max = stats.max, sum = stats.sum, log_sum = std::log(sum);
+    logprob = static_cast<S>((target_logit - max) - log_sum);
     if (logprob > 0) logprob = 0;
-    entropy = log_sum - stats.weighted / stats.sum;
+    entropy = static_cast<S>(log_sum - stats.weighted / sum);
     if (entropy < 0) entropy = 0;
-    lse = stats.max + log_sum;
-    lse_residual = (stats.max - lse) + log_sum;
+    lse = static_cast<S>(max + log_sum);
+    lse_residual = static_cast<S>((max - lse) + log_sum);
   }
 };
 
@@ -94,10 +94,14 @@ class FoldedRows {
 
   S* of(int64_t split, int64_t panel) const { return stats_.get() + (split * panels_ + panel) * size(); }
 
-  // Joins the splits in their order.
+  // Joins the splits in a tree: one after the other, each would round all that came before it.
   void merge() const {
     parallel(panels_, [&](int64_t panel) {
-      for (int64_t split = 1; split < splits_; ++split) kernels_.merge(of(0, panel), of(split, panel));
+      for (int64_t step = 1; step < splits_; step *= 2) {
+        for (int64_t split = 0; split + step < splits_; split += 2 * step) {
+          kernels_.merge(of(split, panel), of(split + step, panel));
+        }
+      }
     });
   }
   SoftmaxStats<S> total(int64_t row) const {
@@ -126,6 +130,8 @@ class Head {
       : dim(hidden.size(1)),
         vocab(weight.size(0)),
         kernels(panel_kernels<S>()),
+        paired_(std::is_same_v<In, torch::headeronly::BFloat16> && kernels.pair_tile != nullptr),
+        steps_(paired_ ? ceil_div(dim, 2) : dim),
         x_(static_cast<const In*>(hidden.const_data_ptr())),
         w_(static_cast<const In*>(weight.const_data_ptr())),
         targets_(static_cast<const int64_t*>(target_ids.const_data_ptr())),
@@ -157,19 +163,24 @@ class Head {
 
   int64_t lanes() const { return kernels.gemm.nr; }
 
-  // Panels of the rows [begin, begin + count), [panel][D][lanes]: right operand of the logits. Lanes without a row are
-  // 0.
+  // Panels of the rows [begin, begin + count), each [D][lanes] or, of pairs, [ceil(D / 2)][lanes]: right operand of the
+  // logits. Lanes without a row are 0.
+  int64_t x_panel() const { return steps_ * lanes(); }
   void pack_hidden(int64_t begin, int64_t count, S* dst) const {
     const int64_t nr = lanes();
     parallel(ceil_div(count, nr), [&](int64_t panel) {
-      S* out = dst + panel * dim * nr;
+      S* out = dst + panel * x_panel();
       const int64_t filled = std::min(nr, count - panel * nr);
-      if (filled < nr) std::fill(out, out + dim * nr, S(0));
-      for (int64_t k0 = 0; k0 < dim; k0 += kLine) {
-        const int64_t k1 = std::min(dim, k0 + kLine);
+      if (filled < nr) std::fill(out, out + x_panel(), S(0));
+      for (int64_t k0 = 0; k0 < steps_; k0 += kLine) {
+        const int64_t k1 = std::min(steps_, k0 + kLine);
         for (int64_t j = 0; j < filled; ++j) {
           const In* in = x_ + rows[begin + panel * nr + j] * x_stride_;
-          for (int64_t k = k0; k < k1; ++k) out[k * nr + j] = static_cast<S>(in[k]);
+          if (paired_) {
+            for (int64_t k = k0; k < k1; ++k) out[k * nr + j] = pair(in, k);
+          } else {
+            for (int64_t k = k0; k < k1; ++k) out[k * nr + j] = static_cast<S>(in[k]);
+          }
         }
       }
     });
@@ -192,7 +203,7 @@ class Head {
   // Panel p goes to z + p * z_panel; lines up to the next multiple of mr beyond `width` are overwritten.
   void logits(int64_t row, int64_t panels, int64_t column, int64_t width, const S* x, S* z, int64_t z_panel) const {
     const GemmKernel<S>& gemm = kernels.gemm;
-    for (int64_t k = 0; k == 0 || k < dim; k += kResident) {
+    for (int64_t k = 0; k == 0 || k < steps_; k += kResident) {
       for (int64_t i = 0; i < width; i += gemm.mr) {
         logits_of_tile_row(column + i, std::min(gemm.mr, width - i), k, panels, x, z + i * gemm.nr, z_panel);
       }
@@ -348,43 +359,56 @@ class Head {
     }
   }
 
-  // `count` rows of weight in S, [mr][kDepth], zeros beyond.
-  void convert_rows(const In* w, int64_t count, int64_t depth, S* dst) const {
+  // Elements 2k and 2k + 1 of a row of D in the place of an S, 0 beyond the row.
+  S pair(const In* row, int64_t k) const {
+    const In two[] = {row[2 * k], 2 * k + 1 < dim ? row[2 * k + 1] : In(0)};
+    S word = 0;
+    std::memcpy(&word, two, sizeof(S) < sizeof two ? sizeof(S) : sizeof two);
+    return word;
+  }
+
+  // The steps [first, first + depth) of `count` rows of weight, [mr][kDepth], zeros beyond.
+  void convert_rows(const In* w, int64_t count, int64_t first, int64_t depth, S* dst) const {
     for (int64_t r = 0; r < kernels.gemm.mr; ++r, dst += kDepth, w += w_stride_) {
-      if (r < count) {
-        convert(w, depth, dst);
+      if (r < count && paired_) {
+        for (int64_t k = 0; k < depth; ++k) dst[k] = pair(w, first + k);
+      } else if (r < count) {
+        convert(w + first, depth, dst);
       } else {
         std::fill_n(dst, depth, S(0));
       }
     }
   }
 
-  // z (+)= `count` weight rows times the panels of x, over kResident steps of D from `first` on.
+  // z (+)= `count` weight rows times the panels of x, over kResident steps from `first` on.
   void logits_of_tile_row(int64_t column, int64_t count, int64_t first, int64_t panels, const S* x, S* z,
                           int64_t z_panel) const {
     const GemmKernel<S>& gemm = kernels.gemm;
     const In* w = w_ + column * w_stride_;
-    const bool direct = std::is_same_v<In, S> && count == gemm.mr;
+    const bool whole = std::is_same_v<In, S> || (paired_ && dim % 2 == 0 && w_stride_ % 2 == 0);
+    const bool direct = whole && count == gemm.mr;
     const int64_t piece = ahead_piece<S>(gemm.nr), stride = w_stride_ * sizeof(In) / sizeof(S);
-    const S* next = reinterpret_cast<const S*>(w + gemm.mr * w_stride_ + first);  // beyond the last row only a hint
+    const int64_t step = paired_ ? 2 : 1;
+    // Beyond the last row only a hint.
+    const S* next = reinterpret_cast<const S*>(w + gemm.mr * w_stride_ + first * step);
     S converted[kMostRows * kDepth];
     Tile<S> tile;
-    tile.a_row = direct ? w_stride_ : kDepth;
+    tile.a_row = direct ? stride : kDepth;
     tile.a_step = 1;
     tile.a_jump = 0;
     tile.ldc = gemm.nr;
     tile.ahead_jump = stride - piece;
-    const int64_t end = std::max<int64_t>(1, std::min(dim, first + kResident));
+    const int64_t end = std::max<int64_t>(1, std::min(steps_, first + kResident));
     for (int64_t k = first; k < end; k += kDepth, next += kDepth / gemm.nr * stride) {
-      tile.depth = std::min(kDepth, dim - k);
-      if (!direct) convert_rows(w + k, count, tile.depth, converted);
-      tile.a = direct ? reinterpret_cast<const S*>(w + k) : converted;
+      tile.depth = std::min(kDepth, steps_ - k);
+      if (!direct) convert_rows(w, count, k, tile.depth, converted);
+      tile.a = direct ? reinterpret_cast<const S*>(w + k * step) : converted;
       tile.accumulate = k > 0;
       for (int64_t p = 0; p < panels; ++p) {
-        tile.soon = tile.b = x + (p * dim + k) * gemm.nr;
+        tile.soon = tile.b = x + (p * steps_ + k) * gemm.nr;
         tile.c = z + p * z_panel;
         tile.ahead = next + p * piece;
-        gemm.tile(tile);
+        paired_ ? kernels.pair_tile(tile) : gemm.tile(tile);
       }
     }
   }
@@ -455,6 +479,8 @@ class Head {
     }
   }
 
+  bool paired_;  // whether the logits are products of pairs of bfloat16
+  int64_t steps_;
   const In* x_;
   const In* w_;
   const int64_t* targets_;
@@ -468,10 +494,10 @@ class Head {
 // A forward pass over the selected rows.
 template <typename In, typename S>
 FoldedRows<S> fold_rows(const Head<In, S>& head) {
-  const int64_t count = head.rows.size(), dim = head.dim, nr = head.lanes();
+  const int64_t count = head.rows.size(), nr = head.lanes();
   const int64_t panels = ceil_div(count, nr), most = kScoredRows / nr, blocks = ceil_div(panels, most);
   const int64_t splits = ceil_div(head.vocab, kSplit), sweeps = ceil_div(splits, kSweep);
-  const Scratch<S> memory({panels * dim * nr, max_workers(sweeps * blocks) * kScoredRows * kChunk});
+  const Scratch<S> memory({panels * head.x_panel(), max_workers(sweeps * blocks) * kScoredRows * kChunk});
   S *x = memory[0], *logits = memory[1];
   head.pack_hidden(0, count, x);
   FoldedRows<S> folded(head.kernels, panels, splits);
@@ -480,7 +506,7 @@ FoldedRows<S> fold_rows(const Head<In, S>& head) {
     for (int64_t unit; (unit = next()) < sweeps * blocks;) {
       const int64_t sweep = unit / blocks, first = unit % blocks * most, here = std::min(most, panels - first);
       for (int64_t split = sweep * kSweep; split < std::min(splits, (sweep + 1) * kSweep); ++split) {
-        head.fold_split(first * nr, here, split, x + first * dim * nr, z, kChunk * nr, false, folded, first);
+        head.fold_split(first * nr, here, split, x + first * head.x_panel(), z, kChunk * nr, false, folded, first);
       }
     }
   });

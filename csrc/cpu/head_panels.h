@@ -121,6 +121,7 @@ struct PanelTile {
 template <typename S>
 struct PanelKernels {
   GemmKernel<S> gemm;
+  void (*pair_tile)(const Tile<S>& t);  // the same for pairs of bfloat16, null where the processor has none
   void (*finish)(S* z, int64_t n, const PanelTransform<S>& t);
   void (*fold)(const S* z, int64_t n, S* stats);
   void (*merge)(S* stats, const S* more);
@@ -137,7 +138,7 @@ struct PanelKernels {
     TARGET static void merge(S* stats, const S* more) { Panel::merge(stats, more); }                      \
     TARGET static void gradient(S* z, int64_t n, const PanelGradient<S>& g) { Panel::gradient(z, n, g); } \
     static constexpr PanelKernels<S> kernels() {                                                          \
-      return {{ROWS, Panel::kWidth, tile}, finish, fold, merge, gradient};                                \
+      return {{ROWS, Panel::kWidth, tile}, nullptr, finish, fold, merge, gradient};                       \
     }                                                                                                     \
   };
 
@@ -145,13 +146,23 @@ QRM_FAST_PANEL_KERNELS(PortablePanel, , 16, 3, 4)
 #if defined(__x86_64__)
 QRM_FAST_PANEL_KERNELS(Avx2Panel, QRM_FAST_TARGET_AVX2, 32, 6, 2)
 QRM_FAST_PANEL_KERNELS(Avx512Panel, QRM_FAST_TARGET_AVX512, 64, 6, 4)
+
+QRM_FAST_TARGET_AVX512_BF16 inline void avx512_pair_tile(const Tile<float>& t) {
+  register_tile<float, 64, 6, 4, true>(t);
+}
 #endif
 
 template <typename S>
 const PanelKernels<S>& panel_kernels() {
   static const PanelKernels<S> best = [] {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return Avx512Panel<S>::kernels();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
+      PanelKernels<S> kernels = Avx512Panel<S>::kernels();
+      if constexpr (sizeof(S) == 4) {
+        if (__builtin_cpu_supports("avx512bf16")) kernels.pair_tile = avx512_pair_tile;
+      }
+      return kernels;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2Panel<S>::kernels();
 #endif
     return PortablePanel<S>::kernels();

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
   const int64_t slab = std::min(kBackwardSlab, round_up(vocab, kChunk));
   constexpr bool kRounded = !std::is_same_v<In, S>;
   const Scratch<S> memory(
-      {panels * dim * nr, need_weight ? count * wide : 0, need_hidden ? panels * head.padded_dim() * nr : 0,
+      {panels * head.x_panel(), need_weight ? count * wide : 0, need_hidden ? panels * head.padded_dim() * nr : 0,
        need_hidden ? head.hidden_gradient_scratch() : 0, need_weight && kRounded ? slab * dim : 0, kRows * slab});
   S *x = memory[0], *x_by_dim = memory[1], *dx = memory[2], *packed = memory[3], *dw = memory[4], *z = memory[5];
   head.pack_hidden(0, count, x);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
         for (int64_t unit; (unit = next()) * kChunk < columns;) {
           const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
           S* chunk = z + j * nr;
-          head.logits(row, here, column + j, width, x + row * dim, chunk, z_panel);
+          head.logits(row, here, column + j, width, x + row / nr * head.x_panel(), chunk, z_panel);
           for (int64_t p = 0; p < here; ++p) {
             head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
           }

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   const int64_t panels = ceil_div(std::min(count, rows_per_block), nr), wide = round_up(dim, nr);
   const int64_t z_panel = round_up(vocab, head.kernels.gemm.mr) * nr;
   const bool gradients_needed = need_hidden || need_weight || need_bias;
-  const Scratch<S> memory({panels * dim * nr, need_weight ? rows_per_block * wide : 0,
+  const Scratch<S> memory({panels * head.x_panel(), need_weight ? rows_per_block * wide : 0,
                            need_hidden ? panels * head.padded_dim() * nr : 0,
                            need_hidden ? head.hidden_gradient_scratch() : 0, panels * z_panel});
   S *x = memory[0], *x_by_dim = memory[1], *dx = memory[2], *packed = memory[3], *z = memory[4];
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     parallel_workers(groups * splits, [&](int64_t, auto next) {
       for (int64_t unit; (unit = next()) < groups * splits;) {
         const int64_t split = unit / groups, first = unit % groups * together;
-        head.fold_split(row + first * nr, std::min(together, here - first), split, x + first * dim * nr,
+        head.fold_split(row + first * nr, std::min(together, here - first), split, x + first * head.x_panel(),
                         z + first * z_panel, z_panel, true, folded, first);
       }
     });

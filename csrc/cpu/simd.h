@@ -13,6 +13,7 @@ namespace qrm_fast {
 
 #if defined(__x86_64__)
 #define QRM_FAST_TARGET_AVX512 [[gnu::target("avx512f,avx512dq,avx2,fma")]]
+#define QRM_FAST_TARGET_AVX512_BF16 [[gnu::target("avx512f,avx512dq,avx512bf16,avx2,fma")]]
 #define QRM_FAST_TARGET_AVX2 [[gnu::target("avx2,fma")]]
 #endif
 
