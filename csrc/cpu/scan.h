@@ -179,12 +179,12 @@ struct RowScan {
   using Vectors = typename Rule::template Vectors<Bytes>;
   using Map = typename Rule::Map;
 
-  QRM_FAST_INLINE static void load(const Columns<Rule, S>& c, int64_t t, Vec* in) {
+  QRM_FAST_INLINE static void load(const Columns<Rule, S>& c, int64_t t, Vec* in, int64_t ahead_bytes = kAheadBytes) {
     for (int i = 0; i < Rule::kInputs; ++i) {
       const S* p = c.in[i] + t;
       in[i] = L::load(p);
       // In front of the column it is only a hint.
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) - kAheadBytes));
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) - ahead_bytes));
     }
   }
   // The first `count` rows to the last lanes.
@@ -231,7 +231,8 @@ struct RowScan {
     return map;
   }
 
-  QRM_FAST_INLINE static void scan(const Rule& rule, const Columns<Rule, S>& c, Handed handed) {
+  QRM_FAST_INLINE static void scan(const Rule& rule, const Columns<Rule, S>& c, Handed handed,
+                                   int64_t ahead_bytes = kAheadBytes) {
     const Vectors vectors(rule);
     Vec in[Rule::kInputs], out[Rule::kOutputs], nexts = L::broadcast(handed.next), later = L::broadcast(handed.x);
     const auto step = [&]() __attribute__((always_inline)) {
@@ -243,7 +244,7 @@ struct RowScan {
     };
     int64_t t = c.num_rows;
     for (; t >= L::kLanes; t -= L::kLanes) {
-      load(c, t - L::kLanes, in);
+      load(c, t - L::kLanes, in, ahead_bytes);
       step();
       for (int i = 0; i < Rule::kOutputs; ++i) L::store(c.out[i] + t - L::kLanes, out[i]);
     }
@@ -391,7 +392,8 @@ struct PackedScan {
     } else {
       handed.x = slots[u + 1].take();
     }
-    Scan::scan(rule, columns, handed);
+    // These rows are in cache; memory brings the block that this thread is likely to take next.
+    Scan::scan(rule, columns, handed, torch::stable::get_num_threads() * BLOCK * sizeof(T));
   }
 };
 
