@@ -63,17 +63,20 @@ def gather_logprobs_forward_backward(device: torch.device, dtype: str, num_token
     logits.requires_grad_()
     advantages = torch.randn(num_tokens, generator=torch.Generator().manual_seed(1)).to(device)
 
-    def step(head: Callable, rows: slice = slice(None), x: Tensor = logits) -> Tensor:
-        logprobs, entropy, *_ = head(x[rows], targets[rows])
-        return torch.autograd.grad(-(advantages[rows] * logprobs + 0.01 * entropy).mean(), x)[0]
+    def step(head: Callable, x: Tensor = logits) -> Tensor:
+        logprobs, entropy, *_ = head(x, targets[: len(x)])
+        return torch.autograd.grad(-(advantages[: len(x)] * logprobs + 0.01 * entropy).mean(), x)[0]
+
+    def first(count: int, dtype: torch.dtype) -> Tensor:
+        return logits.detach()[:count].to(dtype).requires_grad_()
 
     fast = torch.compile(of_logits, dynamic=True)
-    step(fast, slice(8))
+    step(fast, first(8, logits.dtype))
 
     def gate() -> None:
         """64 rows against float64, as exact as one rounding."""
-        wide = logits.detach()[:64].double().requires_grad_()
-        want, got = step(of_logits, slice(64), wide), step(gather_logprobs, slice(64))[:64].double()
+        want = step(of_logits, first(64, torch.float64))
+        got = step(gather_logprobs, first(64, logits.dtype)).double()
         assert (got - want).norm() <= torch.finfo(logits.dtype).eps * want.norm()
 
     num_bytes = 3 * logits.nbytes + 48 * num_tokens

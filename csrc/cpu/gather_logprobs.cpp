@@ -8,6 +8,7 @@
 
 #include <tuple>
 
+#include "fresh_rows.h"
 #include "head.h"
 
 namespace qrm_fast {
@@ -133,7 +134,7 @@ Tensor gather_logprobs_backward(const Tensor& grad_logprobs, const Tensor& grad_
                                 std::optional<double> softcap, int64_t ignore_index, const Tensor& entropy,
                                 const Tensor& lse, const Tensor& lse_residual) {
   const HeadOptions options{std::nullopt, temperature, temperatures, softcap, ignore_index};
-  Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+  Tensor grad = in_huge_pages(torch::stable::new_empty(logits, logits.sizes()));
   dispatch_floating(logits.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
     using S = acc_t<In>;
