@@ -24,6 +24,8 @@ SHAPES = [
         (1, 3, 1280),
         (130, 17, 2176),
         (40, 520, 3000),  # depth beyond two passes of the product, vocabulary beyond one split
+        (40, 1100, 100),  # depth beyond what a pass holds, also of pairs
+        (40, 1101, 100),  # the last of a pair missing
         (1300, 9, 1500),  # rows beyond one unit of work
         (20, 5, 8100),  # vocabulary beyond one slab of the backward pass
     ]
@@ -246,15 +248,15 @@ def test_vocabularies_in_use(v):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("pitch", [24, 15])  # 15: every second row starts in the middle of a pair of bfloat16
-def test_strided_rows(dtype, pitch):
+@pytest.mark.parametrize(("pitch", "first"), [(24, 12), (24, 1), (15, 3)])  # also in the middle of a pair of bfloat16
+def test_strided_rows(dtype, pitch, first):
     tensors, rest = make(40, 12, 100, dtype)
     ours = run(linear_logprobs, tensors, rest, dtype)
     strided = []
     for name in "hidden", "weight":
         wide = torch.full((len(tensors[name]), pitch), math.nan, dtype=dtype)
-        wide[:, -12:] = tensors[name]
-        strided.append(wide[:, -12:].detach().requires_grad_())
+        wide[:, first : first + 12] = tensors[name]
+        strided.append(wide[:, first : first + 12].detach().requires_grad_())
     result = linear_logprobs(*strided, rest["targets"])
     for x, y in zip(ours[:3], result, strict=True):
         assert torch.equal(x, y)

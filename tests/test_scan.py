@@ -211,16 +211,14 @@ def test_bad_boundaries(name, error, message, cu):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("bad", [1, 65_537, 131_071, 199_999])
+@pytest.mark.parametrize("bad", [1, 49_999, 50_000, 66_666, 99_999, 100_000, 199_999])
 def test_one_bad_boundary_among_many(bad, dtype):
-    """The check goes by vectors, in chunks of 65536 boundaries."""
+    """The check goes by vectors, in a part per thread: also where these meet."""
     cu = torch.arange(200_001, dtype=dtype)
     rows = torch.zeros(1, 200_000)
     SCANS["discounted_returns"].op(rows, cu)
     cu[bad] = cu[bad + 1] + 1
-    with pytest.raises(
-        ValueError, match=f"cu_seqlens must not decrease, got {bad + 2} then {bad + 1} at index {bad + 1}"
-    ):
+    with pytest.raises(ValueError, match=f"got {bad + 2} then {bad + 1} at index {bad + 1}"):
         SCANS["discounted_returns"].op(rows, cu)
 
 

@@ -6,7 +6,7 @@
 //
 // An element of a tile for pairs is two bfloat16 of neighbouring k in the place of a float, and a step of K adds both
 // of their products, each exact, to the float: twice the rate where the processor has the instruction (AVX512_BF16). It
-// takes a bfloat16 below the smallest normal float for 0.
+// takes bfloat16 and sums below the smallest normal float for 0.
 #pragma once
 #include <sys/mman.h>
 

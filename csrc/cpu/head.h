@@ -361,9 +361,11 @@ class Head {
 
   // Elements 2k and 2k + 1 of a row of D in the place of an S, 0 beyond the row.
   S pair(const In* row, int64_t k) const {
-    const In two[] = {row[2 * k], 2 * k + 1 < dim ? row[2 * k + 1] : In(0)};
     S word = 0;
-    std::memcpy(&word, two, sizeof(S) < sizeof two ? sizeof(S) : sizeof two);
+    if constexpr (2 * sizeof(In) == sizeof(S)) {
+      const In two[] = {row[2 * k], 2 * k + 1 < dim ? row[2 * k + 1] : In(0)};
+      std::memcpy(&word, two, sizeof word);
+    }
     return word;
   }
 

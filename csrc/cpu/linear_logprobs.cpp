@@ -2,7 +2,7 @@
 //
 // Forward: a block of kRows hidden rows stays in L2 while a thread sweeps the weight's rows past it; a chunk of kChunk
 // columns is folded into (max, sum, weighted sum) per row before the next overwrites it. 2 T D V FLOP. V is cut into
-// splits of kSplit columns, from V only, and their statistics are merged in order; a row's bits therefore depend on
+// splits of kSplit columns, from V only, and their statistics are merged in a tree; a row's bits therefore depend on
 // that row, weight and bias alone.
 //
 // Backward: per slab of kBackwardSlab weight rows and block of kRows hidden rows, the logits are computed again, turned

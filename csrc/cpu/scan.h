@@ -11,7 +11,7 @@
 // block's results are computed, from cache. A thread waits only for units that were taken before its own.
 //
 // All of it walks from the last row to the first and asks for rows some lines ahead, across sequences and units: the
-// processor's own prefetching ends with a page of 4 KiB.
+// processor's own prefetching ends with a page of 4 KiB. (Rows that pass through a buffer are read in their order.)
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -57,6 +57,16 @@ struct Lanes : Simd<double, Bytes> {
   static constexpr int kLanes = Base::kLanes;
   typedef float FloatVec __attribute__((vector_size(Bytes / 2)));
 
+  QRM_FAST_INLINE static Vec broadcast(double x) {
+#if defined(__x86_64__)
+    if constexpr (Bytes > 16) {  // GCC writes lane after lane
+      Vec v;
+      asm("vbroadcastsd %1, %0" : "=v"(v) : "v"(x));
+      return v;
+    }
+#endif
+    return Base::broadcast(x);
+  }
   QRM_FAST_INLINE static Vec load(const double* p) { return Base::load(p); }
   QRM_FAST_INLINE static Vec load(const float* p) {
 #if defined(__x86_64__)
@@ -345,7 +355,7 @@ struct PackedScan {
       for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = out[i] + begin;
       columns.num_rows = end - begin;
       columns.num_readable = begin;
-      dense_block<Bytes>(s, u, begin > bos, end, eos, columns);
+      dense_block<Bytes>(s, u, begin > bos, end, eos, columns, true);
     } else {
       staged_block<Bytes>(s, u, begin > bos, begin, end, eos, holes);
     }
@@ -365,16 +375,17 @@ struct PackedScan {
           holes ? squeeze(in[i] + begin, mask + begin, end - begin, rows) : convert(in[i] + begin, end - begin, rows);
     }
     for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = holes ? out_buffer[i] : out[i] + begin;
-    dense_block<Bytes>(s, u, goes_on, end, eos, columns);
+    dense_block<Bytes>(s, u, goes_on, end, eos, columns, false);
     if (holes) {
       for (int i = 0; i < Rule::kOutputs; ++i) spread(out_buffer[i], mask + begin, end - begin, out[i] + begin);
     }
   }
 
-  // `goes_on`: the sequence has rows in front of this block, which wait for what it hands on.
+  // `goes_on`: the sequence has rows in front of this block, which wait for what it hands on. `in_place`: the columns
+  // are the packed rows themselves.
   template <int Bytes>
   QRM_FAST_INLINE void dense_block(int64_t s, int64_t u, bool goes_on, int64_t end, int64_t eos,
-                                   const Columns<Rule, S>& columns) {
+                                   const Columns<Rule, S>& columns, bool in_place) {
     using Scan = RowScan<Rule, S, Bytes>;
     Rule own;
     const Rule& rule = rules(s, own);
@@ -392,8 +403,8 @@ struct PackedScan {
     } else {
       handed.x = slots[u + 1].take();
     }
-    // These rows are in cache; memory brings the block that this thread is likely to take next.
-    Scan::scan(rule, columns, handed, torch::stable::get_num_threads() * BLOCK * sizeof(T));
+    // A block that was folded is in cache: memory brings the one that this thread is likely to take next.
+    Scan::scan(rule, columns, handed, in_place ? torch::stable::get_num_threads() * BLOCK * sizeof(S) : kAheadBytes);
   }
 };
 
