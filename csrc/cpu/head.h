@@ -163,9 +163,10 @@ class Head {
 
   int64_t lanes() const { return kernels.gemm.nr; }
 
-  // Panels of the rows [begin, begin + count), each [D][lanes] or, of pairs, [ceil(D / 2)][lanes]: right operand of the
-  // logits. Lanes without a row are 0.
+  // Elements of a panel of hidden rows: [D][lanes] or, of pairs, [ceil(D / 2)][lanes].
   int64_t x_panel() const { return steps_ * lanes(); }
+
+  // Panels of the rows [begin, begin + count): right operand of the logits. Lanes without a row are 0.
   void pack_hidden(int64_t begin, int64_t count, S* dst) const {
     const int64_t nr = lanes();
     parallel(ceil_div(count, nr), [&](int64_t panel) {
@@ -401,8 +402,10 @@ class Head {
     tile.ldc = gemm.nr;
     tile.ahead_jump = stride - piece;
     const int64_t end = std::max<int64_t>(1, std::min(steps_, first + kResident));
-    for (int64_t k = first; k < end; k += kDepth, next += kDepth / gemm.nr * stride) {
-      tile.depth = std::min(kDepth, steps_ - k);
+    // In two sums where one would hold all of D: their rounding errors are smaller.
+    const int64_t depth = std::max<int64_t>(1, std::min(kDepth, ceil_div(steps_, 2)));
+    for (int64_t k = first; k < end; k += depth, next += kDepth / gemm.nr * stride) {
+      tile.depth = std::min(depth, steps_ - k);
       if (!direct) convert_rows(w, count, k, tile.depth, converted);
       tile.a = direct ? reinterpret_cast<const S*>(w + k * step) : converted;
       tile.accumulate = k > 0;
