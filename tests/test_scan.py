@@ -12,7 +12,7 @@ from scans import SCANS, decays, loop, loops, problem
 
 from qrm_fast import from_padded, to_padded
 
-LONG = [30_000, 5, 8192, 0, 8193, 16384, 40_001, 1]  # around the kernel's blocks of 8192 rows
+LONG = [30_000, 5, 8192, 0, 8193, 16384, 40_001, 1, 150_000, 6]  # around and far beyond blocks of 8192 rows
 every_scan = pytest.mark.parametrize("name", SCANS)
 
 

@@ -46,12 +46,10 @@ Tensor discounted_returns(const Tensor& rewards, const Tensor& cu_seqlens, doubl
   dispatch_floating(rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using S = acc_t<T>;
-    PackedScan<SameRule<ReturnRule>, T>{{static_cast<const T*>(rewards.const_data_ptr())},
-                                        {static_cast<S*>(returns.mutable_data_ptr())},
-                                        data_or_null<bool>(mask),
-                                        data_or_null<S>(bootstrap),
-                                        {{DecayPowers(gamma)}}}
-        .run(cu, rewards.size(0));
+    PackedScan<SameRule<ReturnRule>, T>(cu, rewards.size(0), {static_cast<const T*>(rewards.const_data_ptr())},
+                                        {static_cast<S*>(returns.mutable_data_ptr())}, data_or_null<bool>(mask),
+                                        data_or_null<S>(bootstrap), {{DecayPowers(gamma)}})
+        .run();
   });
   return returns;
 }

@@ -70,13 +70,13 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   dispatch_floating(rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using S = acc_t<T>;
-    PackedScan<GaeRules<S>, T> scan{
+    PackedScan<GaeRules<S>, T>(
+        cu, num_tokens,
         {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr())},
         {static_cast<S*>(advantages.mutable_data_ptr()), static_cast<S*>(returns.mutable_data_ptr())},
-        data_or_null<bool>(mask),
-        data_or_null<S>(bootstrap),
-        {gamma, data_or_null<S>(lam_per_sequence), {gamma, DecayPowers(gamma * lam)}}};
-    scan.run(cu, num_tokens);
+        data_or_null<bool>(mask), data_or_null<S>(bootstrap),
+        {gamma, data_or_null<S>(lam_per_sequence), {gamma, DecayPowers(gamma * lam)}})
+        .run();
   });
   return {advantages, returns};
 }

@@ -78,13 +78,12 @@ std::tuple<Tensor, Tensor> min_gae(const Tensor& rewards, const Tensor& values, 
   dispatch_floating(rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using S = acc_t<T>;
-    PackedScan<SameRule<MinGaeRule>, T>{
+    PackedScan<SameRule<MinGaeRule>, T>(
+        cu, num_tokens,
         {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr())},
         {static_cast<S*>(advantages.mutable_data_ptr()), static_cast<S*>(returns.mutable_data_ptr())},
-        data_or_null<bool>(mask),
-        data_or_null<S>(bootstrap),
-        {{lam, DecayPowers(lam)}}}
-        .run(cu, num_tokens);
+        data_or_null<bool>(mask), data_or_null<S>(bootstrap), {{lam, DecayPowers(lam)}})
+        .run();
   });
   return {advantages, returns};
 }

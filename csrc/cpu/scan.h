@@ -3,19 +3,22 @@
 // Rows are read once and results written once. A sequence is cut into blocks of BLOCK rows from its *end*, so that
 // neither the packing nor the number of threads moves a cut. In a block, rows are taken a vector at a time: log2(lanes)
 // shifts compose the maps of a vector's rows, and one multiply-add per vector, not per row, waits for the rows after
-// it. Arithmetic is in double and every result is rounded once: beside memory it is free.
+// it. What a block hands on is its map of what it was handed, never its last result: whether the two are computed in
+// one pass or two cannot be seen. Arithmetic is in double and every result is rounded once: beside memory it is free.
 //
-// Threads take units of BLOCK packed rows from the end of the batch. A unit serves the blocks that end in it: whole
-// short sequences, and of a longer one exactly one block. That block is folded to its map first, which needs no other
-// block; then what the rows after it hand on arrives through the unit's slot and goes on to the next slot before the
-// block's results are computed, from cache. A thread waits only for units that were taken before its own.
+// Threads take spans of whole multiples of BLOCK packed rows from the end of the batch. A span serves the blocks that
+// end in it. Where its first sequence goes on in front, that sequence's blocks are folded to their maps first, which
+// needs no other span; then what the rows after the span hand on arrives through its slot and goes on to the next slot
+// before any result is computed. A thread waits only for spans that were taken before its own. Spans are as long as
+// enough of them for every thread allows: threads that work next to each other fetch each other's lines.
 //
-// All of it walks from the last row to the first and asks for rows some lines ahead, across sequences and units: the
-// processor's own prefetching ends with a page of 4 KiB. (Rows that pass through a buffer are read in their order.)
+// All of it walks from the last row to the first and asks for rows some lines ahead, across sequences: the processor's
+// own prefetching ends with a page of 4 KiB. (Rows that pass through a buffer are read in their order.)
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -29,6 +32,7 @@
 namespace qrm_fast {
 
 constexpr int64_t BLOCK = 8192;
+constexpr int kMaxSpanBlocks = 16, kMinSpansPerThread = 4;
 constexpr int kMaxLanes = 8;
 constexpr int64_t kAheadBytes = 1536;  // of a column, asked for before they are read
 
@@ -178,95 +182,86 @@ template <typename Rule, typename S>
 struct Columns {
   const S* in[Rule::kInputs];
   S* out[Rule::kOutputs];
-  int64_t num_rows;
-  int64_t num_readable;  // rows in front of the first that may be read, though nothing depends on them
+  int64_t first_readable;  // rows from here on may be read, though nothing depends on them
 };
 
 template <typename Rule, typename S, int Bytes>
-struct RowScan {
+class RowScan {
   using L = Lanes<Bytes>;
   using Vec = typename L::Vec;
   using Vectors = typename Rule::template Vectors<Bytes>;
   using Map = typename Rule::Map;
 
-  QRM_FAST_INLINE static void load(const Columns<Rule, S>& c, int64_t t, Vec* in, int64_t ahead_bytes = kAheadBytes) {
-    for (int i = 0; i < Rule::kInputs; ++i) {
-      const S* p = c.in[i] + t;
-      in[i] = L::load(p);
-      // In front of the column it is only a hint.
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) - ahead_bytes));
-    }
-  }
-  // The first `count` rows to the last lanes.
-  QRM_FAST_INLINE static void load_first(const Columns<Rule, S>& c, int64_t count, Vec* in) {
-    if (c.num_readable >= L::kLanes - count) return load(c, count - L::kLanes, in);
-    for (int i = 0; i < Rule::kInputs; ++i) {
-      S rows[L::kLanes] = {};
-      for (int64_t k = 0; k < count; ++k) rows[L::kLanes - count + k] = c.in[i][k];
-      in[i] = L::load(rows);
-    }
-  }
+ public:
+  QRM_FAST_INLINE explicit RowScan(const Rule& rule) : rule_(rule), vectors_(rule) {}
 
-  // The map of all rows.
-  QRM_FAST_INLINE static Map fold(const Rule& rule, const Columns<Rule, S>& c, double next) {
-    const Vectors vectors(rule);
+  // Rows [begin, end) from the last to the first: their results, their map, or both in one pass, to the same bits.
+  template <bool kResults, bool kMap>
+  QRM_FAST_INLINE Map walk(const Columns<Rule, S>& c, int64_t begin, int64_t end, Handed handed) const {
     Map map = Map::identity();
-    Vec in[Rule::kInputs], nexts = L::broadcast(next);
-    const auto after = [&]() __attribute__((always_inline)) {
-      const Vec own = vectors.next(in), theirs = L::template later<1>(own, nexts);
+    Vec in[Rule::kInputs], out[Rule::kOutputs], sums = {};
+    Vec nexts = L::broadcast(handed.next), later = L::broadcast(handed.x);
+    const auto step = [&](int64_t lane) __attribute__((always_inline)) {
+      const Vec own = vectors_.next(in), after = L::template later<1>(own, nexts);
       nexts = own;
-      return theirs;
-    };
-    const auto add = [&](int lane) __attribute__((always_inline)) {
-      map = vectors.map(vectors.composed(in, after()), lane).after(map);
-    };
-    int64_t t = c.num_rows;
-    if constexpr (Rule::kSameFactor) {  // lane by lane, joined once at the end
-      Vec sums = {};
-      const double factor = rule.decay[L::kLanes];
-      for (; t >= L::kLanes; t -= L::kLanes) {
-        load(c, t - L::kLanes, in);
-        sums = vectors.terms(in, after()) + factor * sums;
+      if constexpr (kMap && Rule::kSameFactor) {
+        if (lane == 0) sums = vectors_.terms(in, after) + rule_.decay[L::kLanes] * sums;
       }
-      map = {decay_power(rule.decay[1], c.num_rows - t), L::composed(sums, rule.decay)[0]};
-    }
-    for (; t >= L::kLanes; t -= L::kLanes) {
+      const auto maps = vectors_.composed(in, after);
+      if constexpr (kMap) {
+        if (!Rule::kSameFactor || lane > 0) map = vectors_.map(maps, lane).after(map);
+      }
+      if constexpr (kResults) {
+        const Vec x = vectors_.apply(maps, later[0]);
+        vectors_.results(in, after, x, L::template later<1>(x, later), out);
+        later = x;
+      }
+    };
+    int64_t t = end;
+    for (; t - begin >= L::kLanes; t -= L::kLanes) {
       load(c, t - L::kLanes, in);
-      add(0);
+      step(0);
+      if constexpr (kResults) {
+        for (int i = 0; i < Rule::kOutputs; ++i) L::store(c.out[i] + t - L::kLanes, out[i]);
+      }
     }
-    if (t > 0) {
-      load_first(c, t, in);
-      add(L::kLanes - t);
+    if constexpr (kMap && Rule::kSameFactor) {  // lane by lane, joined once at the end
+      map = {decay_power(rule_.decay[1], end - t), L::composed(sums, rule_.decay)[0]};
+    }
+    if (t > begin) {
+      load_first(c, begin, t, in);
+      step(L::kLanes - (t - begin));
+      if constexpr (kResults) {
+        for (int i = 0; i < Rule::kOutputs; ++i) L::store_last(c.out[i] + begin, t - begin, out[i]);
+      }
     }
     return map;
   }
 
-  QRM_FAST_INLINE static void scan(const Rule& rule, const Columns<Rule, S>& c, Handed handed,
-                                   int64_t ahead_bytes = kAheadBytes) {
-    const Vectors vectors(rule);
-    Vec in[Rule::kInputs], out[Rule::kOutputs], nexts = L::broadcast(handed.next), later = L::broadcast(handed.x);
-    const auto step = [&]() __attribute__((always_inline)) {
-      const Vec own = vectors.next(in), after = L::template later<1>(own, nexts);
-      const Vec x = vectors.apply(vectors.composed(in, after), later[0]);
-      vectors.results(in, after, x, L::template later<1>(x, later), out);
-      nexts = own;
-      later = x;
-    };
-    int64_t t = c.num_rows;
-    for (; t >= L::kLanes; t -= L::kLanes) {
-      load(c, t - L::kLanes, in, ahead_bytes);
-      step();
-      for (int i = 0; i < Rule::kOutputs; ++i) L::store(c.out[i] + t - L::kLanes, out[i]);
-    }
-    if (t > 0) {
-      load_first(c, t, in);
-      step();
-      for (int i = 0; i < Rule::kOutputs; ++i) L::store_last(c.out[i], t, out[i]);
+ private:
+  QRM_FAST_INLINE static void load(const Columns<Rule, S>& c, int64_t t, Vec* in) {
+    for (int i = 0; i < Rule::kInputs; ++i) {
+      const S* p = c.in[i] + t;
+      in[i] = L::load(p);
+      // In front of the column it is only a hint.
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) - kAheadBytes));
     }
   }
+  // Rows [begin, end), less than a vector, to the last lanes.
+  QRM_FAST_INLINE static void load_first(const Columns<Rule, S>& c, int64_t begin, int64_t end, Vec* in) {
+    if (end - L::kLanes >= c.first_readable) return load(c, end - L::kLanes, in);
+    for (int i = 0; i < Rule::kInputs; ++i) {
+      S rows[L::kLanes] = {};
+      for (int64_t t = begin; t < end; ++t) rows[L::kLanes - end + t] = c.in[i][t];
+      in[i] = L::load(rows);
+    }
+  }
+
+  const Rule& rule_;
+  const Vectors vectors_;
 };
 
-// What the block of a unit hands on to the unit before it.
+// What a span hands on to the span in front of it.
 class Slot {
  public:
   void give(double x) {
@@ -294,118 +289,161 @@ struct SameRule {
 };
 
 template <typename Rules, typename T>
-struct PackedScan {
+class PackedScan {
+ public:
   using Rule = typename Rules::Rule;
   using S = acc_t<T>;
+  using Inputs = std::array<const T*, Rule::kInputs>;
+  using Outputs = std::array<S*, Rule::kOutputs>;
 
-  const T* in[Rule::kInputs];
-  S* out[Rule::kOutputs];
-  const bool* mask;    // [T] or nullptr
-  const S* bootstrap;  // [S] or nullptr
-  Rules rules;         // rules(s, own): the Rule of sequence s, perhaps made in `own`
-  std::vector<Slot> slots = {};
+  // mask [T] or nullptr; bootstrap [S] or nullptr; rules(s, own): the Rule of sequence s, perhaps made in `own`.
+  PackedScan(const CuSeqlens& cu, int64_t num_tokens, Inputs in, Outputs out, const bool* mask, const S* bootstrap,
+             Rules rules)
+      : cu_(cu), num_tokens_(num_tokens), in_(in), out_(out), mask_(mask), bootstrap_(bootstrap), rules_(rules) {}
 
-  void run(const CuSeqlens& cu, int64_t num_tokens) {
-    const int64_t num_units = (num_tokens + BLOCK - 1) / BLOCK;
-    slots = std::vector<Slot>(num_units + 1);
+  void run() {
+    const int64_t num_blocks = ceil_div(num_tokens_, BLOCK);
+    const int64_t share = num_blocks / (kMinSpansPerThread * torch::stable::get_num_threads());
+    span_ = std::clamp<int64_t>(share, 1, kMaxSpanBlocks) * BLOCK;
+    const int64_t num_spans = ceil_div(num_tokens_, span_);
+    slots_ = std::vector<Slot>(num_spans + 1);
+    first_sequences_ = std::vector<int64_t>(num_spans + 1, cu_.num_sequences() - 1);
+    for (int64_t i = 0; i < num_spans; ++i) first_sequences_[i] = cu_.first_ending_after(i * span_);
     std::atomic<int64_t> num_taken{0};
-    torch::stable::parallel_for(0, num_units, 1, [&](int64_t, int64_t) {
-      for (int64_t i; (i = num_taken.fetch_add(1)) < num_units;) {
-        unit(cu, num_tokens, num_units - 1 - i);
-      }
+    torch::stable::parallel_for(0, num_spans, 1, [&](int64_t, int64_t) {
+      for (int64_t i; (i = num_taken.fetch_add(1)) < num_spans;) span(num_spans - 1 - i);
     });
   }
 
-  void unit(const CuSeqlens& cu, int64_t num_tokens, int64_t u) {
+ private:
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  void span(int64_t i) {
 #if defined(__x86_64__)
     static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx512) return unit_avx512(cu, num_tokens, u);
-    if (avx2) return unit_avx2(cu, num_tokens, u);
+    if (avx512) return span_avx512(i);
+    if (avx2) return span_avx2(i);
 #endif
-    unit_of<16>(cu, num_tokens, u);
+    span_of<16>(i);
   }
 #if defined(__x86_64__)
-  QRM_FAST_TARGET_AVX512 void unit_avx512(const CuSeqlens& cu, int64_t n, int64_t u) { unit_of<64>(cu, n, u); }
-  QRM_FAST_TARGET_AVX2 void unit_avx2(const CuSeqlens& cu, int64_t n, int64_t u) { unit_of<32>(cu, n, u); }
+  QRM_FAST_TARGET_AVX512 void span_avx512(int64_t i) { span_of<64>(i); }
+  QRM_FAST_TARGET_AVX2 void span_avx2(int64_t i) { span_of<32>(i); }
 #endif
 
-  // Every block whose last row lies in [u * BLOCK, (u + 1) * BLOCK).
   template <int Bytes>
-  QRM_FAST_INLINE void unit_of(const CuSeqlens& cu, int64_t num_tokens, int64_t u) {
-    const int64_t low = u * BLOCK, high = std::min(low + BLOCK, num_tokens);
-    const int64_t first = cu.first_ending_after(low), last = cu.first_ending_after(high - 1);
-    const auto serve = [&](int64_t s) __attribute__((always_inline)) {
-      const int64_t bos = cu[s], eos = cu[s + 1];
-      const int64_t end = eos <= high ? eos : eos - (eos - high + BLOCK - 1) / BLOCK * BLOCK;
-      if (end > bos) block<Bytes>(s, u, bos, std::max(bos, end - BLOCK), end, eos);
-    };
-    // Another unit waits for the first sequence's block where more of it lies in front.
-    const bool awaited = first < last && cu[first + 1] - cu[first] > BLOCK;
-    if (awaited) serve(first);
-    for (int64_t s = last; s >= first + awaited; --s) serve(s);
-  }
-
-  template <int Bytes>
-  QRM_FAST_INLINE void block(int64_t s, int64_t u, int64_t bos, int64_t begin, int64_t end, int64_t eos) {
-    const bool holes = mask != nullptr && std::memchr(mask + begin, 0, end - begin) != nullptr;
-    if (!holes && std::is_same_v<T, S>) {
-      Columns<Rule, S> columns;
-      for (int i = 0; i < Rule::kInputs; ++i) columns.in[i] = reinterpret_cast<const S*>(in[i]) + begin;
-      for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = out[i] + begin;
-      columns.num_rows = end - begin;
-      columns.num_readable = begin;
-      dense_block<Bytes>(s, u, begin > bos, end, eos, columns, true);
-    } else {
-      staged_block<Bytes>(s, u, begin > bos, begin, end, eos, holes);
+  QRM_FAST_INLINE void span_of(int64_t i) {
+    const CuSeqlens cu = cu_;
+    const int64_t low = i * span_, high = std::min(low + span_, num_tokens_);
+    const int64_t first = first_sequences_[i], last = first_sequences_[i + 1];
+    if (last_cut(cu[first + 1], low) > cu[first]) hand_on<Bytes>(i, first, low, high);
+    const bool in_place = std::is_same_v<T, S> && !has_holes(low, high);
+    const Columns<Rule, S> rows = packed_rows();
+    for (int64_t s = last, eos = cu[last + 1], bos; s >= first; --s, eos = bos) {
+      bos = cu[s];
+      if (in_place && bos >= low && eos <= high && eos - bos <= BLOCK) {
+        Rule own;
+        const Rule& rule = rules_(s, own);
+        RowScan<Rule, S, Bytes>(rule).template walk<true, false>(rows, bos, eos, at_end(s, rule));
+      } else {
+        blocks<Bytes>(i, s, bos, eos, low, high);
+      }
     }
   }
 
-  // Through buffers that stay in cache: rows of 16 bits, or with holes.
+  // The results of the blocks of sequence s that end in the span.
   template <int Bytes>
-  QRM_FAST_INLINE void staged_block(int64_t s, int64_t u, bool goes_on, int64_t begin, int64_t end, int64_t eos,
-                                    bool holes) {
+  QRM_FAST_INLINE void blocks(int64_t i, int64_t s, int64_t bos, int64_t eos, int64_t low, int64_t high) {
+    int64_t end = last_cut(eos, high);
+    if (end <= bos) return;
+    Rule own;
+    const Rule& rule = rules_(s, own);
+    const RowScan<Rule, S, Bytes> rows(rule);
+    double x = end < eos ? slots_[i + 1].take() : at_end(s, rule).x;
+    for (; end - BLOCK > std::max(bos, low); end -= BLOCK) {
+      x = block<true, true>(rows, end - BLOCK, end, {x, next_of(s, rule, end, eos)})(x);
+    }
+    block<true, false>(rows, std::max(bos, end - BLOCK), end, {x, next_of(s, rule, end, eos)});
+  }
+
+  // Gives what the first sequence of a span hands on to the span in front: the blocks' maps need no other span.
+  template <int Bytes>
+  QRM_FAST_INLINE void hand_on(int64_t i, int64_t s, int64_t low, int64_t high) {
+    Rule own;
+    const Rule& rule = rules_(s, own);
+    const RowScan<Rule, S, Bytes> rows(rule);
+    const int64_t eos = cu_[s + 1], last = last_cut(eos, high);
+    typename Rule::Map maps[kMaxSpanBlocks];
+    int num_blocks = 0;
+    for (int64_t end = last; end > low; end -= BLOCK) {
+      maps[num_blocks++] = block<false, true>(rows, end - BLOCK, end, {0, next_of(s, rule, end, eos)});
+    }
+    double x = last < eos ? slots_[i + 1].take() : at_end(s, rule).x;
+    for (int b = 0; b < num_blocks; ++b) x = maps[b](x);
+    slots_[i].give(x);
+  }
+
+  template <bool kResults, bool kMap, int Bytes>
+  QRM_FAST_INLINE typename Rule::Map block(const RowScan<Rule, S, Bytes>& rows, int64_t begin, int64_t end,
+                                           Handed handed) {
+    const bool holes = has_holes(begin, end);
+    if (!holes && std::is_same_v<T, S>) return rows.template walk<kResults, kMap>(packed_rows(), begin, end, handed);
+    // Through buffers that stay in cache: rows of 16 bits, or with holes.
     S in_buffer[Rule::kInputs][BLOCK + 2 * kMaxLanes], out_buffer[Rule::kOutputs][BLOCK + kMaxLanes];
     Columns<Rule, S> columns;
-    columns.num_readable = kMaxLanes;
+    columns.first_readable = -kMaxLanes;
+    int64_t num_rows = 0;
     for (int i = 0; i < Rule::kInputs; ++i) {
-      S* rows = in_buffer[i] + kMaxLanes;
-      columns.in[i] = rows;
-      columns.num_rows =
-          holes ? squeeze(in[i] + begin, mask + begin, end - begin, rows) : convert(in[i] + begin, end - begin, rows);
+      S* staged = in_buffer[i] + kMaxLanes;
+      columns.in[i] = staged;
+      num_rows = holes ? squeeze(in_[i] + begin, mask_ + begin, end - begin, staged)
+                       : convert(in_[i] + begin, end - begin, staged);
     }
-    for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = holes ? out_buffer[i] : out[i] + begin;
-    dense_block<Bytes>(s, u, goes_on, end, eos, columns, false);
-    if (holes) {
-      for (int i = 0; i < Rule::kOutputs; ++i) spread(out_buffer[i], mask + begin, end - begin, out[i] + begin);
+    for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = holes ? out_buffer[i] : out_[i] + begin;
+    const auto map = rows.template walk<kResults, kMap>(columns, 0, num_rows, handed);
+    if (kResults && holes) {
+      for (int i = 0; i < Rule::kOutputs; ++i) spread(out_buffer[i], mask_ + begin, end - begin, out_[i] + begin);
     }
+    return map;
   }
 
-  // `goes_on`: the sequence has rows in front of this block, which wait for what it hands on. `in_place`: the columns
-  // are the packed rows themselves.
-  template <int Bytes>
-  QRM_FAST_INLINE void dense_block(int64_t s, int64_t u, bool goes_on, int64_t end, int64_t eos,
-                                   const Columns<Rule, S>& columns, bool in_place) {
-    using Scan = RowScan<Rule, S, Bytes>;
-    Rule own;
-    const Rule& rule = rules(s, own);
-    Handed handed = rule.end(bootstrap != nullptr ? bootstrap[s] : Rule::kNoBootstrap);
-    if (end == eos && !goes_on) return Scan::scan(rule, columns, handed);
-    if constexpr (Rule::kNext >= 0) {
-      int64_t t = end;
-      while (t < eos && mask != nullptr && !mask[t]) ++t;
-      if (t < eos) handed.next = rule.next(static_cast<S>(in[Rule::kNext][t]));
-    }
-    if (goes_on) {
-      const auto map = Scan::fold(rule, columns, handed.next);
-      if (end < eos) handed.x = slots[u + 1].take();
-      slots[u].give(map(handed.x));
-    } else {
-      handed.x = slots[u + 1].take();
-    }
-    // A block that was folded is in cache: memory brings the one that this thread is likely to take next.
-    Scan::scan(rule, columns, handed, in_place ? torch::stable::get_num_threads() * BLOCK * sizeof(S) : kAheadBytes);
+  // The last cut between blocks of a sequence at or before `row`; its end where that is.
+  static int64_t last_cut(int64_t eos, int64_t row) {
+    return eos <= row ? eos : eos - ceil_div(eos - row, BLOCK) * BLOCK;
   }
+  bool has_holes(int64_t begin, int64_t end) const {
+    return mask_ != nullptr && std::memchr(mask_ + begin, 0, end - begin) != nullptr;
+  }
+  QRM_FAST_INLINE Columns<Rule, S> packed_rows() const {
+    Columns<Rule, S> rows;
+    for (int i = 0; i < Rule::kInputs; ++i) rows.in[i] = reinterpret_cast<const S*>(in_[i]);
+    for (int i = 0; i < Rule::kOutputs; ++i) rows.out[i] = out_[i];
+    rows.first_readable = 0;
+    return rows;
+  }
+  QRM_FAST_INLINE Handed at_end(int64_t s, const Rule& rule) const {
+    return rule.end(bootstrap_ != nullptr ? bootstrap_[s] : Rule::kNoBootstrap);
+  }
+  // What the last row before `end` reads of its successor.
+  double next_of(int64_t s, const Rule& rule, int64_t end, int64_t eos) const {
+    if constexpr (Rule::kNext >= 0) {
+      while (end < eos && mask_ != nullptr && !mask_[end]) ++end;
+      if (end < eos) return rule.next(static_cast<S>(in_[Rule::kNext][end]));
+    }
+    return at_end(s, rule).next;
+  }
+
+  const CuSeqlens cu_;
+  const int64_t num_tokens_;
+  const Inputs in_;
+  const Outputs out_;
+  const bool* const mask_;
+  const S* const bootstrap_;
+  const Rules rules_;
+  int64_t span_ = 0;
+  std::vector<Slot> slots_;
+  std::vector<int64_t> first_sequences_;  // of each span: the first with a row at or after its low end
 };
 
 }  // namespace qrm_fast

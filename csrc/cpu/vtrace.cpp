@@ -79,14 +79,13 @@ std::tuple<Tensor, Tensor> vtrace(const Tensor& rewards, const Tensor& values, c
   dispatch_floating(rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using S = acc_t<T>;
-    PackedScan<SameRule<VtraceRule>, T>{
+    PackedScan<SameRule<VtraceRule>, T>(
+        cu, num_tokens,
         {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr()),
          static_cast<const T*>(ratios.const_data_ptr())},
         {static_cast<S*>(targets.mutable_data_ptr()), static_cast<S*>(advantages.mutable_data_ptr())},
-        data_or_null<bool>(mask),
-        data_or_null<S>(bootstrap),
-        {{gamma, gamma * lam, rho_bar, c_bar}}}
-        .run(cu, num_tokens);
+        data_or_null<bool>(mask), data_or_null<S>(bootstrap), {{gamma, gamma * lam, rho_bar, c_bar}})
+        .run();
   });
   return {targets, advantages};
 }
