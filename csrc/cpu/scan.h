@@ -337,7 +337,9 @@ class PackedScan {
     const CuSeqlens cu = cu_;
     const int64_t low = i * span_, high = std::min(low + span_, num_tokens_);
     const int64_t first = first_sequences_[i], last = first_sequences_[i + 1];
-    if (last_cut(cu[first + 1], low) > cu[first]) hand_on<Bytes>(i, first, low, high);
+    const bool goes_on = last_cut(cu[first + 1], low) > cu[first];
+    double handed[kMaxSpanBlocks];
+    if (goes_on) hand_on<Bytes>(i, first, low, high, handed);
     const bool in_place = std::is_same_v<T, S> && !has_holes(low, high);
     const Columns<Rule, S> rows = packed_rows();
     for (int64_t s = last, eos = cu[last + 1], bos; s >= first; --s, eos = bos) {
@@ -347,29 +349,37 @@ class PackedScan {
         const Rule& rule = rules_(s, own);
         RowScan<Rule, S, Bytes>(rule).template walk<true, false>(rows, bos, eos, at_end(s, rule));
       } else {
-        blocks<Bytes>(i, s, bos, eos, low, high);
+        blocks<Bytes>(i, s, bos, eos, low, high, goes_on && s == first ? handed : nullptr);
       }
     }
   }
 
-  // The results of the blocks of sequence s that end in the span.
+  // The results of the blocks of sequence s that end in the span; what each is `handed`, where that is known.
   template <int Bytes>
-  QRM_FAST_INLINE void blocks(int64_t i, int64_t s, int64_t bos, int64_t eos, int64_t low, int64_t high) {
+  QRM_FAST_INLINE void blocks(int64_t i, int64_t s, int64_t bos, int64_t eos, int64_t low, int64_t high,
+                              const double* handed) {
     int64_t end = last_cut(eos, high);
     if (end <= bos) return;
     Rule own;
     const Rule& rule = rules_(s, own);
     const RowScan<Rule, S, Bytes> rows(rule);
-    double x = end < eos ? slots_[i + 1].take() : at_end(s, rule).x;
+    double x = handed != nullptr ? *handed : end < eos ? slots_[i + 1].take() : at_end(s, rule).x;
     for (; end - BLOCK > std::max(bos, low); end -= BLOCK) {
-      x = block<true, true>(rows, end - BLOCK, end, {x, next_of(s, rule, end, eos)})(x);
+      const Handed after = {x, next_of(s, rule, end, eos)};
+      if (handed != nullptr) {
+        block<true, false>(rows, end - BLOCK, end, after);
+        x = *++handed;
+      } else {
+        x = block<true, true>(rows, end - BLOCK, end, after)(x);
+      }
     }
     block<true, false>(rows, std::max(bos, end - BLOCK), end, {x, next_of(s, rule, end, eos)});
   }
 
-  // Gives what the first sequence of a span hands on to the span in front: the blocks' maps need no other span.
+  // Gives what the first sequence of a span hands on to the span in front, and notes what its blocks are handed: their
+  // maps need no other span.
   template <int Bytes>
-  QRM_FAST_INLINE void hand_on(int64_t i, int64_t s, int64_t low, int64_t high) {
+  QRM_FAST_INLINE void hand_on(int64_t i, int64_t s, int64_t low, int64_t high, double* handed) {
     Rule own;
     const Rule& rule = rules_(s, own);
     const RowScan<Rule, S, Bytes> rows(rule);
@@ -380,7 +390,10 @@ class PackedScan {
       maps[num_blocks++] = block<false, true>(rows, end - BLOCK, end, {0, next_of(s, rule, end, eos)});
     }
     double x = last < eos ? slots_[i + 1].take() : at_end(s, rule).x;
-    for (int b = 0; b < num_blocks; ++b) x = maps[b](x);
+    for (int b = 0; b < num_blocks; ++b) {
+      handed[b] = x;
+      x = maps[b](x);
+    }
     slots_[i].give(x);
   }
 
