@@ -403,20 +403,21 @@ class PackedScan {
     const bool holes = has_holes(begin, end);
     if (!holes && std::is_same_v<T, S>) return rows.template walk<kResults, kMap>(packed_rows(), begin, end, handed);
     // Through buffers that stay in cache: rows of 16 bits, or with holes.
-    S in_buffer[Rule::kInputs][BLOCK + 2 * kMaxLanes], out_buffer[Rule::kOutputs][BLOCK + kMaxLanes];
+    S in_buffer[Rule::kInputs][kMaxLanes + BLOCK + kMaskedSlack], out_buffer[Rule::kOutputs][BLOCK + kMaskedSlack];
     Columns<Rule, S> columns;
     columns.first_readable = -kMaxLanes;
     int64_t num_rows = 0;
     for (int i = 0; i < Rule::kInputs; ++i) {
       S* staged = in_buffer[i] + kMaxLanes;
       columns.in[i] = staged;
-      num_rows = holes ? squeeze(in_[i] + begin, mask_ + begin, end - begin, staged)
+      num_rows = holes ? squeeze<Bytes>(in_[i] + begin, mask_ + begin, end - begin, staged)
                        : convert(in_[i] + begin, end - begin, staged);
     }
     for (int i = 0; i < Rule::kOutputs; ++i) columns.out[i] = holes ? out_buffer[i] : out_[i] + begin;
     const auto map = rows.template walk<kResults, kMap>(columns, 0, num_rows, handed);
     if (kResults && holes) {
-      for (int i = 0; i < Rule::kOutputs; ++i) spread(out_buffer[i], mask_ + begin, end - begin, out_[i] + begin);
+      for (int i = 0; i < Rule::kOutputs; ++i)
+        spread<Bytes>(out_buffer[i], mask_ + begin, end - begin, out_[i] + begin);
     }
     return map;
   }
