@@ -60,21 +60,18 @@ std::vector<acc_t<T>> sequence_log_ratios(const Rows<T>& rows, const CuSeqlens& 
 // `kDouble`: the rows are double too.
 template <int Bytes, bool kDouble>
 struct Lanes : DoubleLanes<Bytes> {
-  using typename Simd<double, Bytes>::Vec;
+  using Base = DoubleLanes<Bytes>;
+  using typename Base::Vec;
 
-  QRM_FAST_INLINE static Vec exp(Vec x) {
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    return x > Vec{} + 709 ? Vec{} + kInfinity : Simd<double, Bytes>::exp(x);
-  }
   // Of float rows e^x - 1 has digits enough; of double rows x + x^2 / 2 + ... where it would cancel.
   QRM_FAST_INLINE static Vec expm1(Vec x) {
-    const Vec far = exp(x) - 1;
+    const Vec far = Base::exp(x) - 1;
     if constexpr (!kDouble) return far;
     Vec series = {};
 #pragma GCC unroll 12
     for (int i = 12; i > 0; --i) series = (series + 1) * (x * (1.0 / i));
-    const Vec size = x < Vec{} ? -x : x;
-    return size < Vec{} + 0.2 ? series : far;
+    const Vec size = Base::where_less(x, Vec{}, -x, x);
+    return Base::where_less(size, Base::broadcast(0.2), series, far);
   }
 };
 
@@ -94,8 +91,9 @@ QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_
   V sums[kPolicyMetrics] = {}, top = {};
   const auto add = [&](int64_t t, int64_t count) __attribute__((always_inline)) {
     const V weight = L::load(rows.token_weights ? rows.token_weights + t : mean_weights, count);
-    const auto load = [&](const auto* p)
-                          __attribute__((always_inline)) { return weight != V{} ? L::load(p + t, count) : V{}; };
+    const auto load = [&](const auto* p) __attribute__((always_inline)) {
+      return L::where_equal(weight, V{}, V{}, L::load(p + t, count));
+    };
     const V logprob = load(rows.logprobs), advantage = load(rows.advantages);
     const V old = rows.old_logprobs ? load(rows.old_logprobs) : logprob;
     const V log_ratio = kSequence ? load(log_ratios) : logprob - old;
@@ -107,8 +105,8 @@ QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_
     const V loss = entropy_coef != 0 ? x.loss - entropy_coef * entropy : x.loss;
     const V terms[] = {loss, x.clipped_low, x.clipped_high, x.approx_kl, x.ref_kl, x.ratio, entropy};
     for (int i = 0; i < kPolicyMetrics; ++i) sums[i] += weight * terms[i];
-    const V ratio = weight != V{} ? x.ratio : V{};
-    top = ratio > top ? ratio : (ratio == ratio ? top : ratio);  // a NaN stays
+    const V ratio = L::where_equal(weight, V{}, V{}, x.ratio);
+    top = L::where_equal(ratio, ratio, L::where_less(top, ratio, ratio, top), ratio);  // a NaN stays
   };
   int64_t t = begin;
   for (; t + L::kLanes <= end; t += L::kLanes) add(t, L::kLanes);  // whose loads have a fixed size
@@ -126,6 +124,12 @@ using BlockOfRows = PolicySums (*)(const Rows<T>&, const acc_t<T>*, const Policy
 
 #if defined(__x86_64__)
 template <bool kSequence, typename T>
+QRM_FAST_TARGET_AVX512 PolicySums policy_rows_avx512(const Rows<T>& rows, const acc_t<T>* log_ratios,
+                                                     const PolicyOptions<double>& options, double entropy_coef,
+                                                     int64_t begin, int64_t end) {
+  return policy_rows<64, kSequence>(rows, log_ratios, options, entropy_coef, begin, end);
+}
+template <bool kSequence, typename T>
 QRM_FAST_TARGET_AVX2 PolicySums policy_rows_avx2(const Rows<T>& rows, const acc_t<T>* log_ratios,
                                                  const PolicyOptions<double>& options, double entropy_coef,
                                                  int64_t begin, int64_t end) {
@@ -141,6 +145,7 @@ PolicySums policy_rows_portable(const Rows<T>& rows, const acc_t<T>* log_ratios,
 template <bool kSequence, typename T>
 BlockOfRows<T> policy_rows_of_this_cpu() {
 #if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return policy_rows_avx512<kSequence, T>;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return policy_rows_avx2<kSequence, T>;
 #endif
   return policy_rows_portable<kSequence, T>;

@@ -36,6 +36,8 @@ template <typename T>
 struct ScalarMath {
   static T exp(T x) { return std::exp(x); }
   static T expm1(T x) { return std::expm1(x); }
+  // `then` where a < b, so not where one is NaN.
+  static T where_less(T a, T b, T then, T otherwise) { return a < b ? then : otherwise; }
 };
 
 // `log_ratio`: of the ratio that the loss uses, logprob - old or, for gspo, its mean over the sequence. `ref` is null
@@ -47,21 +49,23 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
   PolicyTerms<V> out;
   out.ratio = Math::exp(log_ratio);
   out.approx_kl = Math::expm1(logprob - old) - (logprob - old);
-  out.clipped_low = out.ratio < o.ratio_low ? (advantage < zero ? one : zero) : zero;
-  out.clipped_high = out.ratio > o.ratio_high ? (advantage > zero ? one : zero) : zero;
+  const auto where_less = [](V a, V b, V then, V otherwise)
+                              __attribute__((always_inline)) { return Math::where_less(a, b, then, otherwise); };
+  out.clipped_low = where_less(out.ratio, o.ratio_low, where_less(advantage, zero, one, zero), zero);
+  out.clipped_high = where_less(o.ratio_high, out.ratio, where_less(zero, advantage, one, zero), zero);
   if (o.kind == PolicyKind::kPpo || o.kind == PolicyKind::kGspo) {
     // max(-A r, -A clip(r, 1 - low, 1 + high)); where A < 0, at most -A dual_clip. Of gspo's ratio s exp(logp - sg
     // logp) value and derivative are s, as those of exp are one.
     const V surrogate = -advantage * out.ratio, bound = -advantage * o.dual_clip;
-    const V inside = out.ratio > o.ratio_high ? o.ratio_high : out.ratio;
-    const V clipped = -advantage * (out.ratio < o.ratio_low ? o.ratio_low : inside);
-    out.loss = surrogate < clipped ? clipped : surrogate;
-    out.dlogprob = surrogate < clipped ? zero : surrogate;
-    out.dlogprob = advantage < zero ? (out.loss > bound ? zero : out.dlogprob) : out.dlogprob;
-    out.loss = advantage < zero ? (out.loss > bound ? bound : out.loss) : out.loss;
+    const V below = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
+    const V clipped = -advantage * where_less(out.ratio, o.ratio_low, o.ratio_low, below);
+    const V loss = where_less(surrogate, clipped, clipped, surrogate);
+    const V slope = where_less(surrogate, clipped, zero, surrogate);
+    out.loss = where_less(advantage, zero, where_less(bound, loss, bound, loss), loss);
+    out.dlogprob = where_less(advantage, zero, where_less(bound, loss, zero, slope), slope);
   } else {
     // -scale A logp: the scale is 1, or cispo's min(r, 1 + high) without a gradient of its own
-    const V capped = out.ratio > o.ratio_high ? o.ratio_high : out.ratio;
+    const V capped = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
     out.dlogprob = -(o.kind == PolicyKind::kCispo ? capped : one) * advantage;
     out.loss = out.dlogprob * logprob;
   }

@@ -25,6 +25,7 @@
 
 #include "../scan.h"
 #include "cu_seqlens.h"
+#include "double_lanes.h"
 #include "dtypes.h"
 #include "masked_rows.h"
 #include "simd.h"
@@ -54,47 +55,17 @@ struct DecayPowers {
 };
 
 template <int Bytes>
-struct Lanes : Simd<double, Bytes> {
-  using Base = Simd<double, Bytes>;
+struct Lanes : DoubleLanes<Bytes> {
+  using Base = DoubleLanes<Bytes>;
+  using Base::kLanes;
   using typename Base::IntVec;
   using typename Base::Vec;
-  static constexpr int kLanes = Base::kLanes;
-  typedef float FloatVec __attribute__((vector_size(Bytes / 2)));
-
-  QRM_FAST_INLINE static Vec broadcast(double x) {
-#if defined(__x86_64__)
-    if constexpr (Bytes > 16) {  // GCC writes lane after lane
-      Vec v;
-      asm("vbroadcastsd %1, %0" : "=v"(v) : "v"(x));
-      return v;
-    }
-#endif
-    return Base::broadcast(x);
-  }
-  QRM_FAST_INLINE static Vec load(const double* p) { return Base::load(p); }
-  QRM_FAST_INLINE static Vec load(const float* p) {
-#if defined(__x86_64__)
-    if constexpr (Bytes == 64) {  // __builtin_convertvector takes four instructions where there is one
-      Vec v;
-      asm("vcvtps2pd %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const float (*)[kLanes]>(p)));
-      return v;
-    }
-#endif
-    FloatVec v;
-    std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, Vec);
-  }
-  QRM_FAST_INLINE static void store(double* p, Vec v) { Base::store(p, v); }
-  QRM_FAST_INLINE static void store(float* p, Vec v) {
-    const FloatVec narrow = __builtin_convertvector(v, FloatVec);
-    std::memcpy(p, &narrow, sizeof narrow);
-  }
 
   // The last `count` lanes, 0 < count < kLanes, to p[0..count).
   template <typename S>
   QRM_FAST_INLINE static void store_last(S* p, int64_t count, Vec v) {
     S lanes[kLanes];
-    store(lanes, v);
+    Base::store(lanes, v);
     const S* from = lanes + kLanes - count;
     // Two overlapping copies of a fixed size instead of one of a variable size.
     if (count >= 4) {

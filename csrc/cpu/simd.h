@@ -94,9 +94,19 @@ struct Simd {
                                             2.5052108385441720e-08,
                                             2.0876756987868100e-09,
                                             1.6059043836821613e-10};
-    Vec p = broadcast(S(kInverseFactorial[kDegree]));
-#pragma GCC unroll 14
-    for (int i = kDegree - 1; i >= 0; --i) p = p * r + S(kInverseFactorial[i]);
+    const auto c = [&](int i) __attribute__((always_inline)) { return S(kInverseFactorial[i]); };
+    Vec p;
+    if constexpr (f32) {
+      p = broadcast(c(kDegree));
+#pragma GCC unroll 8
+      for (int i = kDegree - 1; i >= 0; --i) p = p * r + c(i);
+    } else {  // in pairs, which wait for each other half as long, but the leading terms as above
+      const Vec r2 = r * r, r4 = r2 * r2;
+      const Vec low = (c(2) + c(3) * r) + r2 * (c(4) + c(5) * r);
+      const Vec middle = (c(6) + c(7) * r) + r2 * (c(8) + c(9) * r);
+      const Vec high = (c(10) + c(11) * r) + r2 * (c(12) + c(13) * r);
+      p = S(1) + (r + r2 * (low + r4 * (middle + r4 * high)));
+    }
     IntVec bits, shift;
     std::memcpy(&bits, &p, Bytes);
     std::memcpy(&shift, &shifted, Bytes);

@@ -46,13 +46,14 @@ QRM_FAST_INLINE double value_rows(const Rows<T>& rows, int64_t begin, int64_t en
     V loss = error * error, slope = 2 * error;
     if (rows.old_values) {
       const V old = L::load(rows.old_values + t, count), low = old - rows.clip, high = old + rows.clip;
-      const V clipped = (value >= low ? (value > high ? high : value) : low) - target;
-      const V clipped_loss = clipped * clipped;
-      slope = loss < clipped_loss ? V{} : slope;
-      loss = clipped_loss <= loss ? loss : (loss == loss ? clipped_loss : loss);  // a NaN of either stays
+      // where one is NaN it stays
+      const V clipped = L::where_less(low, value, L::where_less(high, value, high, value), low) - target;
+      const V clipped_loss = clipped * clipped, larger = L::where_less(loss, clipped_loss, clipped_loss, loss);
+      slope = L::where_less(loss, clipped_loss, V{}, slope);
+      loss = L::where_equal(clipped_loss, clipped_loss, larger, clipped_loss);
     }
-    L::store(rows.derivative + t, count, weight != V{} ? weight * slope : V{});
-    sum += weight != V{} ? weight * loss : V{};
+    L::store(rows.derivative + t, count, L::where_equal(weight, V{}, V{}, weight * slope));
+    sum += L::where_equal(weight, V{}, V{}, weight * loss);
   };
   int64_t t = begin;
   for (; t + L::kLanes <= end; t += L::kLanes) add(t, L::kLanes);  // whose loads have a fixed size
@@ -64,6 +65,10 @@ template <typename T>
 using BlockOfRows = double (*)(const Rows<T>&, int64_t, int64_t);
 
 #if defined(__x86_64__)
+template <typename T>
+QRM_FAST_TARGET_AVX512 double value_rows_avx512(const Rows<T>& rows, int64_t begin, int64_t end) {
+  return value_rows<64>(rows, begin, end);
+}
 template <typename T>
 QRM_FAST_TARGET_AVX2 double value_rows_avx2(const Rows<T>& rows, int64_t begin, int64_t end) {
   return value_rows<32>(rows, begin, end);
@@ -77,6 +82,7 @@ double value_rows_portable(const Rows<T>& rows, int64_t begin, int64_t end) {
 template <typename T>
 BlockOfRows<T> value_rows_of_this_cpu() {
 #if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return value_rows_avx512<T>;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return value_rows_avx2<T>;
 #endif
   return value_rows_portable<T>;

@@ -1,4 +1,4 @@
-"""The scans on CPU by narrower vectors than this machine's best, which keep the same promises."""
+"""Scans and losses on CPU by narrower vectors than this machine's best, which keep the same promises."""
 
 import os
 import platform
@@ -12,10 +12,11 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
-SCANS = ["gae", "discounted_returns", "vtrace", "min_gae"]
+KERNELS = ["gae", "discounted_returns", "vtrace", "min_gae", "policy_loss", "value_loss"]
+TESTS = ["tests/test_scan.py", "tests/test_policy_loss.py", "tests/test_value_loss.py"]
 # What the processor is said to have, by the fourth letter of avx512f, avx512dq, avx2 and fma.
 SUPPORTS = {"avx2": "((feature)[3] != '5')", "portable": "false"}
-CHOSEN = "long_sequences or dtypes or infinite or (no_further and odd)"
+CHOSEN = "long_sequences or dtypes or infinite or (no_further and (odd or autograd)) or number or leak or counted"
 
 PLUGIN = """
 import qrm_fast
@@ -27,10 +28,10 @@ torch.ops.load_library({library!r})  # takes the place of the kernels that qrm_f
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
-    """The four scans built for each kind of vectors, side by side."""
-    folder = tmp_path_factory.mktemp("scans")
-    (folder / "scans.cpp").write_text("".join(f'#include "{ROOT}/csrc/cpu/{name}.cpp"\n' for name in SCANS))
-    command = ["c++", "-shared", "-fPIC", *runpy.run_path(str(ROOT / "setup.py"))["CXX"], folder / "scans.cpp"]
+    """The kernels built for each kind of vectors, side by side."""
+    folder = tmp_path_factory.mktemp("kernels")
+    sources = [ROOT / f"csrc/cpu/{name}.cpp" for name in KERNELS]
+    command = ["c++", "-shared", "-fPIC", *runpy.run_path(str(ROOT / "setup.py"))["CXX"], *sources]
     command += [*(f"-I{path}" for path in include_paths()), f"-L{Path(torch.__file__).parent / 'lib'}"]
     command += ["-ltorch_cpu", "-ltorch", "-lc10", "-O1"]  # compiled soon, run briefly
     libraries = {vectors: folder / f"{vectors}.so" for vectors in SUPPORTS}
@@ -44,10 +45,10 @@ def libraries(tmp_path_factory):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one width of vectors on this processor")
 @pytest.mark.parametrize("vectors", SUPPORTS)
-def test_narrower_vectors_keep_the_promises_of_every_scan(libraries, tmp_path, vectors):
+def test_narrower_vectors_keep_the_promises(libraries, tmp_path, vectors):
     (tmp_path / "narrower.py").write_text(PLUGIN.format(library=str(libraries[vectors])))
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "narrower", "-k", CHOSEN, "tests/test_scan.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "narrower", "-k", CHOSEN, *TESTS],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True,
