@@ -118,7 +118,10 @@ def gathered_token_q(device: torch.device, dtype: str, num_tokens: int, dim: int
 
 
 @case(
-    cpu=[{"dtype": "float32", "num_tokens": 1024, "policy_dim": 512, "q_dim": 512, "vocab": 32768}],
+    cpu=[
+        {"dtype": dtype, "num_tokens": 1024, "policy_dim": 512, "q_dim": 512, "vocab": 32768}
+        for dtype in ("float32", "bfloat16")
+    ],
     cuda=[{"dtype": "bfloat16", "num_tokens": 16384, "policy_dim": 1536, "q_dim": 3584, "vocab": 151936}],
 )
 def linear_q_values_of_two_heads(

@@ -101,6 +101,15 @@ def test_large_logits(level):
     assert (got.logprobs <= 0).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_not_a_number_reaches_what_depends_on_it(name):
+    """One element of a row or of a column of either head; what does not read it stays finite."""
+    p = problem(40, 24, 40, 3000, torch.float32, beta=0.5)
+    p[name][5, 3] = math.nan
+    for got, want in zip(linear_q_values(**p), oracle(**cast(p, torch.float64)), strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+
+
 def test_more_than_2_31_logits():
     """All but the first and the last rows are ignored."""
     p = problem(65537, 3, 2, 32800, torch.float32)

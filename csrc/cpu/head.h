@@ -341,15 +341,6 @@ class Head {
     std::fill(out, out + lanes(), temperatures_ ? S(1) : temperature_);
     for (int64_t j = 0; temperatures_ && j < filled; ++j) out[j] = temperatures_[rows[row + j]];
   }
-  S softcap() const { return softcap_; }
-
-  int64_t dim, vocab;
-  const PanelKernels<S>& kernels;
-  std::vector<int64_t> rows;
-
- private:
-  static constexpr int64_t kLine = 16;
-
   // f(lane, column within the chunk) for the rows of a panel whose target lies in it.
   template <typename F>
   void for_targets(int64_t row, int64_t column, int64_t width, F f) const {
@@ -359,6 +350,15 @@ class Head {
       if (v >= 0 && v < width) f(j, v);
     }
   }
+
+  S softcap() const { return softcap_; }
+
+  int64_t dim, vocab;
+  const PanelKernels<S>& kernels;
+  std::vector<int64_t> rows;
+
+ private:
+  static constexpr int64_t kLine = 16;
 
   // Elements 2k and 2k + 1 of a row of D in the place of an S, 0 beyond the row.
   S pair(const In* row, int64_t k) const {

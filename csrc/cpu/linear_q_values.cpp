@@ -1,10 +1,10 @@
 // linear_q_values: a policy head and a Q head over the same vocabulary, folded together while both are in cache.
 //
-// A chunk of both weights is packed once and multiplied with every block of rows: logits stand transposed,
-// [chunk][rows], so that a row is a SIMD lane and nothing is reduced across lanes. The two blocks, 200 KB, stay in L2
-// while they are folded into each row's sums of e^z, z e^z, Q e^z and e^(Q / beta). 2 T (Dp + Dq) V FLOP. V is cut into
-// splits from V only, whose sums are merged in order: a row's bits depend on that row and the weights. Ignored rows are
-// never read.
+// Both heads' rows stand in panels, as in head.h: a row is a SIMD lane and nothing is reduced across lanes. A thread
+// multiplies a chunk of columns of one weight and then of the other with the rows of a unit, and folds the two blocks,
+// 96 KB, into each row's sums of e^z, z e^z, Q e^z and e^(Q / beta) before the next overwrites them. 2 T (Dp + Dq) V
+// FLOP. V is cut into splits from V only, whose sums are joined in order, in double: a row's bits depend on that row
+// and the weights. Ignored rows are never read.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -17,23 +17,19 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kColumns = 96;     // of a chunk; a multiple of every tile's rows
-constexpr int64_t kLaneRows = 256;   // rows of a block of logits; a multiple of every tile's columns
-constexpr int64_t kUnitRows = 1024;  // rows that share a packed chunk
-constexpr int64_t kUnitColumns = 20 * kColumns;
+constexpr int64_t kSplitColumns = 20 * kChunk;
 
 // What a row's columns so far come to: max z, sums of e = e^(z - max), (z - max) e and Q e; max Q / beta, and the sum
 // of e^(Q / beta - max).
-template <typename S>
 struct QStats {
-  SoftmaxStats<S> policy = SoftmaxStats<S>::empty();
-  S expected = 0;
-  SoftmaxStats<S> soft = SoftmaxStats<S>::empty();
+  SoftmaxStats<double> policy = SoftmaxStats<double>::empty();
+  double expected = 0;
+  SoftmaxStats<double> soft = SoftmaxStats<double>::empty();
 
   void merge(const QStats& other) {
-    const S top = std::max(policy.max, other.policy.max);
+    const double top = std::max(policy.max, other.policy.max);
     const auto moved = [&](const QStats& x) {
-      return x.policy.sum == S(0) ? S(0) : x.expected * std::exp(x.policy.max - top);
+      return x.policy.sum == 0 ? 0 : x.expected * std::exp(x.policy.max - top);
     };
     expected = moved(*this) + moved(other);
     policy.merge(other.policy);
@@ -43,31 +39,36 @@ struct QStats {
 
 constexpr int kFields = 6;
 
-// Joins `n` lines of logits z and q, [n][lanes], to the lanes' sums `stats` [kFields][lanes]. z is yet to be divided by
-// the temperature of its lane, q by beta.
+// Joins `n` lines of logits z and q, [n][lanes], to the lanes' sums `stats` [kFields][lanes]. q is yet to be divided by
+// beta.
 template <typename S>
-QRM_FAST_TARGET_CLONES void fold(S* z, S* q, int64_t n, int64_t lanes, const S* temperature, S beta, S* stats) {
+QRM_FAST_TARGET_CLONES void fold(const S* z, const S* q, int64_t n, int64_t lanes, S beta, S* stats) {
   using V = Simd<S, 64>;
   using Vec = typename V::Vec;
   const S never = -std::numeric_limits<S>::infinity();
   for (int64_t j = 0; j < lanes; j += V::kLanes) {
-    const Vec t = V::load(temperature + j);
     Vec top = V::broadcast(never), q_top = top;
     for (int64_t i = j; i < n * lanes; i += lanes) {
-      const Vec x = V::load(z + i) / t, y = V::load(q + i) / beta;
-      V::store(z + i, x);
-      top = V::max(x, top);
-      q_top = V::max(y, q_top);
+      top = V::max(V::load(z + i), top);
+      q_top = V::max(V::load(q + i), q_top);
     }
+    q_top /= beta;
     const Vec origin = top == never ? Vec{} : top, q_origin = q_top == never ? Vec{} : q_top;
-    Vec sum = {}, weighted = {}, expected = {}, q_sum = {};
+    Vec sum = {}, weighted = {}, expected = {}, q_sum = {}, q_shifts = {};
     for (int64_t i = j; i < n * lanes; i += lanes) {
-      const Vec shifted = V::load(z + i) - origin, e = V::exp(shifted), y = V::load(q + i);
-      sum += e;
-      weighted += e == S(0) ? Vec{} : shifted * e;
-      expected += e == S(0) ? Vec{} : y * e;
-      q_sum += V::exp(y / beta - q_origin);
+      const Vec shifted = V::load(z + i) - origin, e = V::exp_in_range(shifted), y = V::load(q + i);
+      const auto gone = shifted < V::kLowestExp;
+      sum += gone ? Vec{} : e;
+      weighted += gone ? Vec{} : shifted * e;
+      expected += gone ? Vec{} : y * e;
+      const Vec q_shifted = (beta == S(1) ? y : y / beta) - q_origin;
+      const auto q_gone = q_shifted < V::kLowestExp;
+      q_sum += q_gone ? Vec{} : V::exp_in_range(q_shifted);
+      q_shifts += q_gone ? Vec{} : q_shifted;
     }
+    // NaN, which exp_in_range does not keep, reached the other sums
+    sum += weighted - weighted;
+    q_sum += q_shifts - q_shifts;
     S* s = stats + j;
     const auto join = [&](int field, Vec more_max, Vec more_sum) __attribute__((always_inline)) {
       const Vec max = V::load(s + field * lanes), old = V::load(s + (field + 1) * lanes);
@@ -86,93 +87,68 @@ QRM_FAST_TARGET_CLONES void fold(S* z, S* q, int64_t n, int64_t lanes, const S* 
   }
 }
 
-template <typename In, typename S = acc_t<In>>
-class LaneHead {
- public:
-  LaneHead(const Tensor& hidden, const Tensor& weight)
-      : dim_(hidden.size(1)),
-        x_(static_cast<const In*>(hidden.const_data_ptr())),
-        w_(static_cast<const In*>(weight.const_data_ptr())),
-        x_stride_(hidden.stride(0)),
-        w_stride_(weight.stride(0)),
-        gemm_(panel_kernels<S>().gemm),
-        packed_(0) {}
-
-  void pack_hidden(const std::vector<int64_t>& rows) {
-    const int64_t blocks = ceil_div(rows.size(), kLaneRows), count = rows.size();
-    packed_ = Scratch<S>(blocks * kLaneRows * dim_);
-    parallel(blocks, [&](int64_t i) {
-      S* out = packed_.get() + i * kLaneRows * dim_;
-      std::fill_n(out, kLaneRows * dim_, S(0));
-      const int64_t first = i * kLaneRows;
-      pack_panels(x_, x_stride_, 1, rows.data(), first, std::min(kLaneRows, count - first), dim_, gemm_.nr, out);
-    });
-  }
-
-  int64_t packed_weight() const { return kColumns * dim_; }
-  void pack_weight(int64_t column, int64_t width, S* a) const {
-    pack_panels(w_, w_stride_, 1, static_cast<const int64_t*>(nullptr), column, width, dim_, gemm_.mr, a);
-  }
-
-  // [width][kLaneRows] logits of the block of rows from `row` on.
-  void logits(const S* a, int64_t width, int64_t row, S* z) const {
-    multiply_panels(gemm_, width, kLaneRows, dim_, a, packed_.get() + row * dim_, z, kLaneRows);
-  }
-
- private:
-  int64_t dim_;
-  const In* x_;
-  const In* w_;
-  int64_t x_stride_, w_stride_;
-  const GemmKernel<S>& gemm_;
-  Scratch<S> packed_;  // hidden rows, by blocks of kLaneRows
-};
-
-// Sums of every row, [splits][rows], and the taken actions' logits.
+// Sums of every row, [splits][panels][kFields][lanes], and the taken actions' logits.
 template <typename S>
 struct Folded {
-  Folded(int64_t count, int64_t splits) : stats(splits * count), z(count), q(count) {}
-  std::vector<QStats<S>> stats;
+  Folded(int64_t panels, int64_t lanes, int64_t num_splits)
+      : stats(num_splits * panels * kFields * lanes),
+        z(panels * lanes),
+        q(panels * lanes),
+        lanes_(lanes),
+        panels_(panels),
+        num_splits_(num_splits) {}
+
+  S* of(int64_t split, int64_t panel) const { return stats.get() + (split * panels_ + panel) * kFields * lanes_; }
+  QStats total(int64_t row) const {
+    QStats sum;
+    for (int64_t split = 0; split < num_splits_; ++split) {
+      const S* at = of(split, row / lanes_) + row % lanes_;
+      const auto field = [&](int f) -> double { return at[f * lanes_]; };
+      sum.merge({{field(0), field(1), field(2)}, field(3), {field(4), field(5), 0}});
+    }
+    return sum;
+  }
+
+  Scratch<S> stats;
   std::vector<S> z, q;
+
+ private:
+  int64_t lanes_, panels_, num_splits_;
 };
 
 template <typename In, typename S>
-Folded<S> sweep(const LaneHead<In, S>& policy, const LaneHead<In, S>& critic, const std::vector<int64_t>& rows,
-                const int64_t* targets, int64_t vocab, const S* temperatures, S temperature, S beta) {
-  const int64_t count = rows.size(), splits = ceil_div(vocab, kUnitColumns), units = ceil_div(count, kUnitRows);
-  Folded<S> folded(count, splits);
-  parallel(splits * units, [&](int64_t unit) {
-    const int64_t split = unit / units, first = unit % units * kUnitRows, last = std::min(count, first + kUnitRows);
-    const int64_t blocks = ceil_div(last - first, kLaneRows), end = std::min(vocab, (split + 1) * kUnitColumns);
-    Scratch<S> a(policy.packed_weight()), b(critic.packed_weight());
-    Scratch<S> z(kColumns * kLaneRows), q(kColumns * kLaneRows);
-    std::vector<S> t(blocks * kLaneRows, S(1)), stats(blocks * kFields * kLaneRows, S(0));
-    for (int64_t i = first; i < last; ++i) t[i - first] = temperatures ? temperatures[rows[i]] : temperature;
-    const auto field = [&](int64_t block, int f) { return stats.data() + (block * kFields + f) * kLaneRows; };
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int f : {0, 4}) std::fill_n(field(block, f), kLaneRows, -std::numeric_limits<S>::infinity());
-    }
-    for (int64_t column = split * kUnitColumns; column < end; column += kColumns) {
-      const int64_t width = std::min(kColumns, end - column);
-      policy.pack_weight(column, width, a.get());
-      critic.pack_weight(column, width, b.get());
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t row = first + block * kLaneRows, height = std::min(kLaneRows, last - row);
-        policy.logits(a.get(), width, row, z.get());
-        critic.logits(b.get(), width, row, q.get());
-        fold(z.get(), q.get(), width, kLaneRows, t.data() + block * kLaneRows, beta, field(block, 0));
-        for (int64_t i = 0; i < height; ++i) {
-          const int64_t v = targets[rows[row + i]] - column;
-          if (v < 0 || v >= width) continue;
-          folded.z[row + i] = z.get()[v * kLaneRows + i];
-          folded.q[row + i] = q.get()[v * kLaneRows + i];
+Folded<S> fold_both(const Head<In, S>& policy, const Head<In, S>& critic, S beta) {
+  const int64_t count = policy.rows.size(), nr = policy.lanes(), panels = ceil_div(count, nr);
+  const int64_t most = kScoredRows / nr, units = ceil_div(panels, most), splits = ceil_div(policy.vocab, kSplitColumns);
+  const int64_t chunk = kChunk * nr, block = most * chunk, workers = max_workers(splits * units);
+  const Scratch<S> memory({panels * policy.x_panel(), panels * critic.x_panel(), workers * 2 * block});
+  S *x = memory[0], *y = memory[1], *logits = memory[2];
+  policy.pack_hidden(0, count, x);
+  critic.pack_hidden(0, count, y);
+  Folded<S> folded(panels, nr, splits);
+  parallel_workers(splits * units, [&](int64_t thread, auto next) {
+    S *z = logits + thread * 2 * block, *q = z + block;
+    for (int64_t unit; (unit = next()) < splits * units;) {
+      const int64_t split = unit / units, first = unit % units * most, here = std::min(most, panels - first);
+      const int64_t end = std::min(policy.vocab, (split + 1) * kSplitColumns);
+      for (int64_t p = 0; p < here; ++p) {
+        S* stats = folded.of(split, first + p);
+        std::fill_n(stats, kFields * nr, S(0));
+        for (int f : {0, 4}) std::fill_n(stats + f * nr, nr, -std::numeric_limits<S>::infinity());
+      }
+      for (int64_t column = split * kSplitColumns; column < end; column += kChunk) {
+        const int64_t width = std::min(kChunk, end - column);
+        policy.logits(first * nr, here, column, width, x + first * policy.x_panel(), z, chunk);
+        critic.logits(first * nr, here, column, width, y + first * critic.x_panel(), q, chunk);
+        for (int64_t p = 0; p < here; ++p) {
+          const int64_t row = (first + p) * nr;
+          fold(z + p * chunk, q + p * chunk, width, nr, beta, folded.of(split, first + p));
+          policy.for_targets(row, column, width, [&](int64_t j, int64_t v) {
+            folded.z[row + j] = z[p * chunk + v * nr + j];
+            folded.q[row + j] = q[p * chunk + v * nr + j];
+          });
         }
       }
-    }
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t block = (i - first) / kLaneRows, lane = (i - first) % kLaneRows;
-      const auto at = [&](int f) { return field(block, f)[lane]; };
-      folded.stats[split * count + i] = {{at(0), at(1), at(2)}, at(3), {at(4), at(5), S(0)}};
     }
   });
   return folded;
@@ -183,15 +159,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results linear_q_values(const Tensor& policy_hidden, const Tensor& policy_weight, const Tensor& q_hidden,
                         const Tensor& q_weight, const Tensor& targets, double temperature,
                         const std::optional<Tensor>& temperatures, double beta, int64_t ignore_index) {
-  const int64_t num_rows = targets.size(0), vocab = q_weight.size(0);
-  const int64_t* ids = static_cast<const int64_t*>(targets.const_data_ptr());
-  std::vector<int64_t> rows;
-  for (int64_t t = 0; t < num_rows; ++t) {
-    if (ids[t] == ignore_index) continue;
-    CHECK_VALUE(ids[t] >= 0 && ids[t] < vocab, "targets must be in [0, ", vocab, ") or ", ignore_index, ", got ",
-                ids[t], " at row ", t);
-    rows.push_back(t);
-  }
+  const int64_t num_rows = targets.size(0);
   Tensor outputs[5];
   for (Tensor& x : outputs) {
     x = torch::stable::new_zeros(policy_hidden, {num_rows}, acc_dtype(policy_hidden.scalar_type()));
@@ -199,24 +167,23 @@ Results linear_q_values(const Tensor& policy_hidden, const Tensor& policy_weight
   dispatch_floating(policy_hidden.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
     using S = acc_t<In>;
-    LaneHead<In> policy(policy_hidden, policy_weight), critic(q_hidden, q_weight);
-    policy.pack_hidden(rows);
-    critic.pack_hidden(rows);
-    const Folded<S> folded =
-        sweep(policy, critic, rows, ids, vocab, data_or_null<S>(temperatures), S(temperature), S(beta));
+    Head<In, S> policy(policy_hidden, policy_weight, targets, {{}, temperature, temperatures, {}, ignore_index});
+    Head<In, S> critic(q_hidden, q_weight, targets, {{}, 1.0, {}, {}, ignore_index});
+    policy.select_rows([](int64_t) { return true; });
+    critic.rows = policy.rows;
+    const Folded<S> folded = fold_both(policy, critic, S(beta));
     S* out[5];
     for (int i = 0; i < 5; ++i) out[i] = static_cast<S*>(outputs[i].mutable_data_ptr());
-    for (size_t i = 0; i < rows.size(); ++i) {
-      QStats<S> total = folded.stats[i];
-      for (size_t j = i + rows.size(); j < folded.stats.size(); j += rows.size()) total.merge(folded.stats[j]);
-      const RowResult<S> result(total.policy, folded.z[i]);
-      const int64_t t = rows[i];
+    parallel(policy.rows.size(), [&](int64_t i) {
+      const QStats total = folded.total(i);
+      const RowResult<double> result(total.policy, folded.z[i]);
+      const int64_t t = policy.rows[i];
       out[0][t] = result.logprob;
       out[1][t] = result.entropy;
       out[2][t] = folded.q[i];
       out[3][t] = total.expected / total.policy.sum;
-      out[4][t] = S(beta) * (total.soft.max + std::log(total.soft.sum));
-    }
+      out[4][t] = beta * (total.soft.max + std::log(total.soft.sum));
+    });
   });
   return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
 }
