@@ -16,7 +16,10 @@ KERNELS = ["gae", "discounted_returns", "vtrace", "min_gae", "policy_loss", "val
 TESTS = ["tests/test_scan.py", "tests/test_policy_loss.py", "tests/test_value_loss.py"]
 # What the processor is said to have, by the fourth letter of avx512f, avx512dq, avx2 and fma.
 SUPPORTS = {"avx2": "((feature)[3] != '5')", "portable": "false"}
-CHOSEN = "long_sequences or dtypes or infinite or (no_further and (odd or autograd)) or number or leak or counted"
+CHOSEN = (
+    "(long_sequences or dtypes or infinite or (no_further and (odd or autograd)) or number or leak or counted"
+    " or threads or table or digits) and not triton"
+)
 
 PLUGIN = """
 import qrm_fast

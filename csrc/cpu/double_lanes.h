@@ -3,6 +3,7 @@
 // these are written out.
 #pragma once
 #include <cstring>
+#include <limits>
 
 #include "simd.h"
 

@@ -341,6 +341,7 @@ class Head {
     std::fill(out, out + lanes(), temperatures_ ? S(1) : temperature_);
     for (int64_t j = 0; temperatures_ && j < filled; ++j) out[j] = temperatures_[rows[row + j]];
   }
+
   // f(lane, column within the chunk) for the rows of a panel whose target lies in it.
   template <typename F>
   void for_targets(int64_t row, int64_t column, int64_t width, F f) const {

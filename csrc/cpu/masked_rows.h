@@ -107,16 +107,13 @@ struct FewRows<S, 64> : Simd<S, 64> {
 };
 #endif
 
-// Rows behind the last that squeeze() may write and spread() may read.
-constexpr int kMaskedSlack = 16;
-
 template <typename T, typename S>
 QRM_FAST_INLINE int64_t convert(const T* x, int64_t num_rows, S* rows) {
   for (int64_t t = 0; t < num_rows; ++t) rows[t] = x[t];
   return num_rows;
 }
 
-// Returns how many rows are unmasked.
+// Returns how many rows are unmasked. Like spread, it touches no row beyond num_rows.
 template <int Bytes, typename T, typename S>
 QRM_FAST_INLINE int64_t squeeze(const T* x, const bool* mask, int64_t num_rows, S* rows) {
   using V = FewRows<S, Bytes>;

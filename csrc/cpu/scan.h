@@ -8,7 +8,7 @@
 //
 // Threads take spans of whole multiples of BLOCK packed rows from the end of the batch. A span serves the blocks that
 // end in it. Where its first sequence goes on in front, that sequence's blocks are folded to their maps first, which
-// needs no other span; then what the rows after the span hand on arrives through its slot and goes on to the next slot
+// needs no other span; then what the rows after the span hand on is taken from the slot behind it and given to its own
 // before any result is computed. A thread waits only for spans that were taken before its own. Spans are as long as
 // enough of them for every thread allows: threads that work next to each other fetch each other's lines.
 //
@@ -309,7 +309,7 @@ class PackedScan {
     const int64_t low = i * span_, high = std::min(low + span_, num_tokens_);
     const int64_t first = first_sequences_[i], last = first_sequences_[i + 1];
     const bool goes_on = last_cut(cu[first + 1], low) > cu[first];
-    double handed[kMaxSpanBlocks];
+    Handed handed[kMaxSpanBlocks];
     if (goes_on) hand_on<Bytes>(i, first, low, high, handed);
     const bool in_place = std::is_same_v<T, S> && !has_holes(low, high);
     const Columns<Rule, S> rows = packed_rows();
@@ -328,44 +328,52 @@ class PackedScan {
   // The results of the blocks of sequence s that end in the span; what each is `handed`, where that is known.
   template <int Bytes>
   QRM_FAST_INLINE void blocks(int64_t i, int64_t s, int64_t bos, int64_t eos, int64_t low, int64_t high,
-                              const double* handed) {
+                              const Handed* handed) {
     int64_t end = last_cut(eos, high);
     if (end <= bos) return;
     Rule own;
     const Rule& rule = rules_(s, own);
     const RowScan<Rule, S, Bytes> rows(rule);
-    double x = handed != nullptr ? *handed : end < eos ? slots_[i + 1].take() : at_end(s, rule).x;
+    Handed after = handed != nullptr ? *handed : Handed{arriving(i, s, rule, end, eos), next_of(s, rule, end, eos)};
     for (; end - BLOCK > std::max(bos, low); end -= BLOCK) {
-      const Handed after = {x, next_of(s, rule, end, eos)};
       if (handed != nullptr) {
         block<true, false>(rows, end - BLOCK, end, after);
-        x = *++handed;
+        after = *++handed;
       } else {
-        x = block<true, true>(rows, end - BLOCK, end, after)(x);
+        const double x = block<true, true>(rows, end - BLOCK, end, after)(after.x);
+        after = {x, next_among(rule, end - BLOCK, end, after.next)};
       }
     }
-    block<true, false>(rows, std::max(bos, end - BLOCK), end, {x, next_of(s, rule, end, eos)});
+    block<true, false>(rows, std::max(bos, end - BLOCK), end, after);
   }
 
   // Gives what the first sequence of a span hands on to the span in front, and notes what its blocks are handed: their
   // maps need no other span.
   template <int Bytes>
-  QRM_FAST_INLINE void hand_on(int64_t i, int64_t s, int64_t low, int64_t high, double* handed) {
+  QRM_FAST_INLINE void hand_on(int64_t i, int64_t s, int64_t low, int64_t high, Handed* handed) {
     Rule own;
     const Rule& rule = rules_(s, own);
     const RowScan<Rule, S, Bytes> rows(rule);
     const int64_t eos = cu_[s + 1], last = last_cut(eos, high);
     typename Rule::Map maps[kMaxSpanBlocks];
+    double next = next_of(s, rule, last, eos);
     int num_blocks = 0;
     for (int64_t end = last; end > low; end -= BLOCK) {
-      maps[num_blocks++] = block<false, true>(rows, end - BLOCK, end, {0, next_of(s, rule, end, eos)});
+      handed[num_blocks].next = next;
+      maps[num_blocks++] = block<false, true>(rows, end - BLOCK, end, {0, next});
+      next = next_among(rule, end - BLOCK, end, next);
     }
-    double x = last < eos ? slots_[i + 1].take() : at_end(s, rule).x;
+    double x = arriving(i, s, rule, last, eos);
     for (int b = 0; b < num_blocks; ++b) {
-      handed[b] = x;
+      handed[b].x = x;
       x = maps[b](x);
     }
     slots_[i].give(x);
+  }
+
+  // What the rows from `end` on, the last cut in span i, hand on.
+  double arriving(int64_t i, int64_t s, const Rule& rule, int64_t end, int64_t eos) const {
+    return end < eos ? slots_[i + 1].take() : at_end(s, rule).x;
   }
 
   template <bool kResults, bool kMap, int Bytes>
@@ -374,7 +382,7 @@ class PackedScan {
     const bool holes = has_holes(begin, end);
     if (!holes && std::is_same_v<T, S>) return rows.template walk<kResults, kMap>(packed_rows(), begin, end, handed);
     // Through buffers that stay in cache: rows of 16 bits, or with holes.
-    S in_buffer[Rule::kInputs][kMaxLanes + BLOCK + kMaskedSlack], out_buffer[Rule::kOutputs][BLOCK + kMaskedSlack];
+    S in_buffer[Rule::kInputs][kMaxLanes + BLOCK], out_buffer[Rule::kOutputs][BLOCK];
     Columns<Rule, S> columns;
     columns.first_readable = -kMaxLanes;
     int64_t num_rows = 0;
@@ -410,13 +418,20 @@ class PackedScan {
   QRM_FAST_INLINE Handed at_end(int64_t s, const Rule& rule) const {
     return rule.end(bootstrap_ != nullptr ? bootstrap_[s] : Rule::kNoBootstrap);
   }
-  // What the last row before `end` reads of its successor.
+  // What the last unmasked row before `end` reads of its successor.
   double next_of(int64_t s, const Rule& rule, int64_t end, int64_t eos) const {
+    return next_among(rule, end, eos, at_end(s, rule).next);
+  }
+  // The same where its successor lies in [begin, end), or else reads `beyond`.
+  double next_among(const Rule& rule, int64_t begin, int64_t end, double beyond) const {
     if constexpr (Rule::kNext >= 0) {
-      while (end < eos && mask_ != nullptr && !mask_[end]) ++end;
-      if (end < eos) return rule.next(static_cast<S>(in_[Rule::kNext][end]));
+      if (begin == end) return beyond;
+      const void* row = mask_ == nullptr ? nullptr : std::memchr(mask_ + begin, 1, end - begin);
+      if (mask_ != nullptr && row == nullptr) return beyond;
+      const int64_t t = mask_ == nullptr ? begin : static_cast<const bool*>(row) - mask_;
+      return rule.next(static_cast<S>(in_[Rule::kNext][t]));
     }
-    return at_end(s, rule).next;
+    return beyond;
   }
 
   const CuSeqlens cu_;

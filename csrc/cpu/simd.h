@@ -79,7 +79,6 @@ struct Simd {
     const Vec shifted = x * S(1.4426950408889634) + kRound;
     const Vec n = shifted - kRound;
     const Vec r = (x - n * kLog2Hi) - n * kLog2Lo;
-    constexpr int kDegree = f32 ? 7 : 13;
     constexpr double kInverseFactorial[] = {1.0,
                                             1.0,
                                             0.5,
@@ -97,9 +96,9 @@ struct Simd {
     const auto c = [&](int i) __attribute__((always_inline)) { return S(kInverseFactorial[i]); };
     Vec p;
     if constexpr (f32) {
-      p = broadcast(c(kDegree));
-#pragma GCC unroll 8
-      for (int i = kDegree - 1; i >= 0; --i) p = p * r + c(i);
+      p = broadcast(c(7));
+#pragma GCC unroll 7
+      for (int i = 6; i >= 0; --i) p = p * r + c(i);
     } else {  // in pairs, which wait for each other half as long, but the leading terms as above
       const Vec r2 = r * r, r4 = r2 * r2;
       const Vec low = (c(2) + c(3) * r) + r2 * (c(4) + c(5) * r);
