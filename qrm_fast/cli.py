@@ -1,6 +1,7 @@
 """The command line: one function per command, which reads its options, calls the library and prints what came out."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -210,7 +211,7 @@ USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 after one line that says what was wrong with the input."""
+    """Run one command. Exit status: 0, 2 after one line on what was wrong with the input, 1 without a reader."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE)
@@ -228,6 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         command(parser, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         # A bare Exception is how tokenizers refuses a text outside a fixed alphabet. All else is a fault of ours.
         if not isinstance(error, ArgumentError | ValueError | OSError) and type(error) is not Exception:

@@ -1,6 +1,7 @@
 """Every command from its arguments to its files, and what a user reads when an input is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -342,6 +343,15 @@ def test_the_program_exits_with_the_status(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr == f"qrm-fast plot: error: expected a metrics.jsonl in {tmp_path} or below it, found none\n"
+
+
+def test_a_reader_that_has_seen_enough():
+    """As in `qrm-fast doctor | head`: not a word about it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    finished = subprocess.run([sys.executable, "-m", "qrm_fast.cli", "doctor"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (finished.returncode, finished.stderr) == (1, b"")
 
 
 # ---- real pairs
