@@ -69,29 +69,11 @@ struct DoubleLanes : Simd<double, Bytes> {
 
   // `then` where a < b, so not where one is NaN.
   QRM_FAST_INLINE static Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) {
-#if defined(__x86_64__)
-    if constexpr (Bytes == 64) {
-      Vec out;
-      asm("vcmppd $17, %2, %1, %%k1\n\tvblendmpd %3, %4, %0%{%%k1%}"
-          : "=v"(out)
-          : "v"(a), "v"(b), "v"(then), "v"(otherwise)
-          : "k1");
-      return out;
-    }
-#endif
+    if constexpr (Bytes == 64) return where<17>(a, b, then, otherwise);
     return a < b ? then : otherwise;
   }
   QRM_FAST_INLINE static Vec where_equal(Vec a, Vec b, Vec then, Vec otherwise) {
-#if defined(__x86_64__)
-    if constexpr (Bytes == 64) {
-      Vec out;
-      asm("vcmppd $0, %2, %1, %%k1\n\tvblendmpd %3, %4, %0%{%%k1%}"
-          : "=v"(out)
-          : "v"(a), "v"(b), "v"(then), "v"(otherwise)
-          : "k1");
-      return out;
-    }
-#endif
+    if constexpr (Bytes == 64) return where<0>(a, b, then, otherwise);
     return a == b ? then : otherwise;
   }
 
@@ -100,6 +82,20 @@ struct DoubleLanes : Simd<double, Bytes> {
     const Vec in_range = where_less(x, broadcast(Base::kLowestExp), Vec{}, Base::exp_in_range(x));
     const Vec bounded = where_less(broadcast(709), x, broadcast(std::numeric_limits<double>::infinity()), in_range);
     return where_equal(x, x, bounded, x);
+  }
+
+ private:
+  // By a predicate of vcmppd: 0 is equal, 17 less, both quiet.
+  template <int Predicate>
+  QRM_FAST_INLINE static Vec where(Vec a, Vec b, Vec then, Vec otherwise) {
+    Vec out = otherwise;
+#if defined(__x86_64__)
+    asm("vcmppd %5, %2, %1, %%k1\n\tvblendmpd %3, %4, %0%{%%k1%}"
+        : "=v"(out)
+        : "v"(a), "v"(b), "v"(then), "v"(otherwise), "i"(Predicate)
+        : "k1");
+#endif
+    return out;
   }
 };
 

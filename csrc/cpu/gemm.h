@@ -18,12 +18,10 @@
 #include <utility>
 #include <vector>
 
+#include "ceil_div.h"
 #include "simd.h"
 
 namespace qrm_fast {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Uninitialised arrays in one allocation, in huge pages where the system has them: the first touch of 4 KiB pages would
 // cost a call several percent, and panels in pages scattered over the sets of L2 do not stay there.

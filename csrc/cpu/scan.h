@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../scan.h"
+#include "ceil_div.h"
 #include "cu_seqlens.h"
 #include "double_lanes.h"
 #include "dtypes.h"
@@ -287,8 +288,6 @@ class PackedScan {
   }
 
  private:
-  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
   void span(int64_t i) {
 #if defined(__x86_64__)
     static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
