@@ -35,7 +35,7 @@ class Checker:
             raise TypeError(f"{name} must be {_expected(names, dtypes)}, got {_got(x)}")
         if x.ndim != len(names):
             raise ValueError(f"{name} must be {_expected(names, dtypes)}, got {_got(x)}")
-        for dim, size in zip(names, x.shape, strict=True):
+        for dim, size in zip(names, x.shape):  # noqa: B905  as long as each other
             want = self.dims.get(dim)
             if want is None:
                 want = self._size(dim, size, name, x)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _host  # type: ignore[attr-defined]
 from .checks import BOOL, FLOATS, INTS, Checker
+from .dtypes import acc_dtype
 
 
 class PackedBatch(NamedTuple):
@@ -175,7 +176,7 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (lengths,) = ctx.saved_tensors
-        acc = torch.promote_types(grad.dtype, torch.float32)
+        acc = acc_dtype(grad.dtype)
         return torch.segment_reduce(grad.to(acc), "sum", lengths=lengths, unsafe=True).to(grad.dtype), None, None
 
 

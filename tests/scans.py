@@ -24,19 +24,19 @@ class Scan(NamedTuple):
 
 
 def _gae_reference(columns, cu, gamma=1.0, lam=0.95, bootstrap=None, mask=None):
-    return _gae._init_fn(*columns, cu, gamma, lam, None, bootstrap, mask)
+    return _gae.reference(*columns, cu, gamma, lam, None, bootstrap, mask)
 
 
 def _returns_reference(columns, cu, gamma=1.0, bootstrap=None, mask=None):
-    return (_discounted_returns._init_fn(*columns, cu, gamma, bootstrap, mask),)
+    return (_discounted_returns.reference(*columns, cu, gamma, bootstrap, mask),)
 
 
 def _vtrace_reference(columns, cu, gamma=1.0, lam=1.0, rho_bar=1.0, c_bar=1.0, bootstrap=None, mask=None):
-    return _vtrace._init_fn(*columns, cu, gamma, lam, rho_bar, c_bar, bootstrap, mask)
+    return _vtrace.reference(*columns, cu, gamma, lam, rho_bar, c_bar, bootstrap, mask)
 
 
 def _min_reference(columns, cu, lam=0.95, bootstrap=None, mask=None):
-    return _min_gae._init_fn(*columns, cu, lam, bootstrap, mask)
+    return _min_gae.reference(*columns, cu, lam, bootstrap, mask)
 
 
 SCANS = {

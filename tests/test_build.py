@@ -225,7 +225,7 @@ def test_a_missing_extension_names_the_fix(tmp_path, fresh_python):
 
 def test_an_extension_older_than_the_sources_names_the_ops_and_the_fix(tmp_path, fresh_python):
     shutil.copytree(PACKAGE, tmp_path / "qrm_fast", ignore=shutil.ignore_patterns("__pycache__"))
-    op = (PACKAGE / "ops/prm_rewards.py").read_text().replace("qrm_fast::prm_rewards", "qrm_fast::younger")
+    op = (PACKAGE / "ops/prm_rewards.py").read_text().replace('constant_op("prm_rewards")', 'constant_op("younger")')
     (tmp_path / "qrm_fast/ops/prm_rewards.py").write_text(op)
     done = subprocess.run([fresh_python, "-c", "import qrm_fast"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0

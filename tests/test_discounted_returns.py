@@ -8,7 +8,7 @@ from qrm_fast import discounted_returns
 from qrm_fast.ops.discounted_returns import _discounted_returns
 
 
-@pytest.mark.parametrize("op", [_discounted_returns, _discounted_returns._init_fn], ids=["kernel", "reference"])
+@pytest.mark.parametrize("op", [_discounted_returns, _discounted_returns.reference], ids=["kernel", "reference"])
 def test_hand_computed(op):
     rewards, cu, bootstrap = torch.tensor([1.0, 2, 3]), torch.tensor([0, 3]), torch.tensor([4.0])
     assert op(rewards, cu, 0.5, None, None).tolist() == [2.75, 3.5, 3]
@@ -20,8 +20,8 @@ def test_hand_computed(op):
 
 def test_opcheck():
     p = problem("discounted_returns", [3, 0, 4, 6])
-    torch.library.opcheck(_discounted_returns, (p.columns[0], p.cu, 0.9, p.bootstrap, p.mask))
-    torch.library.opcheck(_discounted_returns, (p.columns[0].bfloat16(), p.cu.long(), 1.0, None, None))
+    torch.library.opcheck(_discounted_returns.op, (p.columns[0], p.cu, 0.9, p.bootstrap, p.mask))
+    torch.library.opcheck(_discounted_returns.op, (p.columns[0].bfloat16(), p.cu.long(), 1.0, None, None))
 
 
 def test_compiles_whole_and_for_any_length():

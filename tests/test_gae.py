@@ -52,10 +52,10 @@ CASES = {
 def through_reference(rewards, values, cu, *, gamma=1.0, lam=0.95, bootstrap=None, mask=None):
     """PyTorch's own operators in the dtype of the result."""
     lam, per_sequence = (1.0, lam) if isinstance(lam, torch.Tensor) else (lam, None)
-    return _gae._init_fn(rewards, values, cu, gamma, lam, per_sequence, bootstrap, mask)
+    return _gae.reference(rewards, values, cu, gamma, lam, per_sequence, bootstrap, mask)
 
 
-@pytest.mark.parametrize("op", [_gae, _gae._init_fn], ids=["kernel", "reference"])
+@pytest.mark.parametrize("op", [_gae, _gae.reference], ids=["kernel", "reference"])
 def test_hand_computed(op):
     rewards, values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 1.5])
     cu, bootstrap = torch.tensor([0, 3]), torch.tensor([2.0])
@@ -172,8 +172,8 @@ def test_offset_slices_and_index_dtypes(dtype):
 
 def test_opcheck():
     rewards, values, cu, mask, lam, bootstrap = inputs([3, 0, 4, 6])
-    torch.library.opcheck(_gae, (rewards, values, cu, 0.9, 1.0, lam, bootstrap, mask))
-    torch.library.opcheck(_gae, (rewards.half(), values.half(), cu.long(), 0.9, 0.95, None, None, None))
+    torch.library.opcheck(_gae.op, (rewards, values, cu, 0.9, 1.0, lam, bootstrap, mask))
+    torch.library.opcheck(_gae.op, (rewards.half(), values.half(), cu.long(), 0.9, 0.95, None, None, None))
 
 
 def test_compiles_whole_and_for_any_length():

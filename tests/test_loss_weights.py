@@ -21,7 +21,7 @@ def op(request, triton_device):
         mask = mask if mask is None else mask.to(triton_device)
         return triton_kernels.launch(cu_seqlens.to(triton_device), mask, *options).cpu()
 
-    return {"kernel": _loss_weights, "reference": _loss_weights._init_fn, "triton": by_triton}[request.param]
+    return {"kernel": _loss_weights, "reference": _loss_weights.reference, "triton": by_triton}[request.param]
 
 
 def padded_loss(losses, lengths, mask, mode, norm):
@@ -139,8 +139,8 @@ def test_length_from_mask_argument_or_boundaries():
 def test_opcheck():
     _, cu, mask = inputs([3, 0, 4])
     for mode in MODES:
-        torch.library.opcheck(_loss_weights, (cu, mask, 7, mode, 0.0, 2.0))
-    torch.library.opcheck(_loss_weights, (cu, None, 7, MODES[0], 5.0, 1.0))
+        torch.library.opcheck(_loss_weights.op, (cu, mask, 7, mode, 0.0, 2.0))
+    torch.library.opcheck(_loss_weights.op, (cu, None, 7, MODES[0], 5.0, 1.0))
 
 
 def test_compiles_whole_and_for_any_length():

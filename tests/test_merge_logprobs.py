@@ -36,7 +36,7 @@ def assert_table(op):
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "op", [_merge_logprobs, _merge_logprobs._init_fn], ids=["kernel", "reference"]
+    "op", [_merge_logprobs, _merge_logprobs.reference], ids=["kernel", "reference"]
 )
 
 
@@ -60,7 +60,7 @@ def assert_marked(op):
 
 def test_targets_that_not_exactly_one_shard_holds():
     """NaN where a kernel cannot raise."""
-    assert_marked(_merge_logprobs._init_fn)
+    assert_marked(_merge_logprobs.reference)
     for shards, number in ((1, 0, 1, 1), 0), ((1, 2, 1, 1), 2):
         sentence = f"must lie in one shard, got {number} of 3 shards that hold the target of row 1"
         with pytest.raises(ValueError, match=sentence):
@@ -111,7 +111,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch():
 
 def test_opcheck():
     for dtype in torch.float32, torch.float64:
-        torch.library.opcheck(_merge_logprobs, tuple(x.to(dtype) for x in held(1, 1, 1, 1)))
+        torch.library.opcheck(_merge_logprobs.op, tuple(x.to(dtype) for x in held(1, 1, 1, 1)))
 
 
 def test_bad_input():

@@ -10,7 +10,7 @@ from qrm_fast import min_gae
 from qrm_fast.ops.min_gae import _min_gae
 
 
-@pytest.mark.parametrize("op", [_min_gae, _min_gae._init_fn], ids=["kernel", "reference"])
+@pytest.mark.parametrize("op", [_min_gae, _min_gae.reference], ids=["kernel", "reference"])
 def test_hand_computed(op):
     rewards, values = torch.tensor([0.5, math.inf, 0.25]), torch.tensor([0.25, 0.5, 1.0])
     cu, bootstrap = torch.tensor([0, 3]), torch.tensor([-1.0])
@@ -41,8 +41,8 @@ def test_golden_reverse_minimum_of_pure():
 
 def test_opcheck():
     p = problem("min_gae", [3, 0, 4, 6])
-    torch.library.opcheck(_min_gae, (*p.columns, p.cu, 0.9, p.bootstrap, p.mask))
-    torch.library.opcheck(_min_gae, (*p.columns.half(), p.cu.long(), 1.0, None, None))
+    torch.library.opcheck(_min_gae.op, (*p.columns, p.cu, 0.9, p.bootstrap, p.mask))
+    torch.library.opcheck(_min_gae.op, (*p.columns.half(), p.cu.long(), 1.0, None, None))
 
 
 def test_compiles_whole_and_for_any_length():

@@ -231,9 +231,9 @@ def test_references_that_serve_cuda_stay_inside_their_tensors(bounds):
     start = torch.ones(len(bounds) - 1)
     assert torch.equal(sequence_sum(x.double(), cu), cu.clamp(0, 20).cummax(0).values.diff().double())
     for result in (
-        *(_loss_weights._init_fn(cu, m, 20, mode, 0.0, 1.0) for mode in MODES for m in (None, mask)),
-        *(_clip_delta._init_fn(x, cu, 0.5, True, delta) for delta in (False, True)),
-        _progress_rewards._init_fn(x, start, cu, 1.0),
+        *(_loss_weights.reference(cu, m, 20, mode, 0.0, 1.0) for mode in MODES for m in (None, mask)),
+        *(_clip_delta.reference(x, cu, 0.5, True, delta) for delta in (False, True)),
+        _progress_rewards.reference(x, start, cu, 1.0),
     ):
         assert result.shape == (20,)
 

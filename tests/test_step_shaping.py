@@ -38,7 +38,7 @@ def implementation(request, monkeypatch, triton_device):
         ("progress_rewards", _progress_rewards, progress_triton),
     ):
         if request.param != "kernel":
-            other = op._init_fn if request.param == "reference" else by_triton(kernel)
+            other = op.reference if request.param == "reference" else by_triton(kernel)
             monkeypatch.setattr(f"qrm_fast.ops.{name}._{name}", other)
     return request.param
 
@@ -168,16 +168,16 @@ def test_nothing_waits_and_a_graph_captures_it():
 def test_not_differentiable():
     leaf = torch.zeros(7, requires_grad=True)
     for result in clip_delta(leaf, CU), implicit_rewards(leaf, leaf), progress_rewards(leaf, leaf[:4], CU):
-        with pytest.raises(RuntimeError, match="no autograd formula"):
+        with pytest.raises(RuntimeError, match="is not differentiable"):
             result.sum().backward()
 
 
 def test_opcheck():
     x = torch.randn(7)
-    torch.library.opcheck(_clip_delta, (x, CU, 0.5, True, True))
-    torch.library.opcheck(_clip_delta, (x, CU.int(), 0.5, False, False))
-    torch.library.opcheck(_implicit_rewards, (x.half(), x.half(), 0.1))
-    torch.library.opcheck(_progress_rewards, (x, x[:4], CU, 0.1))
+    torch.library.opcheck(_clip_delta.op, (x, CU, 0.5, True, True))
+    torch.library.opcheck(_clip_delta.op, (x, CU.int(), 0.5, False, False))
+    torch.library.opcheck(_implicit_rewards.op, (x.half(), x.half(), 0.1))
+    torch.library.opcheck(_progress_rewards.op, (x, x[:4], CU, 0.1))
 
 
 def test_compile_whole_and_for_any_length():

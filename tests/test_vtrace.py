@@ -8,7 +8,7 @@ from qrm_fast import gae, vtrace
 from qrm_fast.ops.vtrace import _vtrace
 
 
-@pytest.mark.parametrize("op", [_vtrace, _vtrace._init_fn], ids=["kernel", "reference"])
+@pytest.mark.parametrize("op", [_vtrace, _vtrace.reference], ids=["kernel", "reference"])
 def test_hand_computed(op):
     columns = torch.tensor([[1.0, 2], [0.5, 1], [2, 0.5]])  # rewards, values, ratios
     cu, bootstrap = torch.tensor([0, 2]), torch.tensor([2.0])
@@ -35,7 +35,7 @@ def test_on_policy_it_is_gae():
 def test_bars_apart(bars):
     p = problem("vtrace", [9, 70, 1, 300])
     ours = vtrace(*p.columns, p.cu, gamma=0.9, lam=0.8, rho_bar=bars[0], c_bar=bars[1], mask=p.mask)
-    wide = _vtrace._init_fn(*p.columns.double(), p.cu, 0.9, 0.8, *bars, None, p.mask)
+    wide = _vtrace.reference(*p.columns.double(), p.cu, 0.9, 0.8, *bars, None, p.mask)
     for got, want in zip(ours, wide, strict=True):
         torch.testing.assert_close(got, want.float())
 
@@ -55,8 +55,8 @@ def test_a_ratio_of_nan_reaches_all_before_it_and_one_of_zero_cuts():
 
 def test_opcheck():
     p = problem("vtrace", [3, 0, 4, 6])
-    torch.library.opcheck(_vtrace, (*p.columns, p.cu, 0.9, 0.8, 1.0, 1.0, p.bootstrap, p.mask))
-    torch.library.opcheck(_vtrace, (*p.columns.half(), p.cu.long(), 1.0, 1.0, 2.0, 1.0, None, None))
+    torch.library.opcheck(_vtrace.op, (*p.columns, p.cu, 0.9, 0.8, 1.0, 1.0, p.bootstrap, p.mask))
+    torch.library.opcheck(_vtrace.op, (*p.columns.half(), p.cu.long(), 1.0, 1.0, 2.0, 1.0, None, None))
 
 
 def test_compiles_whole_and_for_any_length():

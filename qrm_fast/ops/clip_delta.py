@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import sequence_ids
 
 
@@ -30,10 +32,10 @@ def clip_delta(
     return _clip_delta(step_rewards, step_cu, float(eta), bool(clip), bool(delta))
 
 
-@torch.library.custom_op("qrm_fast::clip_delta", mutates_args=())
+@constant_op("clip_delta")
 def _clip_delta(step_rewards: Tensor, step_cu: Tensor, eta: float, clip: bool, delta: bool) -> Tensor:
     num_steps = step_rewards.shape[0]
-    r = step_rewards.to(torch.promote_types(step_rewards.dtype, torch.float32), copy=True)
+    r = step_rewards.to(acc_dtype(step_rewards.dtype), copy=True)
     if clip:
         r = (r - eta).clamp(max=0)
     if delta and num_steps:
@@ -45,4 +47,4 @@ def _clip_delta(step_rewards: Tensor, step_cu: Tensor, eta: float, clip: bool, d
 
 @_clip_delta.register_fake
 def _(step_rewards, step_cu, eta, clip, delta):
-    return torch.empty_like(step_rewards, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
+    return torch.empty_like(step_rewards, dtype=acc_dtype(step_rewards.dtype))

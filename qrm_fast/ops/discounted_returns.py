@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import rows_from_the_end
 
 
@@ -33,17 +35,17 @@ def discounted_returns(
     check("rewards", rewards, "T", FLOATS)
     check("cu_seqlens", cu_seqlens, "S+1", INTS)
     if bootstrap is not None:
-        check("bootstrap", bootstrap, "S", (torch.promote_types(rewards.dtype, torch.float32),))
+        check("bootstrap", bootstrap, "S", (acc_dtype(rewards.dtype),))
     if mask is not None:
         check("mask", mask, "T", BOOL)
     return _discounted_returns(rewards, cu_seqlens, float(gamma), bootstrap, mask)
 
 
-@torch.library.custom_op("qrm_fast::discounted_returns", mutates_args=())
+@constant_op("discounted_returns")
 def _discounted_returns(
     rewards: Tensor, cu_seqlens: Tensor, gamma: float, bootstrap: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    r = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    r = rewards.to(acc_dtype(rewards.dtype))
     returns = torch.zeros_like(r)
     for s, rows in rows_from_the_end(cu_seqlens, mask):
         later = r.new_zeros(()) if bootstrap is None else bootstrap[s]
@@ -54,4 +56,4 @@ def _discounted_returns(
 
 @_discounted_returns.register_fake
 def _(rewards, cu_seqlens, gamma, bootstrap, mask):
-    return torch.empty_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
+    return torch.empty_like(rewards, dtype=acc_dtype(rewards.dtype))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import rows_from_the_end
 
 
@@ -43,7 +45,7 @@ def gae(
     check("rewards", rewards, "T", FLOATS)
     check("values", values, "T", (rewards.dtype,))
     check("cu_seqlens", cu_seqlens, "S+1", INTS)
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     if isinstance(lam, Tensor):
         check("lam", lam, "S", (acc,))
     if bootstrap is not None:
@@ -54,7 +56,7 @@ def gae(
     return Advantages(*_gae(rewards, values, cu_seqlens, float(gamma), lam, lam_per_sequence, bootstrap, mask))
 
 
-@torch.library.custom_op("qrm_fast::gae", mutates_args=())
+@constant_op("gae")
 def _gae(
     rewards: Tensor,
     values: Tensor,
@@ -65,7 +67,7 @@ def _gae(
     bootstrap: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     r, v = rewards.to(acc), values.to(acc)
     advantages, returns = torch.zeros_like(r), torch.zeros_like(r)
     for s, rows in rows_from_the_end(cu_seqlens, mask):
@@ -81,5 +83,5 @@ def _gae(
 
 @_gae.register_fake
 def _(rewards, values, cu_seqlens, gamma, lam, lam_per_sequence, bootstrap, mask):
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     return torch.empty_like(rewards, dtype=acc), torch.empty_like(rewards, dtype=acc)

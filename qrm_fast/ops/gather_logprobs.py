@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INT64, Checker
+from ..dtypes import acc_dtype
 from .linear_logprobs import TokenLogprobs, check_logit_options, finished_logits, logit_gradient, token_statistics
 
 
@@ -63,7 +64,7 @@ def _gather_logprobs(
 
 @_gather_logprobs.register_fake
 def _(logits, targets, temperature, temperatures, softcap, ignore_index):
-    acc = torch.promote_types(logits.dtype, torch.float32)
+    acc = acc_dtype(logits.dtype)
     return tuple(torch.empty_like(targets, dtype=acc) for _ in range(4))
 
 
@@ -92,7 +93,7 @@ def _(grad_logprobs, grad_entropy, logits, *_):
 
 
 def _finished(logits, temperature, temperatures, softcap) -> tuple[Tensor, Tensor]:
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = logits.to(acc_dtype(logits.dtype))
     return finished_logits(z, temperature, temperatures, softcap)
 
 

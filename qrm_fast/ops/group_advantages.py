@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import group_sum
 
 KINDS = ("rloo", "grpo", "dr_grpo", "opo", "reinforce_pp_baseline", "pass_at_k", "remax")
@@ -60,7 +62,7 @@ def group_advantages(
     return _group_advantages(rewards, group_ids, lengths, baseline, kind, float(eps))
 
 
-@torch.library.custom_op("qrm_fast::group_advantages", mutates_args=())
+@constant_op("group_advantages")
 def _group_advantages(
     rewards: Tensor, group_ids: Tensor, lengths: Tensor | None, baseline: Tensor | None, kind: str, eps: float
 ) -> Tensor:
@@ -86,7 +88,7 @@ def _group_advantages(
         finite = finite & baseline.isfinite()
     else:
         advantages = deviation
-    return advantages.where(finite & n.isfinite(), torch.nan).to(torch.promote_types(rewards.dtype, torch.float32))
+    return advantages.where(finite & n.isfinite(), torch.nan).to(acc_dtype(rewards.dtype))
 
 
 def _lead_of_the_best(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -102,4 +104,4 @@ def _lead_of_the_best(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 @_group_advantages.register_fake
 def _(rewards, group_ids, lengths, baseline, kind, eps):
-    return torch.empty_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
+    return torch.empty_like(rewards, dtype=acc_dtype(rewards.dtype))

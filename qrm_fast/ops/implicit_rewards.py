@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 
 
 def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, *, beta: float = 0.05) -> Tensor:
@@ -24,12 +26,12 @@ def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, *, beta: float = 0.
     return _implicit_rewards(logprobs, ref_logprobs, float(beta))
 
 
-@torch.library.custom_op("qrm_fast::implicit_rewards", mutates_args=())
+@constant_op("implicit_rewards")
 def _implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
-    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    acc = acc_dtype(logprobs.dtype)
     return beta * (logprobs.to(acc) - ref_logprobs.to(acc))
 
 
 @_implicit_rewards.register_fake
 def _(logprobs, ref_logprobs, beta):
-    return torch.empty_like(logprobs, dtype=torch.promote_types(logprobs.dtype, torch.float32))
+    return torch.empty_like(logprobs, dtype=acc_dtype(logprobs.dtype))

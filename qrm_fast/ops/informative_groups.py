@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, Checker
+from ..constant_op import constant_op
 from ..segments import group_max
 
 
@@ -24,7 +25,7 @@ def informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return _informative_groups(rewards, group_ids)
 
 
-@torch.library.custom_op("qrm_fast::informative_groups", mutates_args=())
+@constant_op("informative_groups")
 def _informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
     finite = rewards.isfinite()
     highest = group_max(rewards.double().where(finite, -torch.inf), group_ids)

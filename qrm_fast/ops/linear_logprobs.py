@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..autocast import as_for_linear
 from ..checks import FLOATS, INT64, Checker
+from ..dtypes import acc_dtype
 
 
 class TokenLogprobs(NamedTuple):
@@ -79,7 +80,7 @@ def check_logit_options(
 ) -> tuple[float, Tensor | None]:
     """Raise for bad options of logits in `dtype`; the temperature as a number and, where it is a tensor, per row."""
     if isinstance(temperature, Tensor):
-        check("temperature", temperature, "T", (torch.promote_types(dtype, torch.float32),))
+        check("temperature", temperature, "T", (acc_dtype(dtype),))
     elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if softcap is not None and not softcap > 0:
@@ -105,7 +106,7 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden, weight, targets, bias, temperature, temperatures, softcap, ignore_index):
-    acc = torch.promote_types(hidden.dtype, torch.float32)
+    acc = acc_dtype(hidden.dtype)
     return tuple(torch.empty_like(targets, dtype=acc) for _ in range(4))
 
 
@@ -169,7 +170,7 @@ def _(
 
 def _logits(hidden, weight, bias, temperature, temperatures, softcap) -> tuple[Tensor, Tensor]:
     """Logits [T, V] after bias, softcap and temperature, and their slope d z / d (hidden @ weight.T)."""
-    acc = torch.promote_types(hidden.dtype, torch.float32)
+    acc = acc_dtype(hidden.dtype)
     z = hidden.to(acc) @ weight.to(acc).T
     if bias is not None:
         z = z + bias.to(acc)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..autocast import as_for_linear
 from ..checks import Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from .linear_logprobs import _logits, check_head
 
 
@@ -57,7 +59,7 @@ def linear_logprobs_partial(
     )
 
 
-@torch.library.custom_op("qrm_fast::linear_logprobs_partial", mutates_args=())
+@constant_op("linear_logprobs_partial")
 def _linear_logprobs_partial(
     hidden: Tensor,
     weight: Tensor,
@@ -88,5 +90,5 @@ def _linear_logprobs_partial(
 
 @_linear_logprobs_partial.register_fake
 def _(hidden, weight, targets, *_):
-    acc = torch.promote_types(hidden.dtype, torch.float32)
+    acc = acc_dtype(hidden.dtype)
     return tuple(torch.empty_like(targets, dtype=acc) for _ in range(4))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..autocast import as_for_linear
 from ..checks import Checker
+from ..dtypes import acc_dtype
 from .linear_logprobs import _backward as linear_logprobs_backward
 from .linear_logprobs import _forward as linear_logprobs_forward
 from .linear_logprobs import check_head
@@ -65,7 +66,7 @@ def linear_policy_loss(
     hidden, weight, bias = as_for_linear(hidden, weight, bias)
     check = Checker()
     number, per_row = check_head(check, hidden, weight, targets, bias, temperature, softcap)
-    acc = torch.promote_types(hidden.dtype, torch.float32)
+    acc = acc_dtype(hidden.dtype)
     constants = {
         "advantages": advantages,
         "old_logprobs": old_logprobs,
@@ -132,7 +133,7 @@ def _forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, metrics, logprobs, entropy, and the gradients of hidden, weight, bias: [0] where one is not needed."""
-    acc = torch.promote_types(hidden.dtype, torch.float32)
+    acc = acc_dtype(hidden.dtype)
     keep = targets != ignore_index
     if token_weights is not None:
         keep = keep & (token_weights != 0)
@@ -166,7 +167,7 @@ def _forward(
 @_forward.register_fake
 def _(hidden, weight, targets, *rest):
     need_hidden, need_weight, need_bias = rest[-3:]
-    x = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    x = hidden.new_empty(0, dtype=acc_dtype(hidden.dtype))
     return (
         x.new_empty(()),
         x.new_empty(len(PolicyMetrics._fields)),

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..autocast import as_for_linear
 from ..checks import FLOATS, INT64, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from .linear_logprobs import check_logit_options
 
 
@@ -68,7 +70,7 @@ def linear_q_values(
     return QValues(*_linear_q_values(*tensors, targets, number, per_row, float(beta), ignore_index))
 
 
-@torch.library.custom_op("qrm_fast::linear_q_values", mutates_args=())
+@constant_op("linear_q_values")
 def _linear_q_values(
     policy_hidden: Tensor,
     policy_weight: Tensor,
@@ -80,7 +82,7 @@ def _linear_q_values(
     beta: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    acc = torch.promote_types(policy_hidden.dtype, torch.float32)
+    acc = acc_dtype(policy_hidden.dtype)
     z = policy_hidden.to(acc) @ policy_weight.to(acc).T
     logp = (z / (temperature if temperatures is None else temperatures[:, None])).log_softmax(-1)
     q = q_hidden.to(acc) @ q_weight.to(acc).T
@@ -103,5 +105,5 @@ def _linear_q_values(
 
 @_linear_q_values.register_fake
 def _(policy_hidden, policy_weight, q_hidden, q_weight, targets, *_):
-    acc = torch.promote_types(policy_hidden.dtype, torch.float32)
+    acc = acc_dtype(policy_hidden.dtype)
     return tuple(torch.empty_like(targets, dtype=acc) for _ in range(5))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import BOOL, INTS, Checker
+from ..constant_op import constant_op
 from ..segments import sequence_ids, sequence_sum
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -59,7 +60,7 @@ def loss_weights(
     return _loss_weights(cu_seqlens, mask, num_tokens, mode, float(total or 0), float(norm or 1))
 
 
-@torch.library.custom_op("qrm_fast::loss_weights", mutates_args=())
+@constant_op("loss_weights")
 def _loss_weights(
     cu_seqlens: Tensor, mask: Tensor | None, num_tokens: int, mode: str, total: float, norm: float
 ) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Checker
+from ..constant_op import constant_op
 from .linear_logprobs import TokenLogprobs
 from .linear_logprobs_partial import LogprobsPartial
 
@@ -34,7 +35,7 @@ def merge_logprobs(partials: LogprobsPartial) -> TokenLogprobs:
     return TokenLogprobs(*_merge_logprobs(*partials))
 
 
-@torch.library.custom_op("qrm_fast::merge_logprobs", mutates_args=())
+@constant_op("merge_logprobs")
 def _merge_logprobs(
     max: Tensor, sumexp: Tensor, sum_z_exp: Tensor, target_logit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

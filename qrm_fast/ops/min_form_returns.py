@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from .step_rows import step_rows
 
 OPERATORS = ("soft", "hard", "revmin", "causal_soft", "sum", "mean")
@@ -79,13 +81,13 @@ def form_of(operator: str, temperature: float) -> tuple[str, float]:
     return limits.get(operator, (operator, float(temperature)))
 
 
-@torch.library.custom_op("qrm_fast::min_form_returns", mutates_args=())
+@constant_op("min_form_returns")
 def _min_form_returns(
     step_rewards: Tensor, step_ends: Tensor, cu_seqlens: Tensor, num_tokens: int, form: str, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per step [K] float64, per sequence the outcome and the worst step."""
     returns = step_rewards.to(torch.float64, copy=True)
-    outcome = returns.new_zeros(cu_seqlens.shape[0] - 1, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
+    outcome = returns.new_zeros(cu_seqlens.shape[0] - 1, dtype=acc_dtype(step_rewards.dtype))
     worst_step = step_ends.new_full(outcome.shape, -1, dtype=torch.int64)
     bounds = torch.searchsorted(step_ends.to(torch.int64), cu_seqlens.to(torch.int64)).tolist()
     for i, (first, last) in enumerate(pairwise(bounds)):
@@ -119,6 +121,6 @@ def _(step_rewards, step_ends, cu_seqlens, num_tokens, form, temperature):
     num_sequences = cu_seqlens.shape[0] - 1
     return (
         torch.empty_like(step_rewards, dtype=torch.float64),
-        step_rewards.new_empty(num_sequences, dtype=torch.promote_types(step_rewards.dtype, torch.float32)),
+        step_rewards.new_empty(num_sequences, dtype=acc_dtype(step_rewards.dtype)),
         step_rewards.new_empty(num_sequences, dtype=torch.int64),
     )

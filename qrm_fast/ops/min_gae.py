@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import rows_from_the_end
 from .gae import Advantages
 
@@ -42,13 +44,13 @@ def min_gae(
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam}")
     if bootstrap is not None:
-        check("bootstrap", bootstrap, "S", (torch.promote_types(rewards.dtype, torch.float32),))
+        check("bootstrap", bootstrap, "S", (acc_dtype(rewards.dtype),))
     if mask is not None:
         check("mask", mask, "T", BOOL)
     return Advantages(*_min_gae(rewards, values, cu_seqlens, float(lam), bootstrap, mask))
 
 
-@torch.library.custom_op("qrm_fast::min_gae", mutates_args=())
+@constant_op("min_gae")
 def _min_gae(
     rewards: Tensor,
     values: Tensor,
@@ -57,7 +59,7 @@ def _min_gae(
     bootstrap: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     r, v = rewards.to(acc), values.to(acc)
     advantages, returns = torch.zeros_like(r), torch.zeros_like(r)
     for s, rows in rows_from_the_end(cu_seqlens, mask):
@@ -71,5 +73,5 @@ def _min_gae(
 
 @_min_gae.register_fake
 def _(rewards, values, cu_seqlens, lam, bootstrap, mask):
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     return torch.empty_like(rewards, dtype=acc), torch.empty_like(rewards, dtype=acc)

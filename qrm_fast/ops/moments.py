@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..constant_op import constant_op
 from ..segments import group_sum, sequence_ids, sequence_sum
 
 
@@ -37,7 +38,7 @@ def join_ranks(local: Tensor, process_group: dist.ProcessGroup) -> Tensor:
     return torch.stack([total, joint[0], (m2 + count * (mean - joint).square()).sum(0)], dim=1)
 
 
-@torch.library.custom_op("qrm_fast::moments", mutates_args=())
+@constant_op("moments")
 def _moments(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         cu_seqlens = torch.arange(2, device=x.device) * x.shape[0]

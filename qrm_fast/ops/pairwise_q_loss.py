@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..dtypes import acc_dtype
 from ..segments import sequence_ids, sequence_sum
 
 
@@ -48,7 +49,7 @@ def pairwise_q_loss(
 def _pairwise_q_loss(
     q: Tensor, cu_seqlens: Tensor, mask: Tensor | None, beta: float, gamma: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    q = q.to(acc_dtype(q.dtype))
     mask = torch.ones_like(q, dtype=torch.bool) if mask is None else mask
     counts = sequence_sum(mask.to(q.dtype), cu_seqlens)  # [2P]
     means = sequence_sum(q.where(mask, 0.0), cu_seqlens) / counts  # [2P]
@@ -62,7 +63,7 @@ def _pairwise_q_loss(
 
 @_pairwise_q_loss.register_fake
 def _(q, cu_seqlens, mask, beta, gamma):
-    acc = torch.promote_types(q.dtype, torch.float32)
+    acc = acc_dtype(q.dtype)
     num_sequences = cu_seqlens.shape[0] - 1
     scalar = q.new_empty((), dtype=acc)
     margin = q.new_empty(num_sequences // 2, dtype=acc)

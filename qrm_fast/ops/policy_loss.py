@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, Checker
+from ..dtypes import acc_dtype
 from ..segments import sequence_ids, sequence_sum
 
 KINDS = ("ppo", "reinforce", "cispo", "gspo")
@@ -78,7 +79,7 @@ def policy_loss(
     """
     check = Checker()
     check("logprobs", logprobs, "T", FLOATS)
-    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    acc = acc_dtype(logprobs.dtype)
     check("advantages", advantages, "T", (acc,))
     optional = {
         "entropy": (entropy, logprobs.dtype),
@@ -166,7 +167,7 @@ def _policy_loss(
     kl_estimator: str,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    acc = acc_dtype(logprobs.dtype)
     logp, adv = logprobs.to(acc), advantages
     weight = torch.full_like(logp, 1 / max(len(logp), 1)) if token_weights is None else token_weights
     keep = weight != 0
@@ -217,7 +218,7 @@ def _policy_loss(
 
 @_policy_loss.register_fake
 def _(logprobs, advantages, entropy, *_):
-    acc = torch.promote_types(logprobs.dtype, torch.float32)
+    acc = acc_dtype(logprobs.dtype)
     dlogprobs = torch.empty_like(logprobs, dtype=acc)
     dentropy = logprobs.new_empty(0, dtype=acc) if entropy is None else torch.empty_like(dlogprobs)
     return dlogprobs.new_empty(()), dlogprobs.new_empty(len(PolicyMetrics._fields)), dlogprobs, dentropy

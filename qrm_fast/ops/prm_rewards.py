@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 
 
 def prm_rewards(logits: Tensor) -> Tensor:
@@ -20,12 +22,12 @@ def prm_rewards(logits: Tensor) -> Tensor:
     return _prm_rewards(logits)
 
 
-@torch.library.custom_op("qrm_fast::prm_rewards", mutates_args=())
+@constant_op("prm_rewards")
 def _prm_rewards(logits: Tensor) -> Tensor:
-    wrong, right = logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind(1)
+    wrong, right = logits.to(acc_dtype(logits.dtype)).unbind(1)
     return torch.tanh((right - wrong) / 2)
 
 
 @_prm_rewards.register_fake
 def _(logits):
-    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.new_empty(logits.shape[0], dtype=acc_dtype(logits.dtype))

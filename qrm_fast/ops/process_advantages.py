@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import BOOL, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import group_sum, sequence_ids, sequence_sum
 from .discounted_returns import discounted_returns
 from .min_form_returns import _min_form_returns, check_steps, form_of
@@ -79,7 +81,7 @@ def process_advantages(
     check = Checker()
     check_steps(check, step_rewards, step_ends, cu_seqlens)
     check("group_ids", group_ids, "S", INTS)
-    acc = torch.promote_types(step_rewards.dtype, torch.float32)
+    acc = acc_dtype(step_rewards.dtype)
     if outcome_rewards is not None:
         check("outcome_rewards", outcome_rewards, "S", (acc,))
     if has_answer is not None:
@@ -118,7 +120,7 @@ def process_advantages(
     return step_rows(levels, base, step_ends, cu_seqlens, penalty, stats, whitening, num_tokens, masked, wide)
 
 
-@torch.library.custom_op("qrm_fast::process_rows", mutates_args=())
+@constant_op("process_rows")
 def _process_rows(
     step_rewards: Tensor,
     step_ends: Tensor,
@@ -148,10 +150,10 @@ def _process_rows(
 
 @_process_rows.register_fake
 def _(step_rewards, step_ends, cu_seqlens, group_ids, outcome_rewards, has_answer, penalty, num_tokens, *options):
-    return step_rewards.new_empty(num_tokens, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
+    return step_rewards.new_empty(num_tokens, dtype=acc_dtype(step_rewards.dtype))
 
 
-@torch.library.custom_op("qrm_fast::process_advantages", mutates_args=())
+@constant_op("process_advantages")
 def _process_advantages(
     returns: Tensor,
     step_ends: Tensor,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks import Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import sequence_ids, sequence_sum
 from .min_form_returns import check_steps, form_of
 
@@ -52,7 +54,7 @@ def process_diagnostics(
     check_steps(check, step_rewards, step_ends, cu_seqlens)
     _, temperature = form_of("soft", temperature)
     if advantages is not None:
-        check("advantages", advantages, "T", (torch.promote_types(step_rewards.dtype, torch.float32),))
+        check("advantages", advantages, "T", (acc_dtype(step_rewards.dtype),))
     per_sequence, shares = _process_diagnostics(
         step_rewards, step_ends, cu_seqlens, temperature, int(min_tokens), advantages
     )
@@ -62,7 +64,7 @@ def process_diagnostics(
     return ProcessDiagnostics(outcome, worst_position, effective_steps, one_step, short, one_step_mass, short_mass)
 
 
-@torch.library.custom_op("qrm_fast::process_diagnostics", mutates_args=())
+@constant_op("process_diagnostics")
 def _process_diagnostics(
     step_rewards: Tensor,
     step_ends: Tensor,
@@ -99,11 +101,11 @@ def _process_diagnostics(
         mass = sequence_sum(advantages.double().abs().where(advantages.isfinite(), 0.0), cu)
         masses = (few * mass).sum(1) / mass.sum()
         masses = masses.where(mass.sum() > 0, 0.0)
-    acc = torch.promote_types(step_rewards.dtype, torch.float32)
+    acc = acc_dtype(step_rewards.dtype)
     return per_sequence.to(acc), torch.cat([shares, masses]).to(acc)
 
 
 @_process_diagnostics.register_fake
 def _(step_rewards, step_ends, cu_seqlens, temperature, min_tokens, advantages):
-    acc = torch.promote_types(step_rewards.dtype, torch.float32)
+    acc = acc_dtype(step_rewards.dtype)
     return step_rewards.new_empty(3, cu_seqlens.shape[0] - 1, dtype=acc), step_rewards.new_empty(4, dtype=acc)

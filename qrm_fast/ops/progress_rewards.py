@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import sequence_ids
 
 
@@ -29,10 +31,10 @@ def progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tensor
     return _progress_rewards(values_after, start_values, step_cu, float(alpha))
 
 
-@torch.library.custom_op("qrm_fast::progress_rewards", mutates_args=())
+@constant_op("progress_rewards")
 def _progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tensor, alpha: float) -> Tensor:
     num_steps, num_sequences = values_after.shape[0], start_values.shape[0]
-    after = values_after.to(torch.promote_types(values_after.dtype, torch.float32))
+    after = values_after.to(acc_dtype(values_after.dtype))
     if num_steps == 0 or num_sequences == 0:
         return torch.zeros_like(after)
     i_seq = sequence_ids(step_cu, num_steps).clamp(max=num_sequences - 1)
@@ -42,4 +44,4 @@ def _progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tenso
 
 @_progress_rewards.register_fake
 def _(values_after, start_values, step_cu, alpha):
-    return torch.empty_like(values_after, dtype=torch.promote_types(values_after.dtype, torch.float32))
+    return torch.empty_like(values_after, dtype=acc_dtype(values_after.dtype))

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from .gae import Advantages
 from .moments import moments
 from .q_token_rewards import _q_token_rewards, check_rewards
@@ -85,7 +87,7 @@ def q_advantages(
     )
 
 
-@torch.library.custom_op("qrm_fast::q_advantages", mutates_args=())
+@constant_op("q_advantages")
 def _q_advantages(
     q: Tensor,
     values: Tensor | None,
@@ -120,5 +122,5 @@ def _q_advantages(
 
 @_q_advantages.register_fake
 def _(q, values, cu_seqlens, *options):
-    acc = torch.promote_types(q.dtype, torch.float32)
+    acc = acc_dtype(q.dtype)
     return torch.empty_like(q, dtype=acc), torch.empty_like(q, dtype=acc)

@@ -1,10 +1,11 @@
 """Hidden states to advantages: the scalar Q-head and the normalisation of each sequence in one call."""
 
-import torch
 from torch import Tensor
 
 from ..autocast import as_for_linear
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from .moments import moments
 from .q_token_rewards import EOS_RESCORES, _q_token_rewards
 from .token_q import _token_q
@@ -56,7 +57,7 @@ def q_head_advantages(
     return _q_head_advantages(hidden, head, cu_seqlens, mask, bool(center), rescore_last, float(min_std), float(eps))
 
 
-@torch.library.custom_op("qrm_fast::q_head_advantages", mutates_args=())
+@constant_op("q_head_advantages")
 def _q_head_advantages(
     hidden: Tensor,
     head: Tensor,
@@ -74,4 +75,4 @@ def _q_head_advantages(
 
 @_q_head_advantages.register_fake
 def _(hidden, head, cu_seqlens, mask, center, rescore_last, min_std, eps):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))

@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import sequence_ids, sequence_sum
 from .moments import moments
 
@@ -122,7 +124,7 @@ def check_rewards(
         raise ValueError(f"process_group joins the statistics of scope 'batch' only, got {scope!r}")
     if not min_std >= 0 or not eps >= 0:
         raise ValueError(f"min_std and eps must be >= 0, got {min_std} and {eps}")
-    acc = torch.promote_types(q.dtype, torch.float32)
+    acc = acc_dtype(q.dtype)
     for name, x in ("logprobs", logprobs), ("ref_logprobs", ref_logprobs):
         if x is not None:
             check(name, x, "T", (acc,))
@@ -130,7 +132,7 @@ def check_rewards(
             raise ValueError(f"{name} must be given for kl_coef = {kl_coef}, got None")
 
 
-@torch.library.custom_op("qrm_fast::q_token_rewards", mutates_args=())
+@constant_op("q_token_rewards")
 def _q_token_rewards(
     q: Tensor,
     cu_seqlens: Tensor,
@@ -161,9 +163,9 @@ def _q_token_rewards(
         d = logprobs.double() - ref_logprobs.double()
         kl = {"abs": d.abs(), "k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[kl_estimator]
         y = y - kl_coef * kl
-    return y.where(counted, 0.0).to(torch.promote_types(q.dtype, torch.float32))
+    return y.where(counted, 0.0).to(acc_dtype(q.dtype))
 
 
 @_q_token_rewards.register_fake
 def _(q, cu_seqlens, stats, mask, center, rescore_last, logprobs, ref_logprobs, kl_coef, kl_estimator, min_std, eps):
-    return torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, dtype=acc_dtype(q.dtype))

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..constant_op import constant_op
 from ..segments import sequence_ids
 
 
-@torch.library.custom_op("qrm_fast::step_rows", mutates_args=())
+@constant_op("step_rows")
 def step_rows(
     values: Tensor,
     base: Tensor | None,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..autocast import as_for_linear
 from ..checks import FLOATS, INT64, Checker
+from ..dtypes import acc_dtype
 
 IGNORE_INDEX = -100
 
@@ -77,7 +78,7 @@ def _token_q(
 
 @_token_q.register_fake
 def _(hidden, head, targets, bias, norm_weight, norm_eps):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
 
 
 @torch.library.custom_op("qrm_fast::token_q_backward", mutates_args=())
@@ -128,7 +129,7 @@ def _(grad_q, hidden, head, targets, norm_weight, norm_eps, need_hidden, need_he
 
 def _normed(hidden: Tensor, norm_weight: Tensor | None, norm_eps: float) -> tuple[Tensor, Tensor]:
     """The states [T, D] that the head sees, and the norm's factor 1 / rms [T, 1]."""
-    h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    h = hidden.to(acc_dtype(hidden.dtype))
     rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps)
     return (h, torch.ones_like(rstd)) if norm_weight is None else (h * rstd * norm_weight.to(h.dtype), rstd)
 

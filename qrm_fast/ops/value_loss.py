@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, Checker
+from ..dtypes import acc_dtype
 from .policy_loss import scaled_derivative
 
 
@@ -36,7 +37,7 @@ def value_loss(
     """
     check = Checker()
     check("values", values, "T", FLOATS)
-    acc = torch.promote_types(values.dtype, torch.float32)
+    acc = acc_dtype(values.dtype)
     constants = {"returns": (returns, acc)}
     if old_values is not None:
         constants["old_values"] = old_values, values.dtype

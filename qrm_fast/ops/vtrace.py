@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, INTS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from ..segments import rows_from_the_end
 
 
@@ -52,14 +54,14 @@ def vtrace(
     check("ratios", ratios, "T", (rewards.dtype,))
     check("cu_seqlens", cu_seqlens, "S+1", INTS)
     if bootstrap is not None:
-        check("bootstrap", bootstrap, "S", (torch.promote_types(rewards.dtype, torch.float32),))
+        check("bootstrap", bootstrap, "S", (acc_dtype(rewards.dtype),))
     if mask is not None:
         check("mask", mask, "T", BOOL)
     bars = float(rho_bar), float(c_bar)
     return VTrace(*_vtrace(rewards, values, ratios, cu_seqlens, float(gamma), float(lam), *bars, bootstrap, mask))
 
 
-@torch.library.custom_op("qrm_fast::vtrace", mutates_args=())
+@constant_op("vtrace")
 def _vtrace(
     rewards: Tensor,
     values: Tensor,
@@ -72,7 +74,7 @@ def _vtrace(
     bootstrap: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     r, v, ratio = rewards.to(acc), values.to(acc), ratios.to(acc)
     rho, c = ratio.clamp(max=rho_bar), lam * ratio.clamp(max=c_bar)
     targets, advantages = torch.zeros_like(r), torch.zeros_like(r)
@@ -89,5 +91,5 @@ def _vtrace(
 
 @_vtrace.register_fake
 def _(rewards, values, ratios, cu_seqlens, gamma, lam, rho_bar, c_bar, bootstrap, mask):
-    acc = torch.promote_types(rewards.dtype, torch.float32)
+    acc = acc_dtype(rewards.dtype)
     return torch.empty_like(rewards, dtype=acc), torch.empty_like(rewards, dtype=acc)

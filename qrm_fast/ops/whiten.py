@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import BOOL, FLOATS, Checker
+from ..constant_op import constant_op
+from ..dtypes import acc_dtype
 from .moments import moments
 
 
@@ -40,16 +42,16 @@ def whiten(
     return _whiten(x, stats, mask, bool(center), bool(unbiased), float(eps))
 
 
-@torch.library.custom_op("qrm_fast::whiten", mutates_args=())
+@constant_op("whiten")
 def _whiten(x: Tensor, stats: Tensor, mask: Tensor | None, center: bool, unbiased: bool, eps: float) -> Tensor:
     count, mean, m2 = stats[0].unbind()
     variance = m2 / (count - int(unbiased)).clamp(min=1)
     y = x.double() - mean if center else x.double()
     y = (y / (variance + eps).sqrt()).where(variance != 0, 0.0)
     y = y if mask is None else y.where(mask, 0.0)
-    return y.to(torch.promote_types(x.dtype, torch.float32))
+    return y.to(acc_dtype(x.dtype))
 
 
 @_whiten.register_fake
 def _(x, stats, mask, center, unbiased, eps):
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x, dtype=acc_dtype(x.dtype))
