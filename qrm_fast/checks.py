@@ -7,13 +7,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
 BOOL = (torch.bool,)
 INT64 = (torch.int64,)
+BOUNDARIES = {"S+1": (1, "S"), "2P+1": (2, "P")}  # of packed sequences and of pairs of them: one more than there are
 
 
 class Checker:
     """Checks the tensors of one call against named dimensions.
 
     The first tensor that mentions a dimension fixes it; the first tensor fixes the device. A dimension is a name
-    ("T"), a name with a factor and an offset ("S+1", "2P+1") or a number ("1").
+    ("T"), one of BOUNDARIES or a number ("1").
     """
 
     def __init__(self) -> None:
@@ -57,14 +58,10 @@ class Checker:
 
     def _size(self, dim: str, size: int, name: str, x: Tensor) -> int:
         """The size that `dim` stands for, binding its name to `size` where this is its first mention."""
-        if dim.isalpha():
-            self.dims[dim] = size
-            return size
         if dim.isdigit():
             return int(dim)
-        term, _, offset = dim.partition("+")
-        symbol = term.lstrip("0123456789")
-        factor, plus = int(term.removesuffix(symbol) or 1), int(offset or 0)
+        factor, symbol = BOUNDARIES.get(dim, (1, dim))
+        plus = int(dim in BOUNDARIES)
         if symbol not in self.dims:
             if size < plus or (size - plus) % factor:
                 raise ValueError(f"{name} must have {dim} entries for some {symbol} >= 0, got {_got(x)}")

@@ -315,9 +315,10 @@ def test_rows_that_are_not_finite_are_no_zeros():
 
 
 @pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("share", [0.15, 1.0])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_not_finite_stays_in_its_sequence(preset):
-    arguments, kl = inputs([5, 9, 4, 6, 3, 8, 2, 7])
+def test_what_is_not_finite_stays_in_its_sequence(preset, share):
+    arguments, kl = inputs([5, 9, 4, 6, 3, 8, 2, 7], share=share)
     arguments["group_ids"].zero_()
     options = {"preset": preset, "kl": kl}
     bad_step, bad_outcome = 1, 4

@@ -2,6 +2,7 @@
 // that alone takes longer than the op. Large results ask for huge pages, and threads that would meet in one, and each
 // zero it, first take turns to touch them all.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
@@ -33,9 +34,17 @@ inline torch::stable::Tensor in_huge_pages(torch::stable::Tensor fresh) {
   return fresh;
 }
 
-// Uninitialised [num_rows] of the dtype in which `like` is accumulated.
+// Uninitialised [num_rows] of the dtype in which `like` is accumulated. Not by new_empty: the dispatcher looks it up by
+// name.
 inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64_t num_rows) {
-  return in_huge_pages(torch::stable::new_empty(like, {num_rows}, acc_dtype(like.scalar_type())));
+  const bool wide = acc_dtype(like.scalar_type()) == ScalarType::Double;
+  const int32_t dtype = wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int64_t stride = 1;
+  AtenTensorHandle rows;
+  const AOTITorchError error =
+      aoti_torch_empty_strided(1, &num_rows, &stride, dtype, aoti_torch_device_type_cpu(), 0, &rows);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for ", num_rows, " rows");
+  return in_huge_pages(torch::stable::Tensor(rows));
 }
 
 }  // namespace qrm_fast

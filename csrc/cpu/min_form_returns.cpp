@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <vector>
 
 #include "cu_seqlens.h"
 #include "dtypes.h"
@@ -27,48 +28,45 @@ inline double weight(double excess, double temperature) { return excess == 0 ? 1
 
 using Simd8 = Simd<double, 64>;
 
-// Copies the rewards in double; returns the first of the lowest, or -1 where a reward is not finite. n > 0.
+constexpr Simd8::Vec kLane = {0, 1, 2, 3, 4, 5, 6, 7};
+
+// Copies the rewards in double, whole vectors of them; returns the lowest, or NaN where one is not finite. n > 0.
 template <typename T>
-QRM_FAST_TARGET_CLONES int64_t take_rewards(const T* rewards, int64_t n, double* returns) {
+QRM_FAST_TARGET_CLONES double take_rewards(const T* rewards, int64_t n, double* returns) {
   for (int64_t k = 0; k < n; ++k) returns[k] = static_cast<acc_t<T>>(rewards[k]);
-  Simd8::Vec low = Simd8::broadcast(returns[0]), zeros = {};
-  for (int64_t k = 0; k < n; k += Simd8::kLanes) {
-    const Simd8::Vec r =
-        k + Simd8::kLanes <= n ? Simd8::load(returns + k) : Simd8::load_first(returns + k, n - k, returns[0]);
+  for (int64_t k = n; k < whole_vectors(n); ++k) returns[k] = returns[0];
+  Simd8::Vec low = Simd8::load(returns), zeros = low - low;
+  for (int64_t k = Simd8::kLanes; k < n; k += Simd8::kLanes) {
+    const Simd8::Vec r = Simd8::load(returns + k);
     low = r < low ? r : low;
     zeros += r - r;
   }
-  if (Simd8::sum(zeros) != 0) return -1;
-  const double minimum = Simd8::reduce(low, [](double a, double b) { return std::min(a, b); });
-  return std::find(returns, returns + n, minimum) - returns;
-}
-
-QRM_FAST_INLINE Simd8::Vec weights_of(Simd8::Vec rewards, double minimum, double temperature) {
-  const Simd8::Vec excess = rewards - minimum;
-  return excess == 0.0 ? Simd8::broadcast(1.0) : Simd8::exp(-excess / temperature);
+  if (Simd8::sum(zeros) != 0) return std::numeric_limits<double>::quiet_NaN();
+  return Simd8::reduce(low, [](double a, double b) { return std::min(a, b); });
 }
 
 // G_t = sum over j >= t of w_j r_j, w = softmax(-r / temperature) over all steps; `returns` holds r at first.
 QRM_FAST_TARGET_CLONES void soft_returns(int64_t n, double minimum, double temperature, double* returns) {
+  const double steepness = 1 / temperature;
   Simd8::Vec totals = {};
-  int64_t k = 0;
-  for (; k + Simd8::kLanes <= n; k += Simd8::kLanes) {
-    const Simd8::Vec r = Simd8::load(returns + k), w = weights_of(r, minimum, temperature);
+  for (int64_t k = 0; k < n; k += Simd8::kLanes) {
+    const Simd8::Vec r = Simd8::load(returns + k), excess = r - minimum;
+    Simd8::Vec w = excess == 0.0 ? Simd8::broadcast(1.0) : Simd8::exp(excess * -steepness);
+    if (k + Simd8::kLanes > n) w = kLane < static_cast<double>(n - k) ? w : Simd8::Vec{};
     Simd8::store(returns + k, w * r);
     totals += w;
   }
-  if (k < n) {
-    const Simd8::Vec r = Simd8::load_first(returns + k, n - k, minimum);
-    Simd8::Vec w = weights_of(r, minimum, temperature);
-    Simd8::store_first(returns + k, n - k, w * r);
-    for (int64_t l = n - k; l < Simd8::kLanes; ++l) w[l] = 0;
-    totals += w;
-  }
   const double total = Simd8::sum(totals);
-  double sum = 0;
-  for (k = n - 1; k >= 0; --k) {
-    sum += returns[k];
-    returns[k] = sum / total;
+  const Simd8::Vec zero = {};
+  double later = 0;
+  for (int64_t k = whole_vectors(n) - Simd8::kLanes; k >= 0; k -= Simd8::kLanes) {
+    Simd8::Vec sums = Simd8::load(returns + k);
+    sums += __builtin_shufflevector(sums, zero, 1, 2, 3, 4, 5, 6, 7, 8);
+    sums += __builtin_shufflevector(sums, zero, 2, 3, 4, 5, 6, 7, 8, 9);
+    sums += __builtin_shufflevector(sums, zero, 4, 5, 6, 7, 8, 9, 10, 11);
+    sums += later;
+    later = sums[0];
+    Simd8::store(returns + k, sums / total);
   }
 }
 
@@ -117,14 +115,17 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
     const T* r = static_cast<const T*>(step_rewards.const_data_ptr());
     acc_t<T>* o = static_cast<acc_t<T>*>(outcome.mutable_data_ptr());
     torch::stable::parallel_for(0, cu.num_sequences(), 16, [&](int64_t begin, int64_t end) {
+      std::vector<double> of_sequence(whole_vectors(steps.longest()));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = steps.first(i), n = steps.count(i);
         w[i] = -1;
         o[i] = 0;
         if (n == 0) continue;
-        const int64_t lowest = sequence_returns(r + first, n, known, temperature, g + first);
-        if (lowest >= 0) w[i] = first + lowest;
-        o[i] = g[first];
+        const double lowest = sequence_returns(r + first, n, known, temperature, of_sequence.data());
+        const auto is_lowest = [&](T x) { return static_cast<double>(static_cast<acc_t<T>>(x)) == lowest; };
+        if (lowest == lowest) w[i] = std::find_if(r + first, r + first + n, is_lowest) - r;
+        o[i] = of_sequence[0];
+        std::copy_n(of_sequence.begin(), n, g + first);
       }
     });
   });
@@ -141,24 +142,24 @@ Form form_of(const std::string& name) {
 }
 
 template <typename T>
-int64_t sequence_returns(const T* rewards, int64_t n, Form form, double temperature, double* returns) {
-  const int64_t lowest = take_rewards(rewards, n, returns);
-  if (lowest < 0) {
-    std::fill_n(returns, n, std::numeric_limits<double>::quiet_NaN());
+double sequence_returns(const T* rewards, int64_t n, Form form, double temperature, double* returns) {
+  const double minimum = take_rewards(rewards, n, returns);
+  if (minimum != minimum) {
+    std::fill_n(returns, n, minimum);
   } else if (form == Form::kSoft) {
-    soft_returns(n, returns[lowest], temperature, returns);
+    soft_returns(n, minimum, temperature, returns);
   } else if (form == Form::kCausalSoft) {
     causal_soft_returns(rewards, n, temperature, returns);
   } else {
     sum_returns(rewards, n, returns);
   }
-  return lowest;
+  return minimum;
 }
 
-template int64_t sequence_returns(const double*, int64_t, Form, double, double*);
-template int64_t sequence_returns(const float*, int64_t, Form, double, double*);
-template int64_t sequence_returns(const torch::headeronly::BFloat16*, int64_t, Form, double, double*);
-template int64_t sequence_returns(const torch::headeronly::Half*, int64_t, Form, double, double*);
+template double sequence_returns(const double*, int64_t, Form, double, double*);
+template double sequence_returns(const float*, int64_t, Form, double, double*);
+template double sequence_returns(const torch::headeronly::BFloat16*, int64_t, Form, double, double*);
+template double sequence_returns(const torch::headeronly::Half*, int64_t, Form, double, double*);
 
 }  // namespace qrm_fast
 

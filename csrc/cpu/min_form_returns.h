@@ -9,9 +9,12 @@ enum class Form { kSoft, kCausalSoft, kSum };
 
 Form form_of(const std::string& name);
 
-// Of n > 0 steps. Returns the first step of the lowest reward, or -1 where a reward is not finite: every return is then
-// NaN.
+// n steps and as many more as fill a vector of 8.
+inline int64_t whole_vectors(int64_t n) { return (n + 7) / 8 * 8; }
+
+// Of n > 0 steps; `returns` has room for whole_vectors(n), of which those behind n are finite numbers. Returns the
+// lowest reward, or NaN where a reward is not finite: every return is then NaN.
 template <typename T>
-int64_t sequence_returns(const T* rewards, int64_t n, Form form, double temperature, double* returns);
+double sequence_returns(const T* rewards, int64_t n, Form form, double temperature, double* returns);
 
 }  // namespace qrm_fast

@@ -8,10 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cu_seqlens.h"
@@ -65,30 +68,45 @@ std::vector<double> leave_one_out(const Groups& groups, const std::vector<Share>
 }
 
 using Simd8 = Simd<double, 64>;
+constexpr Simd8::Vec kLane = {0, 1, 2, 3, 4, 5, 6, 7};
 
-// Of the steps of one sequence from k on, which lies behind its first: the rows of up to 8 of them, none in other
-// lanes.
+// The step ends of one sequence that begins at row bos, of which `known` and more lie in memory.
 template <typename I>
-QRM_FAST_INLINE Simd8::Vec lengths_from(const I* ends, int64_t k, int64_t num_steps) {
-  Simd8::Vec lengths = {};
-  if (k + Simd8::kLanes <= num_steps) {
-    for (int64_t j = 0; j < Simd8::kLanes; ++j) lengths[j] = ends[k + j] - ends[k + j - 1];
-  } else {
-    for (int64_t j = 0; k + j < num_steps; ++j) lengths[j] = ends[k + j] - ends[k + j - 1];
+struct Ends {
+  const I* ends;
+  int64_t num_steps;
+  int64_t known;
+  int64_t bos;
+
+  // Rows of the steps from k > 0 on, none in lanes behind the last.
+  QRM_FAST_INLINE Simd8::Vec lengths_from(int64_t k) const {
+    typedef I Ints __attribute__((vector_size(Simd8::kLanes * sizeof(I))));
+    Ints end = {}, before = {};
+    if (k + Simd8::kLanes <= known) {
+      std::memcpy(&end, ends + k, sizeof end);
+      std::memcpy(&before, ends + k - 1, sizeof before);
+    } else {
+      for (int64_t j = 0; k + j < num_steps; ++j) {
+        end[j] = ends[k + j];
+        before[j] = ends[k + j - 1];
+      }
+    }
+    return none_behind(k, __builtin_convertvector(end - before, Simd8::Vec));
   }
-  return lengths;
-}
+  // What belongs to the steps from k on, 0 in lanes behind the last.
+  QRM_FAST_INLINE Simd8::Vec none_behind(int64_t k, Simd8::Vec x) const {
+    return kLane < static_cast<double>(num_steps - k) ? x : Simd8::Vec{};
+  }
+};
 
-QRM_FAST_INLINE Simd8::Vec values_from(const double* values, int64_t k, int64_t num_steps) {
-  return k + Simd8::kLanes <= num_steps ? Simd8::load(values + k) : Simd8::load_first(values + k, num_steps - k, 0);
-}
-
-// The returns of all rows of a sequence that begins at row bos, n > 0 steps.
+// The returns of all rows of a sequence of steps, `returns` in whole vectors.
 template <typename I>
-QRM_FAST_TARGET_CLONES double sum_of_returns(const double* returns, const I* ends, int64_t n, int64_t bos) {
+QRM_FAST_TARGET_CLONES double sum_of_returns(const double* returns, const Ends<I>& x) {
   Simd8::Vec sums = {};
-  for (int64_t k = 1; k < n; k += Simd8::kLanes) sums += values_from(returns, k, n) * lengths_from(ends, k, n);
-  return returns[0] * (ends[0] + 1 - bos) + Simd8::sum(sums);
+  for (int64_t k = 1; k < x.num_steps; k += Simd8::kLanes) {
+    sums += x.none_behind(k, Simd8::load(returns + k)) * x.lengths_from(k);
+  }
+  return returns[0] * (x.ends[0] + 1 - x.bos) + Simd8::sum(sums);
 }
 
 // Counted values, each `n` times, about the first of them: the mean is no further from it than the spread allows.
@@ -117,15 +135,14 @@ struct Deviations {
 
 // Adds the levels of the steps behind a sequence's first; `unmasked`: -1 where the row that ends a step is masked.
 template <typename I>
-QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const I* ends, int64_t num_steps, int64_t unmasked,
-                                      Deviations& x) {
+QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const Ends<I>& ends, int64_t unmasked, Deviations& x) {
   int64_t k = 1;
-  for (; k < num_steps && x.count == 0; ++k) x.add(levels[k], ends[k] - ends[k - 1] + unmasked);
+  for (; k < ends.num_steps && x.count == 0; ++k) x.add(levels[k], ends.ends[k] - ends.ends[k - 1] + unmasked);
   const Simd8::Vec origin = Simd8::broadcast(x.origin), fewer = Simd8::broadcast(unmasked);
   Simd8::Vec count = {}, sum = {}, squares = {}, lost = {};
-  for (; k < num_steps; k += Simd8::kLanes) {
-    const Simd8::Vec level = values_from(levels, k, num_steps);
-    Simd8::Vec n = lengths_from(ends, k, num_steps) + fewer;
+  for (; k < ends.num_steps; k += Simd8::kLanes) {
+    const Simd8::Vec level = Simd8::load(levels + k);
+    Simd8::Vec n = ends.lengths_from(k) + fewer;
     n = n > 0.0 ? n : Simd8::Vec{};
     lost += level - level == 0.0 ? Simd8::Vec{} : n;
     n = level - level == 0.0 ? n : Simd8::Vec{};
@@ -141,11 +158,15 @@ QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const I* ends, int64
   x.lost += Simd8::sum(lost);
 }
 
+// What process returns add to the rows of their steps, over `base`.
+QRM_FAST_TARGET_CLONES void set_levels(const double* returns, int64_t n, double coef, double base, double* levels) {
+  for (int64_t k = 0; k < n; ++k) levels[k] = coef * returns[k] + base;
+}
+
 template <typename A>
 struct Batch {
   const CuSeqlens& cu;
   const Steps& steps;
-  const double* returns;   // [K]
   const A* outcomes;       // [S] or null
   const bool* has_answer;  // [S] or null
   const A* penalty;        // [T] or null, summed over the rest of its sequence
@@ -159,44 +180,44 @@ struct Batch {
   bool has_steps(int64_t i) const { return steps.count(i) > 0; }
   bool asked(int64_t i) const { return outcomes != nullptr && (has_answer == nullptr || has_answer[i]); }
   double outcome(int64_t i) const { return asked(i) ? static_cast<double>(outcomes[i]) : 0; }
-  // The return of the first step: NaN where a step reward is not finite.
-  double process(int64_t i) const { return has_steps(i) ? returns[steps.first(i)] : 0; }
 
   // The same function of the step ends, whichever integers they are.
   template <typename F>
   auto with_ends(int64_t i, F&& f) const {
-    const int64_t first = steps.first(i);
-    return steps.wide() ? f(steps.template ends<int64_t>() + first) : f(steps.template ends<int32_t>() + first);
+    const auto of = [&](const auto* ends) {
+      return Ends<std::remove_const_t<std::remove_pointer_t<decltype(ends)>>>{
+          ends + steps.first(i), steps.count(i), steps.first(cu.num_sequences()) - steps.first(i), cu[i]};
+    };
+    return steps.wide() ? f(of(steps.template ends<int64_t>())) : f(of(steps.template ends<int32_t>()));
   }
 
-  double sum_of_returns(int64_t i) const {
+  double sum_of_returns(int64_t i, const double* returns) const {
     if (!has_steps(i)) return 0;
-    return with_ends(i, [&](const auto* ends) {
-      return qrm_fast::sum_of_returns(returns + steps.first(i), ends, steps.count(i), cu[i]);
-    });
+    return with_ends(i, [&](const auto& ends) { return qrm_fast::sum_of_returns(returns, ends); });
   }
 
   // What verl compares: the return of every row with outcome and penalty in it, summed.
-  double sum_of_scores(int64_t i) const {
-    double sum = process_coef * sum_of_returns(i) + outcome_coef * outcome(i) * num_rows(i);
+  double sum_of_scores(int64_t i, const double* returns) const {
+    double sum = process_coef * sum_of_returns(i, returns) + outcome_coef * outcome(i) * num_rows(i);
     for (int64_t t = cu[i]; penalty != nullptr && t < cu[i + 1]; ++t) sum -= penalty[t];
     return sum;
   }
 
-  Share process_share(int64_t i) const {
+  // `returns`: of the sequence's steps, in whole vectors; NaN where a step reward is not finite.
+  Share process_share(int64_t i, const double* returns) const {
     Share share;
     switch (preset) {
       case Preset::paper:
-        share = {sum_of_returns(i) / max_gen_len, 1};
+        share = {sum_of_returns(i, returns) / max_gen_len, 1};
         break;
       case Preset::paper_step:
-        share = {process(i) / steps.count(i), 1};
+        share = {returns[0] / steps.count(i), 1};
         break;
       case Preset::openrlhf:
-        share = {process(i), static_cast<double>(num_rows(i))};
+        share = {returns[0], static_cast<double>(num_rows(i))};
         break;
       case Preset::verl:
-        share = {sum_of_scores(i) / max_gen_len, 1};
+        share = {sum_of_scores(i, returns) / max_gen_len, 1};
         break;
     }
     const bool counts = preset == Preset::verl ? num_rows(i) > 0 : has_steps(i);
@@ -207,13 +228,13 @@ struct Batch {
     return asked(i) && num_rows(i) > 0 && std::isfinite(outcome(i)) ? Share{outcome(i), 1} : Share{};
   }
 
-  // What every row of the sequence holds beside its step's return.
-  double constant(int64_t i, double process_baseline, double outcome_baseline) const {
-    if (preset == Preset::verl) return outcome_coef * outcome(i) - process_baseline + (process(i) - process(i));
+  // What every row of the sequence holds beside its step's return; NaN where `process`, its first return, is.
+  double constant(int64_t i, double process, double process_baseline, double outcome_baseline) const {
+    const double nan_or_0 = process - process;
+    if (preset == Preset::verl) return outcome_coef * outcome(i) - process_baseline + nan_or_0;
     const double constant = asked(i) ? outcome_coef * (outcome(i) - outcome_baseline) : 0;
-    if (preset == Preset::paper && has_steps(i))
-      return constant - process_coef * (process(i) - process(i) + process_baseline);
-    return constant + (process(i) - process(i));
+    if (preset == Preset::paper && has_steps(i)) return constant - process_coef * (nan_or_0 + process_baseline);
+    return constant + nan_or_0;
   }
 
   // How often paper-step and openrlhf subtract the process baseline from step k of sequence i on: once per step, or
@@ -225,6 +246,7 @@ struct Batch {
   }
 
   // Of the rows that are not 0 where `drop_zeros`, of all unmasked ones else; rows that are not finite count nowhere.
+  // `levels`: of the sequence's steps, in whole vectors.
   Deviations deviations(int64_t i, const double* levels, double base, bool drop_zeros) const {
     const int64_t first = steps.first(i), last = steps.first(i + 1);
     Deviations x;
@@ -232,12 +254,13 @@ struct Batch {
     if (penalty != nullptr) {
       for (int64_t k = first; k <= last; ++k) {
         const int64_t end = k < last ? steps.end(k) + !mask_step_ends : cu[i + 1];
-        for (int64_t t = steps.begin(i, k); t < end; ++t) x.add((k < last ? levels[k] : base) - penalty[t], 1);
+        const double level = k < last ? levels[k - first] : base;
+        for (int64_t t = steps.begin(i, k); t < end; ++t) x.add(level - penalty[t], 1);
       }
     } else {
       if (first < last) {
-        x.add(levels[first], steps.end(first) + !mask_step_ends - cu[i]);
-        with_ends(i, [&](const auto* ends) { add_steps(levels + first, ends, last - first, -mask_step_ends, x); });
+        x.add(levels[0], steps.end(first) + !mask_step_ends - cu[i]);
+        with_ends(i, [&](const auto& ends) { add_steps(levels, ends, -mask_step_ends, x); });
       }
       x.add(base, cu[i + 1] - steps.begin(i, last));
     }
@@ -246,18 +269,21 @@ struct Batch {
 };
 
 // Levels of the steps, bases of the rows after them, and the moments that whitening needs, as two sets.
-// `take_returns(i)` is called for every sequence before its returns are read; `level` may be where they lie.
+// `take_returns(i, x)` puts the returns of a sequence with steps into x, in whole vectors.
 template <typename A, typename F>
 void step_advantages(const Batch<A>& batch, const Groups& groups, F&& take_returns, double* level, double* base,
                      Moments* sets) {
   const int64_t num_sequences = groups.size();
   const Steps& steps = batch.steps;
+  const int64_t room = whole_vectors(steps.longest()) + Simd8::kLanes;  // vectors begin at the second step, too
   std::vector<Share> process(num_sequences), outcome(num_sequences);
   torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
+    std::vector<double> returns(room);
     for (int64_t i = begin; i < end; ++i) {
-      take_returns(i);
-      process[i] = batch.process_share(i);
+      if (batch.has_steps(i)) take_returns(i, returns.data());
+      process[i] = batch.process_share(i, returns.data());
       outcome[i] = batch.outcome_share(i);
+      std::copy_n(returns.begin(), steps.count(i), level + steps.first(i));
     }
   });
   // openrlhf shifts outcomes to {-1, 0}, which shows only where there are no others to compare with.
@@ -268,15 +294,15 @@ void step_advantages(const Batch<A>& batch, const Groups& groups, F&& take_retur
   std::vector<Moments> parts(num_sequences);
   std::vector<int64_t> num_zeros(num_sequences);
   torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
+    std::vector<double> levels(room);
     for (int64_t i = begin; i < end; ++i) {
-      base[i] = batch.constant(i, process_baseline[i], outcome_baseline[i]);
-      for (int64_t k = steps.first(i); k < steps.first(i + 1); ++k) {
-        double process_level = batch.returns[k];
-        if (repeats) process_level -= process_baseline[i] * batch.repeats(i, k);
-        level[k] = batch.process_coef * process_level + base[i];
-      }
+      const int64_t first = steps.first(i), n = steps.count(i);
+      base[i] = batch.constant(i, n > 0 ? level[first] : 0, process_baseline[i], outcome_baseline[i]);
+      for (int64_t k = first; repeats && k < first + n; ++k) level[k] -= process_baseline[i] * batch.repeats(i, k);
+      set_levels(level + first, n, batch.process_coef, base[i], levels.data());
+      std::copy_n(levels.begin(), n, level + first);
       if (!whitens) continue;
-      const Deviations rows = batch.deviations(i, level, base[i], openrlhf);
+      const Deviations rows = batch.deviations(i, levels.data(), base[i], openrlhf);
       parts[i] = rows.moments();
       if (openrlhf && std::isfinite(base[i])) num_zeros[i] = batch.num_rows(i) - rows.count - rows.lost;
     }
@@ -305,7 +331,6 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
     using A = acc_t<decltype(zero)>;
     const Batch<A> batch{cu,
                          steps,
-                         static_cast<const double*>(returns.const_data_ptr()),
                          data_or_null<A>(outcome_rewards),
                          data_or_null<bool>(has_answer),
                          data_or_null<A>(penalty),
@@ -314,9 +339,10 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
                          process_coef,
                          outcome_coef,
                          mask_step_ends};
-    step_advantages(
-        batch, groups, [](int64_t) {}, static_cast<double*>(levels.mutable_data_ptr()),
-        static_cast<double*>(bases.mutable_data_ptr()), static_cast<Moments*>(stats.mutable_data_ptr()));
+    const double* given = static_cast<const double*>(returns.const_data_ptr());
+    const auto take_returns = [&](int64_t i, double* x) { std::copy_n(given + steps.first(i), steps.count(i), x); };
+    step_advantages(batch, groups, take_returns, static_cast<double*>(levels.mutable_data_ptr()),
+                    static_cast<double*>(bases.mutable_data_ptr()), static_cast<Moments*>(stats.mutable_data_ptr()));
   });
   return {levels, bases, stats};
 }
@@ -331,18 +357,16 @@ Tensor process_rows(const Tensor& step_rewards, const Tensor& step_ends, const T
   const Steps steps(step_ends, cu);
   const Groups groups(group_ids);
   Tensor out = fresh_rows(step_rewards, num_tokens);
-  Tensor levels = torch::stable::new_empty(step_rewards, {step_rewards.size(0)}, ScalarType::Double);
+  const std::unique_ptr<double[]> level(new double[step_rewards.size(0)]);
   std::vector<double> bases(groups.size());
   Moments sets[2];
   dispatch_floating(step_rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     const T* rewards = static_cast<const T*>(step_rewards.const_data_ptr());
-    double* level = static_cast<double*>(levels.mutable_data_ptr());
     const A* rows_of_penalty = data_or_null<A>(penalty);
     const Batch<A> batch{cu,
                          steps,
-                         level,
                          data_or_null<A>(outcome_rewards),
                          data_or_null<bool>(has_answer),
                          rows_of_penalty,
@@ -352,15 +376,14 @@ Tensor process_rows(const Tensor& step_rewards, const Tensor& step_ends, const T
                          outcome_coef,
                          mask_step_ends};
     const Form known = form_of(form);
-    const auto take_returns = [&](int64_t i) {
-      const int64_t first = steps.first(i), n = steps.count(i);
-      if (n > 0) sequence_returns(rewards + first, n, known, temperature, level + first);
+    const auto take_returns = [&](int64_t i, double* x) {
+      sequence_returns(rewards + steps.first(i), steps.count(i), known, temperature, x);
     };
-    step_advantages(batch, groups, take_returns, level, bases.data(), sets);
+    step_advantages(batch, groups, take_returns, level.get(), bases.data(), sets);
     const Affine whitening = batch.preset == Preset::openrlhf ? whitening_of(sets, "nonzero")
                              : batch.preset == Preset::verl   ? whitening_of(sets, "unbiased")
                                                               : Affine{};
-    const StepRows<A> rows{cu, steps, level, bases.data(), rows_of_penalty, whitening, mask_step_ends};
+    const StepRows<A> rows{cu, steps, level.get(), bases.data(), rows_of_penalty, whitening, mask_step_ends};
     rows.write(num_tokens, static_cast<A*>(out.mutable_data_ptr()));
   });
   return out;

@@ -21,11 +21,9 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kLinesAhead = 64;
 constexpr int64_t kVectors = 4;  // at once: most steps then take one turn of the loop, which predicts well
 
-// Rows [begin, end), and up to so many vectors of rows behind them where these lie before `limit`. Prefetching keeps
-// more lines of the result under way than stores do.
+// Rows [begin, end), and up to so many vectors of rows behind them where these lie before `limit`.
 template <typename A>
 QRM_FAST_INLINE void fill_rows(A value, int64_t begin, int64_t end, int64_t limit, A* rows) {
   using V = Simd<A, kLine>;
@@ -33,10 +31,7 @@ QRM_FAST_INLINE void fill_rows(A value, int64_t begin, int64_t end, int64_t limi
   int64_t t = begin;
   for (; t < end && t + kVectors * V::kLanes <= limit; t += kVectors * V::kLanes) {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kVectors; ++i) {
-      __builtin_prefetch(rows + t + (kLinesAhead + i) * V::kLanes, 1);
-      V::store(rows + t + i * V::kLanes, all);
-    }
+    for (int64_t i = 0; i < kVectors; ++i) V::store(rows + t + i * V::kLanes, all);
   }
   for (; t < end; ++t) rows[t] = value;
 }

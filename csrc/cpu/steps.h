@@ -4,14 +4,24 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "../check.h"
 #include "cu_seqlens.h"
+#include "target_clones.h"
 
 namespace qrm_fast {
+
+// x[begin - 1] < x[begin] < ... < x[end - 1]
+template <typename I>
+QRM_FAST_TARGET_CLONES static bool ascends(const I* x, int64_t begin, int64_t end) {
+  I stalls = 0;
+  for (int64_t k = begin; k < end; ++k) stalls |= x[k - 1] >= x[k] ? 1 : 0;
+  return stalls == 0;
+}
 
 class Steps {
  public:
@@ -42,6 +52,12 @@ class Steps {
   // The steps of sequence i are first(i) to first(i + 1) - 1.
   int64_t first(int64_t i) const { return first_[i]; }
   int64_t count(int64_t i) const { return first_[i + 1] - first_[i]; }
+  // The most steps of any sequence.
+  int64_t longest() const {
+    int64_t most = 0;
+    for (size_t i = 1; i < first_.size(); ++i) most = std::max(most, first_[i] - first_[i - 1]);
+    return most;
+  }
   // The first row of step k of sequence i, and of the rows after its last step for k = first(i + 1).
   int64_t begin(int64_t i, int64_t k) const { return k == first_[i] ? cu_[i] : end(k - 1) + 1; }
 
@@ -70,9 +86,7 @@ class Steps {
     const int64_t num_steps = step_ends.size(0);
     std::atomic<bool> ascending = num_steps == 0 || (0 <= ends[0] && ends[num_steps - 1] < num_tokens);
     torch::stable::parallel_for(1, num_steps, 4096, [&](int64_t begin, int64_t end) {
-      bool mine = true;
-      for (int64_t k = begin; k < end; ++k) mine &= ends[k - 1] < ends[k];
-      if (!mine) ascending = false;
+      if (!ascends(ends, begin, end)) ascending = false;
     });
     for (int64_t k = 0; !ascending && k < num_steps; ++k) {
       CHECK_VALUE(0 <= ends[k] && ends[k] < num_tokens, "step_ends must lie in [0, ", num_tokens, "), got ", ends[k],
