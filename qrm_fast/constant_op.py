@@ -12,7 +12,8 @@ class ConstantOp:
     """A custom op without a derivative, called as `op(*args)`.
 
     custom_op's own way from the dispatcher to the kernel leads through Python for autograd's sake, 6 us a call and more
-    than many a kernel takes. Here the dispatcher skips autograd, and the call looks for what requires a gradient.
+    than many a kernel takes. Here the dispatcher skips autograd, and the call looks for what requires a gradient. Who
+    captures the op without this call, as torch.export does, gets a constant.
     """
 
     def __init__(self, op: torch.library.CustomOpDef) -> None:
@@ -25,6 +26,8 @@ class ConstantOp:
 
     def __call__(self, *args):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            # torch.compile takes no tensor twice, and what needs no gradient may be the same one
+            args = (x.detach() if isinstance(x, Tensor) and not x.requires_grad else x for x in args)
             return _Undifferentiable.apply(self._overload, *args)
         return self._overload(*args)
 
@@ -38,18 +41,17 @@ class _Undifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, *args):
         ctx.op = str(op)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        ctx.save_for_backward(*(x if needs else None for x, needs in zip(args, ctx.needs_input_grad[1:], strict=True)))
         return op(*args)
 
     @staticmethod
     def backward(ctx, *gradients):
         gradient = next(g for g in gradients if g is not None)
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        return None, *(_refuse(gradient, x, ctx.op) if needs else None for x, needs in wanted)
+        return None, *(None if x is None else _refuse(gradient, x, ctx.op) for x in ctx.saved_tensors)
 
 
-# An op, and one that reads the gradient: torch.compile traces a backward that may never run, and would move what needs
-# no gradient into the forward.
+# An op, since torch.compile traces backwards before one is asked for; and one that reads the gradient, or it would be
+# moved into the forward.
 @torch.library.custom_op("qrm_fast_constant_op::refuse", mutates_args=())
 def _refuse(gradient: Tensor, x: Tensor, op: str) -> Tensor:
     raise RuntimeError(f"{op} is not differentiable: detach its arguments or its results")

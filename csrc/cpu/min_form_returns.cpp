@@ -28,8 +28,6 @@ inline double weight(double excess, double temperature) { return excess == 0 ? 1
 
 using Simd8 = Simd<double, 64>;
 
-constexpr Simd8::Vec kLane = {0, 1, 2, 3, 4, 5, 6, 7};
-
 // Copies the rewards in double, whole vectors of them; returns the lowest, or NaN where one is not finite. n > 0.
 template <typename T>
 QRM_FAST_TARGET_CLONES double take_rewards(const T* rewards, int64_t n, double* returns) {
@@ -52,7 +50,7 @@ QRM_FAST_TARGET_CLONES void soft_returns(int64_t n, double minimum, double tempe
   for (int64_t k = 0; k < n; k += Simd8::kLanes) {
     const Simd8::Vec r = Simd8::load(returns + k), excess = r - minimum;
     Simd8::Vec w = excess == 0.0 ? Simd8::broadcast(1.0) : Simd8::exp(excess * -steepness);
-    if (k + Simd8::kLanes > n) w = kLane < static_cast<double>(n - k) ? w : Simd8::Vec{};
+    if (k + Simd8::kLanes > n) w = Simd8::keep_first(w, n - k);
     Simd8::store(returns + k, w * r);
     totals += w;
   }

@@ -68,21 +68,20 @@ std::vector<double> leave_one_out(const Groups& groups, const std::vector<Share>
 }
 
 using Simd8 = Simd<double, 64>;
-constexpr Simd8::Vec kLane = {0, 1, 2, 3, 4, 5, 6, 7};
 
-// The step ends of one sequence that begins at row bos, of which `known` and more lie in memory.
+// The step ends of one sequence that begins at row bos; with those of the sequences behind it there are `readable`.
 template <typename I>
 struct Ends {
   const I* ends;
   int64_t num_steps;
-  int64_t known;
+  int64_t readable;
   int64_t bos;
 
   // Rows of the steps from k > 0 on, none in lanes behind the last.
   QRM_FAST_INLINE Simd8::Vec lengths_from(int64_t k) const {
     typedef I Ints __attribute__((vector_size(Simd8::kLanes * sizeof(I))));
     Ints end = {}, before = {};
-    if (k + Simd8::kLanes <= known) {
+    if (k + Simd8::kLanes <= readable) {
       std::memcpy(&end, ends + k, sizeof end);
       std::memcpy(&before, ends + k - 1, sizeof before);
     } else {
@@ -91,20 +90,16 @@ struct Ends {
         before[j] = ends[k + j - 1];
       }
     }
-    return none_behind(k, __builtin_convertvector(end - before, Simd8::Vec));
-  }
-  // What belongs to the steps from k on, 0 in lanes behind the last.
-  QRM_FAST_INLINE Simd8::Vec none_behind(int64_t k, Simd8::Vec x) const {
-    return kLane < static_cast<double>(num_steps - k) ? x : Simd8::Vec{};
+    return Simd8::keep_first(__builtin_convertvector(end - before, Simd8::Vec), num_steps - k);
   }
 };
 
-// The returns of all rows of a sequence of steps, `returns` in whole vectors.
+// The returns of all rows of a sequence of steps, read in whole vectors.
 template <typename I>
 QRM_FAST_TARGET_CLONES double sum_of_returns(const double* returns, const Ends<I>& x) {
   Simd8::Vec sums = {};
   for (int64_t k = 1; k < x.num_steps; k += Simd8::kLanes) {
-    sums += x.none_behind(k, Simd8::load(returns + k)) * x.lengths_from(k);
+    sums += Simd8::keep_first(Simd8::load(returns + k), x.num_steps - k) * x.lengths_from(k);
   }
   return returns[0] * (x.ends[0] + 1 - x.bos) + Simd8::sum(sums);
 }
@@ -133,16 +128,16 @@ struct Deviations {
   }
 };
 
-// Adds the levels of the steps behind a sequence's first; `unmasked`: -1 where the row that ends a step is masked.
+// Adds the levels of the steps behind a sequence's first, read in whole vectors.
 template <typename I>
-QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const Ends<I>& ends, int64_t unmasked, Deviations& x) {
+QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const Ends<I>& ends, bool mask_step_ends, Deviations& x) {
   int64_t k = 1;
-  for (; k < ends.num_steps && x.count == 0; ++k) x.add(levels[k], ends.ends[k] - ends.ends[k - 1] + unmasked);
-  const Simd8::Vec origin = Simd8::broadcast(x.origin), fewer = Simd8::broadcast(unmasked);
+  for (; k < ends.num_steps && x.count == 0; ++k) x.add(levels[k], ends.ends[k] - ends.ends[k - 1] - mask_step_ends);
+  const Simd8::Vec origin = Simd8::broadcast(x.origin), fewer = Simd8::broadcast(mask_step_ends);
   Simd8::Vec count = {}, sum = {}, squares = {}, lost = {};
   for (; k < ends.num_steps; k += Simd8::kLanes) {
     const Simd8::Vec level = Simd8::load(levels + k);
-    Simd8::Vec n = ends.lengths_from(k) + fewer;
+    Simd8::Vec n = ends.lengths_from(k) - fewer;
     n = n > 0.0 ? n : Simd8::Vec{};
     lost += level - level == 0.0 ? Simd8::Vec{} : n;
     n = level - level == 0.0 ? n : Simd8::Vec{};
@@ -203,7 +198,7 @@ struct Batch {
     return sum;
   }
 
-  // `returns`: of the sequence's steps, in whole vectors; NaN where a step reward is not finite.
+  // `returns`: of the sequence's steps, read in whole vectors; NaN where a step reward is not finite.
   Share process_share(int64_t i, const double* returns) const {
     Share share;
     switch (preset) {
@@ -246,7 +241,7 @@ struct Batch {
   }
 
   // Of the rows that are not 0 where `drop_zeros`, of all unmasked ones else; rows that are not finite count nowhere.
-  // `levels`: of the sequence's steps, in whole vectors.
+  // `levels`: of the sequence's steps, read in whole vectors.
   Deviations deviations(int64_t i, const double* levels, double base, bool drop_zeros) const {
     const int64_t first = steps.first(i), last = steps.first(i + 1);
     Deviations x;
@@ -260,7 +255,7 @@ struct Batch {
     } else {
       if (first < last) {
         x.add(levels[0], steps.end(first) + !mask_step_ends - cu[i]);
-        with_ends(i, [&](const auto& ends) { add_steps(levels, ends, -mask_step_ends, x); });
+        with_ends(i, [&](const auto& ends) { add_steps(levels, ends, mask_step_ends, x); });
       }
       x.add(base, cu[i + 1] - steps.begin(i, last));
     }
@@ -269,7 +264,7 @@ struct Batch {
 };
 
 // Levels of the steps, bases of the rows after them, and the moments that whitening needs, as two sets.
-// `take_returns(i, x)` puts the returns of a sequence with steps into x, in whole vectors.
+// `take_returns(i, x)` puts the returns of a sequence with steps into x, which has room for whole vectors.
 template <typename A, typename F>
 void step_advantages(const Batch<A>& batch, const Groups& groups, F&& take_returns, double* level, double* base,
                      Moments* sets) {

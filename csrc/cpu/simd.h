@@ -44,6 +44,13 @@ struct Simd {
   }
   QRM_FAST_INLINE static void store_first(S* p, int64_t count, Vec v) { std::memcpy(p, &v, count * sizeof(S)); }
 
+  // 0 in lanes beyond the first `count`.
+  QRM_FAST_INLINE static Vec keep_first(Vec v, int64_t count) {
+    Vec lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return lane < static_cast<S>(count) ? v : Vec{};
+  }
+
   // A NaN in `a` is dropped: callers see it again in the sums.
   QRM_FAST_INLINE static Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
