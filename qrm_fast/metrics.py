@@ -20,8 +20,9 @@ class MetricsLog:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        earlier = self.path.read_text(encoding="utf-8").splitlines() if first_step else []
-        self.rows: list[dict[str, float]] = [row for row in map(json.loads, earlier) if row["step"] < first_step]
+        earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step else []
+        whole = [json.loads(line) for line in earlier if line.endswith("\n")]  # the last may have been cut off
+        self.rows: list[dict[str, float]] = [row for row in whole if row["step"] < first_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         self.writer = None
         if tensorboard:
@@ -37,6 +38,7 @@ class MetricsLog:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+            self.writer.flush()
 
 
 class Phases:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from .packing import PackedBatch, pack
+from .policy_head import check_head
 from .tasks import arithmetic_tokenizer
 
 if find_spec("flash_attn"):
@@ -52,6 +53,7 @@ def packed_attention(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    s_aux: Tensor | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, as transformers' attention interface calls it.
@@ -61,13 +63,14 @@ def packed_attention(
     else through one SDPA call per run of equally long sequences, a view of the packed rows, which is exact.
     Generation passes `attention_mask` [B, 1, Lq, Lk] instead of `cu_seq_lens_q`.
 
-    Raises ValueError without either, and for what not every path can compute: dropout, softcap, a sliding window
-    shorter than the longest sequence.
+    Raises ValueError without either, and for what not every path can compute: dropout, softcap, attention sinks
+    (`s_aux`), a sliding window shorter than the longest sequence.
     """
-    if dropout or softcap or (sliding_window and max_length_q > sliding_window):
+    if dropout or softcap or s_aux is not None or (sliding_window and max_length_q > sliding_window):
         raise ValueError(
-            "packed attention computes plain causal attention, expected dropout 0, no softcap and no sliding window "
-            f"below the longest sequence {max_length_q}, got {dropout}, {softcap} and {sliding_window}"
+            "packed attention computes plain causal attention, expected dropout 0, no softcap, no sinks and no sliding "
+            f"window below the longest sequence {max_length_q}, got {dropout}, {softcap}, "
+            f"{'no' if s_aux is None else len(s_aux)} sinks and {sliding_window}"
         )
     if cu_seq_lens_q is None:
         if attention_mask is None:
@@ -132,7 +135,11 @@ def check_no_leak(model: PreTrainedModel) -> None:
 
     before = hidden([1, 2, 3], [4, 5, 6])
     if not torch.equal(before[3:], hidden([7, 8, 9], [4, 5, 6])[3:]):
-        raise RuntimeError("packed attention leaks: changing one sequence changed its neighbour's hidden states")
+        raise RuntimeError(
+            f"{type(model).__name__} is not independent of the packing: changing one sequence changed its neighbour's "
+            "hidden states, by attention that ignores the boundaries or by layers that compute a token by what else "
+            "is in the batch, as experts do"
+        )
     if not torch.equal(before[:5], hidden([1, 2, 3], [4, 5, 7])[:5]):
         raise RuntimeError("packed attention is not causal: changing a token changed the hidden states before it")
     model.train(was_training)
@@ -140,7 +147,7 @@ def check_no_leak(model: PreTrainedModel) -> None:
 
 # ---- models and tokenizers
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # of weights and activations, as torch names it
+Dtype = Literal["float32", "bfloat16"]  # of weights and activations; updates are float32
 SCRATCH = {
     "scratch:demo": dict(hidden_size=128, num_hidden_layers=3, intermediate_size=256, initializer_range=0.05),
     "scratch:small": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=704, initializer_range=0.02),
@@ -153,10 +160,16 @@ def load_policy(
     """A causal language model: a Hugging Face id or directory, or "scratch:demo" / "scratch:small".
 
     Scratch models are small Llama networks with tied embeddings for `tokenizer`'s vocabulary, initialised from
-    torch's global generator. Every model comes in evaluation mode. Raises ValueError for an unknown scratch size,
-    OSError for an unknown id.
+    torch's global generator. Every model comes in evaluation mode. Raises ValueError for an unknown scratch size, a
+    token classifier, too small a vocabulary, dropout, and logits that training would not see (`check_head`), OSError
+    for an unknown id.
     """
-    return _load(AutoModelForCausalLM, spec, _config(spec, tokenizer), device, dtype)
+    config = _config(spec, tokenizer)
+    if any("TokenClassification" in name for name in config.architectures or []):
+        raise ValueError(f"{spec} must be a causal language model, got {config.architectures[0]}")
+    model = _load(AutoModelForCausalLM, spec, config, tokenizer, device, dtype)
+    check_head(model)
+    return model
 
 
 def load_token_model(
@@ -170,13 +183,16 @@ def load_token_model(
     """A token classifier (Q-RM, critic: one label), from the same kinds of `spec` as `load_policy`.
 
     A checkpoint without a classification head gets a new one without bias (arXiv 2505.23363); a trained head is
-    loaded as it is. `model.score` is the head.
+    loaded as it is. `model.score` is the head; ValueError for an architecture that keeps it elsewhere.
     """
     config = _config(spec, tokenizer)
     config.num_labels = num_labels
     if not any("TokenClassification" in name for name in config.architectures or []):
         config.token_classification_bias = False
-    return _load(AutoModelForTokenClassification, spec, config, device, dtype)
+    model = _load(AutoModelForTokenClassification, spec, config, tokenizer, device, dtype)
+    if not hasattr(model, "score"):
+        raise ValueError(f"the token classifier of {spec} must keep its head in `score`, got {type(model).__name__}")
+    return model
 
 
 def load_q_rm(
@@ -214,10 +230,33 @@ def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     )
 
 
-def _load(auto: type, spec: str, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load(
+    auto: type,
+    spec: str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
     options = dict(config=config, dtype=dtype, attn_implementation="qrm_packed")
     model = auto.from_config(**options) if spec.startswith("scratch:") else auto.from_pretrained(spec, **options)
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(f"{spec} must embed the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}")
+    # In training mode a dropout would make the ratio of a policy to itself other than 1.
+    rates = [module.p for module in model.base_model.modules() if isinstance(module, nn.Dropout)]
+    if any(rates):
+        raise ValueError(f"the dropout of {spec} must be 0 in its configuration, got {max(rates)}")
     return model.to(device).eval()
+
+
+def check_context(model: PreTrainedModel, num_tokens: int) -> None:
+    """Raise ValueError where a sequence of `num_tokens` has more positions than the model was built for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and num_tokens > most:
+        raise ValueError(
+            f"the longest sequence must fit the {most} positions of {type(model).__name__}, got {num_tokens}"
+        )
 
 
 BPE_VOCABULARY = 4096
@@ -227,12 +266,16 @@ def load_tokenizer(spec: str, corpus: Iterable[str] = ()) -> PreTrainedTokenizer
     """A tokenizer: "arithmetic" (the embedded task's), "bpe" (byte-level BPE of at most 4096 ids, trained on
     `corpus`), or a Hugging Face id or directory.
 
-    Raises ValueError for "bpe" without a corpus and for a tokenizer without an EOS token.
+    Raises ValueError for "bpe" without a corpus, for a scratch model and for a tokenizer without an EOS token.
     """
     if spec == "arithmetic":
         return arithmetic_tokenizer()
     if spec == "bpe":
         return _byte_level_bpe(corpus)
+    if spec.startswith("scratch:"):
+        raise ValueError(
+            f'{spec} has no tokenizer of its own, expected tokenizer "arithmetic", "bpe" or a checkpoint\'s'
+        )
     tokenizer = AutoTokenizer.from_pretrained(spec)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer must have an EOS token, which ends every response, got none in {spec}")

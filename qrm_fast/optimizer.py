@@ -7,20 +7,44 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-def adamw(parameters: Iterable[Parameter], *, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW without weight decay; `step` sets the learning rate."""
-    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+class AdamW:
+    """AdamW without weight decay, in float32 also where parameters have fewer bits.
 
+    Such a parameter is the rounding of a float32 master: an update is mostly smaller than half its last bit, and would
+    be lost in it.
+    """
 
-def step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> Tensor:
-    """One update with gradients scaled down to `max_grad_norm` at most. Returns their norm before, 0-d."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    def __init__(self, parameters: Iterable[Parameter], *, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.parameters = list(parameters)
+        self.masters = [p.detach().float() if p.element_size() < 4 else p for p in self.parameters]
+        self._adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+
+    def step(self, lr: float, max_grad_norm: float) -> Tensor:
+        """One update with gradients scaled down to `max_grad_norm` at most. Returns their norm before, 0-d."""
+        for p, master in self._rounded():
+            master.grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for p, master in self._rounded():
+                p.copy_(master)
+        return grad_norm
+
+    def state_dict(self) -> dict:
+        return {"adamw": self._adamw.state_dict(), "masters": [master for _, master in self._rounded()]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self._adamw.load_state_dict(state["adamw"])
+        for (_, master), saved in zip(self._rounded(), state["masters"], strict=True):
+            master.copy_(saved)
+
+    def _rounded(self) -> list[tuple[Parameter, Tensor]]:
+        return [(p, master) for p, master in zip(self.parameters, self.masters, strict=True) if p is not master]
 
 
 def trapezoid(i: int, num_steps: int, *, warmup: int = 0, decay: float = 0.0) -> float:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
 from .metrics import MetricsLog, Phases
-from .models import Dtype, check_no_leak, load_token_model, load_tokenizer, save_checkpoint
-from .optimizer import adamw, step, trapezoid
+from .models import Dtype, check_context, check_no_leak, load_token_model, load_tokenizer, save_checkpoint
+from .optimizer import AdamW, trapezoid
 from .rewards import q_scores
 from .tasks import Pair, encode_prompt, encode_response, fit, read_jsonl
 
@@ -79,9 +79,12 @@ class QRMResult(NamedTuple):
 def train_q_rm(config: QRMConfig) -> QRMResult:
     """Minimise softplus(gamma - beta (mean Q chosen - mean Q rejected)) over the pairs. Same config, same bits.
 
-    Raises ValueError for malformed data, for a prompt that fills max_len, for a pair longer than max_tokens and for
-    a split that leaves a side without pairs.
+    Raises ValueError for malformed data, a number out of range, a prompt that fills max_len, a pair longer than
+    max_tokens, an answer longer than the model's context and a split that leaves a side without pairs.
     """
+    for name in ("num_epochs", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Pair)
@@ -91,8 +94,9 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     train, heldout = _split(rows, pairs, config, order)
     q_rm = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
     check_no_leak(q_rm)
+    check_context(q_rm, max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)))
     q_rm.train()
-    optimizer = adamw(q_rm.parameters())
+    optimizer = AdamW(q_rm.parameters())
     log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(q_rm.device)
 
     num_steps = config.num_epochs * -(-len(train) // config.batch_size)
@@ -112,7 +116,7 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
                     loss += scores.loss.detach() * share
                     accuracy += scores.accuracy * share
                 lr = config.lr * trapezoid(i, num_steps, warmup=config.warmup_steps, decay=config.decay)
-                grad_norm = step(optimizer, lr, config.max_grad_norm)
+                grad_norm = optimizer.step(lr, config.max_grad_norm)
             batch_tokens = sum(map(_num_tokens, batch))
             phases.count("update", batch_tokens)
             loss, accuracy, grad_norm = torch.stack([loss, accuracy, grad_norm]).tolist()

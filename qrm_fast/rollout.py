@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .policy_head import policy_head
+
 
 class Rollout(NamedTuple):
     responses: list[list[int]]  # token ids of each response, EOS included where it was produced
@@ -112,7 +114,7 @@ class TransformersEngine:
         ).last_hidden_state
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        logits = self.model.lm_head(hidden).float()  # [R, V]
+        logits = policy_head(self.model).logits(hidden)  # [R, V]
         if temperature == 0:
             return logits.argmax(-1), logits.new_zeros(len(logits))
         logp = (logits / temperature).log_softmax(-1)

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import linear_logprobs, pack, plan_microbatches
+from . import pack, plan_microbatches
 from .metrics import MetricsLog, Phases
-from .models import Dtype, check_no_leak, load_policy, load_tokenizer, packed_hidden, save_checkpoint
-from .optimizer import adamw, step, trapezoid
+from .models import Dtype, check_context, check_no_leak, load_policy, load_tokenizer, packed_hidden, save_checkpoint
+from .optimizer import AdamW, trapezoid
+from .policy_head import policy_head
 from .tasks import Demonstration, encode_prompt, encode_response, fit, read_jsonl
 
 
@@ -54,8 +55,11 @@ class SFTResult(NamedTuple):
 def train_sft(config: SFTConfig) -> SFTResult:
     """Maximise the likelihood of the responses, token-mean over each batch. Same config, same bits.
 
-    Raises ValueError for malformed data and for a sequence longer than max_tokens.
+    Raises ValueError for malformed data, a number out of range and a sequence longer than max_tokens or the context.
     """
+    for name in ("num_steps", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Demonstration)
@@ -68,8 +72,9 @@ def train_sft(config: SFTConfig) -> SFTResult:
     plan_microbatches(list(map(len, sequences)), max_tokens=config.max_tokens)  # over the budget is an error now
     policy = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
     check_no_leak(policy)
+    check_context(policy, max(map(len, sequences)))
     policy.train()
-    optimizer = adamw(policy.parameters(), betas=(0.9, 0.95))
+    optimizer = AdamW(policy.parameters(), betas=(0.9, 0.95))
     log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(policy.device)
 
     num_epochs = -(-config.num_steps * config.batch_size // len(rows))
@@ -86,12 +91,12 @@ def train_sft(config: SFTConfig) -> SFTResult:
                 packed = pack([sequences[j] for j in chosen], [len(prompts[j]) for j in chosen], device=config.device)
                 hidden = packed_hidden(policy, packed)[packed.action_index]  # [T, D]
                 targets = packed.targets[packed.action_index]
-                logprobs = linear_logprobs(hidden, policy.lm_head.weight, targets).logprobs
+                logprobs = policy_head(policy).logprobs(hidden, targets).logprobs
                 part = -logprobs.sum() / num_actions
                 part.backward()
                 loss += part.detach()
             lr = config.lr * trapezoid(i, config.num_steps, warmup=config.warmup_steps, decay=config.decay)
-            grad_norm = step(optimizer, lr, config.max_grad_norm)
+            grad_norm = optimizer.step(lr, config.max_grad_norm)
         phases.count("update", sum(lengths))
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         values = phases.report()

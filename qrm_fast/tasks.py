@@ -13,6 +13,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
+class Prompt(NamedTuple):
+    instruction: str
+
+
 class Example(NamedTuple):
     instruction: str
     label: str
@@ -29,11 +33,11 @@ class Pair(NamedTuple):
     rejected: str
 
 
-Row = TypeVar("Row", Example, Demonstration, Pair)
+Row = TypeVar("Row", Prompt, Example, Demonstration, Pair)
 
 
 def read_jsonl(path: str | Path, row: type[Row]) -> list[Row]:
-    """All rows of a JSONL file as `row` (Example, Demonstration or Pair), whose field names are the JSON keys.
+    """All rows of a JSONL file as `row` (Prompt, Example, Demonstration or Pair), whose field names are the JSON keys.
 
     Further keys are ignored. Raises ValueError naming the file and the line for a line that is not a JSON object
     with these keys as strings, or for a file without rows; nothing is returned then. FileNotFoundError if missing.
@@ -64,9 +68,15 @@ def write_jsonl(path: str | Path, rows: list[Row]) -> None:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
-    """Token ids of a prompt: through the tokenizer's chat template where it has one, else the plain text."""
+    """Token ids of a prompt: through the tokenizer's chat template where it has one, else the plain text.
+
+    Raises ValueError for a prompt without tokens, which nothing could be predicted from.
+    """
     if tokenizer.chat_template is None:
-        return tokenizer(instruction).input_ids
+        ids = tokenizer(instruction).input_ids
+        if not ids:
+            raise ValueError(f"a prompt must have at least one token, got none for the instruction {instruction!r}")
+        return ids
     turn = [{"role": "user", "content": instruction}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -179,7 +189,7 @@ NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text: "so $1,234,567.50." gives 1234567.5; a minus after a digit is a subtraction."""
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 

@@ -7,7 +7,7 @@ to recompute them.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +20,6 @@ from . import (
     PackedBatch,
     TokenLogprobs,
     group_advantages,
-    linear_logprobs,
     loss_weights,
     pack,
     per_token,
@@ -33,6 +32,7 @@ from . import (
 from .metrics import MetricsLog, Phases
 from .models import (
     Dtype,
+    check_context,
     check_no_leak,
     check_same_vocabulary,
     load_policy,
@@ -42,10 +42,12 @@ from .models import (
     packed_hidden,
     save_checkpoint,
 )
-from .optimizer import adamw, step, trapezoid
+from .ops.loss_weights import MODES
+from .optimizer import AdamW, trapezoid
+from .policy_head import policy_head
 from .rewards import q_scores, verified
 from .rollout import Engine, Rollout, TransformersEngine
-from .tasks import Example, encode_prompt, read_jsonl
+from .tasks import VERIFIERS, Example, Prompt, encode_prompt, read_jsonl
 
 # What a preset fixes, per algorithm; a field given in the configuration wins. The Q-RM presets are the released code
 # and the paper's Algorithm 1; rloo (arXiv 2402.14740) on a verifier is their control.
@@ -61,13 +63,23 @@ PRESETS = {
     ("rloo", "ppo"): _RLOO | dict(kl_coef=0.0, value_coef=0.0),
 }
 
+AT_LEAST_ONE = (
+    *("num_iterations", "num_prompts", "group_size", "max_new_tokens", "num_epochs", "num_minibatches"),
+    *("eval_every", "eval_samples"),
+)
+# What a resumed run may change; all else shapes the run that the checkpoint belongs to.
+RESUMABLE = (
+    *("out", "resume", "num_iterations", "save_every", "eval_every", "eval_data", "device", "tensorboard"),
+    "max_tokens",
+)
+
 
 @dataclass
 class Config:
     model: str
     """The policy to start from: Hugging Face id or directory."""
     data: str
-    """JSONL file of prompts: {"instruction", "label"}; the label is read by the verifier only."""
+    """JSONL file of prompts: {"instruction"}, and {"label"} for the reward "verifier"."""
     out: str
     """Directory for checkpoints and metrics.jsonl."""
     q_rm: str | None = None
@@ -164,7 +176,8 @@ class TrainResult(NamedTuple):
 def resolve(config: Config) -> Config:
     """The configuration with every None that the preset speaks for filled in.
 
-    Raises ValueError for an unknown preset or algorithm, a missing Q-RM and a KL that no reward can take.
+    Raises ValueError for an unknown preset, algorithm or mode, a number out of range, a missing Q-RM and a KL that
+    neither reward nor loss can take.
     """
     if (config.preset, config.algorithm) not in PRESETS:
         presets, algorithms = (", ".join(dict.fromkeys(names)) for names in zip(*PRESETS, strict=True))
@@ -176,6 +189,17 @@ def resolve(config: Config) -> Config:
         raise ValueError('reward "q-rm" needs q_rm, the directory of a trained Q-RM, got None')
     if config.reward == "verifier" and config.kl_coef and config.kl_in == "reward":
         raise ValueError('kl_in "reward" needs token rewards, expected kl_in "loss" with reward "verifier"')
+    if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "abs":
+        raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
+    if config.loss_mode not in MODES:
+        raise ValueError(f"loss_mode must be one of {', '.join(MODES)}, got {config.loss_mode}")
+    if (config.reward == "verifier" or config.eval_data) and config.verifier not in VERIFIERS:
+        raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {config.verifier}")
+    for name in AT_LEAST_ONE:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not config.temperature > 0:
+        raise ValueError(f"temperature must be positive, got {config.temperature}")
     return config
 
 
@@ -183,8 +207,8 @@ def train(config: Config) -> TrainResult:
     """Run the loop of `config`. Same config, same bits, also through a resumed checkpoint.
 
     Raises ValueError for an unknown preset or option, malformed data, policy and Q-RM of different vocabularies, a
-    Q-RM without a trained head, and an answer longer than max_tokens; RuntimeError where the attention leaks between
-    packed sequences.
+    Q-RM without a trained head, an answer longer than max_tokens or than a model's context, and a checkpoint of
+    another configuration; RuntimeError where packed sequences are not independent.
     """
     config = resolve(config)
     reward_kl = config.kl_coef if config.kl_in == "reward" else 0.0
@@ -194,7 +218,7 @@ def train(config: Config) -> TrainResult:
     dtype = getattr(torch, config.dtype)
 
     tokenizer = load_tokenizer(config.model)
-    examples = read_jsonl(config.data, Example)
+    examples = read_jsonl(config.data, Example if config.reward == "verifier" else Prompt)
     eval_examples = read_jsonl(config.eval_data, Example) if config.eval_data else []
     longest = max(len(encode_prompt(tokenizer, example.instruction)) for example in examples) + config.max_new_tokens
     if longest > config.max_tokens:
@@ -215,13 +239,14 @@ def train(config: Config) -> TrainResult:
         # The critic starts as the Q-RM (or the policy's backbone) with a new head.
         critic = load_token_model(config.q_rm or config.model, tokenizer, device=config.device, dtype=dtype)
         critic.score.reset_parameters()
-        critic_optimizer = adamw(critic.parameters())
+        critic_optimizer = AdamW(critic.parameters())
         models.append(critic)
         critic.train()
     for model in models:
         check_no_leak(model)
+        check_context(model, longest)
     policy.train()
-    optimizer = adamw(policy.parameters())
+    optimizer = AdamW(policy.parameters())
     engine: Engine = TransformersEngine(policy, tokenizer.eos_token_id)
     order = prompt_order(len(examples), config)
 
@@ -229,6 +254,7 @@ def train(config: Config) -> TrainResult:
     state_path = Path(config.out) / "state.pt"
     if config.resume:
         state = torch.load(state_path)
+        check_resumable(config, state["config"])
         first_iteration, min_std = state["iteration"], state["min_std"]
         generator.set_state(state["generator"])
         policy.load_state_dict(state["policy"])
@@ -262,13 +288,14 @@ def train(config: Config) -> TrainResult:
         phases.count("rollout", num_actions)
         stats = {"response/length": num_actions / num_answers, "response/finished": sum(rollout.finished) / num_answers}
 
-        # ---- rewards of whole answers; without an advantage an answer is not even packed
+        # ---- rewards of whole answers; one on which nothing would act is not even packed
         kept = list(range(num_answers))
         if config.reward == "verifier":
             labels = [example.label for example in chosen]
             rewards = verified(config.verifier, tokenizer, rollout.responses, rollout.finished, labels)  # [S]
             sequence_advantages = group_advantages(rewards.to(config.device), group_ids, kind=config.baseline)  # [S]
-            kept = sequence_advantages.nonzero()[:, 0].tolist() or [0]
+            if not loss_kl and not config.entropy_coef:
+                kept = sequence_advantages.nonzero()[:, 0].tolist() or [0]
             stats["reward/mean"] = rewards.mean().item()
 
         # ---- pack: answers in the order of the micro-batches, so that one's actions are neighbours among the T rows
@@ -321,7 +348,7 @@ def train(config: Config) -> TrainResult:
                 baseline = whiten(values, center=False) if config.value_normalize else values
                 advantages = returns - config.value_coef * baseline
 
-        # ---- update: losses are divided by the counts of the whole mini-batch, so micro-batches add up exactly
+        # ---- update: a loss is divided by its mini-batch's even share of all counts, so micro-batches add up exactly
         with phases("update"):
             lr_share = trapezoid(iteration, config.num_iterations, warmup=config.warmup_iterations, decay=config.decay)
             columns = [advantages, returns, old_logprobs, *([] if ref_logprobs is None else [ref_logprobs])]
@@ -332,7 +359,7 @@ def train(config: Config) -> TrainResult:
                 for update in updates:
                     for batch, A, _, old, *ref in update:
                         logprobs, entropy, _ = logprobs_of(policy, batch, config)  # [T_m]
-                        weights = weights_of(batch, num_answers, num_actions, config)  # [T_m]
+                        weights = weights_of(batch, num_answers, num_actions, len(updates), config)  # [T_m]
                         loss, _, _, metrics = policy_loss(
                             logprobs,
                             A,
@@ -349,15 +376,15 @@ def train(config: Config) -> TrainResult:
                         )
                         loss.backward()
                         *additive, largest = metrics
-                        sums.append(torch.stack([loss.detach(), *additive]))
+                        sums.append(torch.stack([loss.detach(), weights.sum(), *additive]))
                         ratio_max.append(largest)
-                    grad_norm = step(optimizer, config.lr * lr_share, config.max_grad_norm)
+                    grad_norm = optimizer.step(config.lr * lr_share, config.max_grad_norm)
                     if critic is None:
                         continue
                     for batch, _, R, *_ in update:
-                        weights = weights_of(batch, num_answers, num_actions, config)
+                        weights = weights_of(batch, num_answers, num_actions, len(updates), config)
                         (weights * (values_of(critic, batch) - R) ** 2).sum().backward()
-                    step(critic_optimizer, config.critic_lr * lr_share, config.max_grad_norm)
+                    critic_optimizer.step(config.critic_lr * lr_share, config.max_grad_norm)
             engine.update(policy)
         phases.count("update", sum(lengths[s] for s in kept) * config.num_epochs)
 
@@ -365,10 +392,11 @@ def train(config: Config) -> TrainResult:
         if config.reward != "verifier":
             stats |= {"reward/q_mean": q.mean(), "reward/q_std": q.std(correction=0)}
         stats |= {"advantage/mean": advantages.mean(), "advantage/std": advantages.std(correction=0)}
-        # The metrics of policy_loss add up over the micro-batches of an update; here they are averaged over updates.
-        names = ("loss", "clipfrac_low", "clipfrac_high", "approx_kl", "ref_kl", "ratio", "entropy")
-        means = torch.stack(sums).sum(0) / (config.num_epochs * len(updates))
-        stats |= {f"policy/{name}": mean for name, mean in zip(names, means, strict=True)}
+        # The loss of an update, averaged over updates; weighted means over the tokens that were trained on.
+        loss, total_weight, *totals = torch.stack(sums).sum(0)
+        names = ("clipfrac_low", "clipfrac_high", "approx_kl", "ref_kl", "ratio", "entropy")
+        stats["policy/loss"] = loss / (config.num_epochs * len(updates))
+        stats |= {f"policy/{name}": total / total_weight for name, total in zip(names, totals, strict=True)}
         stats |= {"policy/ratio_max": torch.stack(ratio_max).max(), "policy/grad_norm": grad_norm}
         values = torch.stack([torch.as_tensor(x, device=policy.device) for x in stats.values()]).tolist()
         row = dict(zip(stats, values, strict=True))
@@ -379,6 +407,7 @@ def train(config: Config) -> TrainResult:
 
         if config.save_every and (iteration + 1) % config.save_every == 0:
             state = {
+                "config": asdict(config),
                 "iteration": iteration + 1,
                 "min_std": min_std,
                 "generator": generator.get_state(),
@@ -394,6 +423,13 @@ def train(config: Config) -> TrainResult:
     rows = [row for row in log.rows if "eval/pass@1_greedy" in row]
     passes = [PassAt1(row["eval/pass@1_greedy"], row["eval/pass@1_sampled"]) for row in rows] or [None]
     return TrainResult(config.out, passes[0], passes[-1], log.rows)
+
+
+def check_resumable(config: Config, saved: dict) -> None:
+    """Raise ValueError where `config` would go on with another run than the one that `saved` began."""
+    for name, value in asdict(config).items():
+        if name not in RESUMABLE and value != saved[name]:
+            raise ValueError(f"{name} must be that of the checkpoint, {saved[name]!r}, got {value!r}")
 
 
 def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, examples: list[Example], config: Config) -> PassAt1:
@@ -445,7 +481,7 @@ def logprobs_of(policy: PreTrainedModel, batch: PackedBatch, config: Config) -> 
     """Log-probability and entropy [T] of every action, read where the policy predicts it."""
     hidden = packed_hidden(policy, batch)[batch.action_index]  # [T, D]
     targets = batch.targets[batch.action_index]
-    return linear_logprobs(hidden, policy.lm_head.weight, targets, temperature=config.temperature)
+    return policy_head(policy).logprobs(hidden, targets, temperature=config.temperature)
 
 
 def values_of(critic: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -454,13 +490,13 @@ def values_of(critic: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return token_q(hidden, critic.score.weight, bias=critic.score.bias)
 
 
-def weights_of(batch: PackedBatch, num_answers: int, num_actions: int, config: Config) -> Tensor:
-    """Weight [T] of every action in the loss of its mini-batch."""
+def weights_of(batch: PackedBatch, num_answers: int, num_actions: int, num_updates: int, config: Config) -> Tensor:
+    """Weight [T] of every action in the loss of its mini-batch, one of `num_updates` that share all counts evenly."""
     return loss_weights(
         batch.action_cu_seqlens,
         mode=config.loss_mode,
-        global_tokens=num_actions / config.num_minibatches,
-        global_sequences=num_answers / config.num_minibatches,
+        global_tokens=num_actions / num_updates,
+        global_sequences=num_answers / num_updates,
         norm=config.max_new_tokens if config.loss_mode == "seq-mean-token-sum-norm" else None,
         num_tokens=len(batch.action_index),
     )

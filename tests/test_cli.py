@@ -266,7 +266,7 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
         ([*TRAIN_MD, "--device", "toaster"], "device must be one that torch can use here, got toaster"),
         (
             [*TRAIN_MD, "--dtype", "float31"],
-            "dtype must be one of 'float32', 'bfloat16', 'float16', 'float64', got float31",
+            "dtype must be one of 'float32', 'bfloat16', got float31",
         ),
         (["train-rm", "--data", "no.jsonl", "--tokenizer", "bpe"], "No such file or directory: 'no.jsonl'"),
         (["plot", "no"], "expected a metrics.jsonl in no or below it, found none"),

@@ -3,10 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from qrm_fast import pack
 from qrm_fast.models import (
+    check_context,
     check_no_leak,
     check_same_vocabulary,
     load_policy,
@@ -73,7 +81,10 @@ def test_no_leak_in_ours_and_red_in_attention_that_ignores_the_boundaries(policy
     AttentionInterface.register("across", across)
     AttentionInterface.register("backwards", backwards)
     policy.set_attn_implementation("across")
-    with pytest.raises(RuntimeError, match="leaks: changing one sequence changed its neighbour's hidden states"):
+    with pytest.raises(
+        RuntimeError,
+        match="not independent of the packing",
+    ):
         check_no_leak(policy)
     policy.set_attn_implementation("backwards")
     with pytest.raises(RuntimeError, match="not causal: changing a token changed the hidden states before it"):
@@ -85,7 +96,7 @@ def test_packed_attention_refuses_what_it_does_not_compute():
     cu = torch.tensor([0, 4])
     with pytest.raises(ValueError, match=r"needs cu_seq_lens_q .* got neither"):
         packed_attention(None, q, q, q, None, scaling=1.0)
-    for option in (dict(dropout=0.1), dict(softcap=30.0), dict(sliding_window=3)):
+    for option in (dict(dropout=0.1), dict(softcap=30.0), dict(sliding_window=3), dict(s_aux=torch.ones(2))):
         with pytest.raises(ValueError, match="computes plain causal attention, expected dropout 0, no softcap"):
             packed_attention(None, q, q, q, None, scaling=1.0, cu_seq_lens_q=cu, max_length_q=4, **option)
     packed_attention(None, q, q, q, None, scaling=1.0, cu_seq_lens_q=cu, max_length_q=4, sliding_window=4)
@@ -140,6 +151,21 @@ def test_bad_specs_and_vocabularies(tokenizer, tmp_path):
         load_policy("scratch:tiny", tokenizer)
     with pytest.raises(OSError, match="missing"):
         load_policy(str(tmp_path / "missing"), tokenizer)
+    with pytest.raises(ValueError, match="scratch:demo has no tokenizer of its own"):
+        load_tokenizer("scratch:demo")
+    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"small must embed the tokenizer's \d+ tokens, got 17"):
+        load_policy(str(tmp_path / "small"), load_tokenizer("bpe", ["1+1"]))
+    sizes = dict(vocab_size=17, n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "dropout")
+    with pytest.raises(ValueError, match=r"the dropout of .*dropout must be 0 in its configuration, got 0.1"):
+        load_policy(str(tmp_path / "dropout"), tokenizer)
+    config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"must keep its head in `score`, got GPT2ForTokenClassification"):
+        load_token_model(str(tmp_path / "gpt2"), tokenizer)
+    with pytest.raises(ValueError, match="must fit the 16 positions of GPT2LMHeadModel, got 17"):
+        check_context(load_policy(str(tmp_path / "gpt2"), tokenizer), 17)
     check_same_vocabulary(tokenizer, load_tokenizer("arithmetic"))
     other = load_tokenizer("bpe", ["1+1"])
     with pytest.raises(

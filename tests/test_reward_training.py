@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification
 
 from qrm_fast import pack
 from qrm_fast.models import load_token_model, load_tokenizer
-from qrm_fast.optimizer import step
+from qrm_fast.optimizer import AdamW
 from qrm_fast.reward_training import QRMConfig, train_q_rm
 from qrm_fast.rewards import q_scores
 from qrm_fast.tasks import Pair, arithmetic_demonstration, arithmetic_examples, write_jsonl
@@ -79,13 +79,13 @@ def test_same_config_same_bits(config):
 
 
 def test_gradient_does_not_depend_on_the_microbatches(config, monkeypatch):
-    gradients = []
+    gradients, step = [], AdamW.step
 
     def recording_step(optimizer, lr, max_grad_norm):
-        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+        gradients.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))
         return step(optimizer, lr, max_grad_norm)
 
-    monkeypatch.setattr("qrm_fast.reward_training.step", recording_step)
+    monkeypatch.setattr(AdamW, "step", recording_step)
     for max_tokens in (8192, 250):
         train_q_rm(replace(config, batch_size=1000, max_tokens=max_tokens))
     whole, pieces = gradients

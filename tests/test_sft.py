@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qrm_fast.optimizer import step, trapezoid
+from qrm_fast.optimizer import AdamW, trapezoid
 from qrm_fast.sft import SFTConfig, train_sft
 from qrm_fast.tasks import (
     Demonstration,
@@ -49,13 +49,13 @@ def test_demonstrations_are_learned_and_bits_repeat(config):
 
 
 def test_gradient_does_not_depend_on_the_microbatches(config, monkeypatch):
-    gradients = []
+    gradients, step = [], AdamW.step
 
     def recording_step(optimizer, lr, max_grad_norm):
-        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+        gradients.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))
         return step(optimizer, lr, max_grad_norm)
 
-    monkeypatch.setattr("qrm_fast.sft.step", recording_step)
+    monkeypatch.setattr(AdamW, "step", recording_step)
     for max_tokens in (8192, 150):
         train_sft(replace(config, num_steps=1, max_tokens=max_tokens))
     whole, pieces = gradients

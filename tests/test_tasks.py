@@ -107,6 +107,11 @@ def test_chat_template_is_used_where_there_is_one():
     assert tokenizer.decode(encode_prompt(tokenizer, "hello")) == "<user>hello!"
 
 
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="a prompt must have at least one token, got none for the instruction ''"):
+        encode_prompt(arithmetic_tokenizer(), "")
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -116,6 +121,7 @@ def test_chat_template_is_used_where_there_is_one():
         ("Therefore 5 apples. Note 3 left", "3"),
         ("10-5", "5"),
         ("it is -7 degrees", "-7"),
+        ("it is \N{MINUS SIGN}7 degrees", "-7"),
         ("1, 2, 3", "3"),
         ("1,2,3", "3"),
         ("1,234, and", "1234"),

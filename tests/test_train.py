@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qrm_fast import group_advantages, pack, policy_loss
 from qrm_fast.models import load_policy, load_token_model, load_tokenizer, packed_hidden, save_checkpoint
-from qrm_fast.optimizer import adamw, step
+from qrm_fast.optimizer import AdamW
 from qrm_fast.tasks import VERIFIERS, Example, arithmetic_examples, write_jsonl
 from qrm_fast.train import PRESETS, Config, logprobs_of, resolve, train
 
@@ -81,15 +81,19 @@ def test_the_presets_hold_what_the_sources_say():
     assert resolve(replace(config, center=True)).center  # what is given wins over the preset
 
 
-def test_same_config_same_bits_and_resuming_loses_none(config):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_config_same_bits_and_resuming_loses_none(config, dtype):
     """PPO with critic, reference, Q-RM and mini-batches: three iterations at once, and two with one more resumed."""
-    config = replace(
-        config, algorithm="ppo", num_epochs=2, num_minibatches=2, num_iterations=3, save_every=2, eval_data=config.data
-    )
+    config = replace(config, algorithm="ppo", num_epochs=2, num_minibatches=2, num_iterations=3, save_every=2, lr=1e-4)
+    config = replace(config, eval_data=config.data, dtype=dtype)
     whole = train(config)
     resumed = replace(config, out=config.out + "2")
     train(replace(resumed, num_iterations=2))
     assert not same_bits(weights(resumed.out), weights(whole.directory))
+    with open(resumed.out + "/metrics.jsonl", "a") as lines:
+        lines.write('{"step": 3, "resp')  # what a crash leaves behind
+    with pytest.raises(ValueError, match="seed must be that of the checkpoint, 0, got 1"):
+        train(replace(resumed, resume=True, seed=1))
     again = train(replace(resumed, resume=True))
     assert same_bits(weights(resumed.out), weights(whole.directory))
     untimed = [
@@ -102,14 +106,15 @@ def test_same_config_same_bits_and_resuming_loses_none(config):
 
 
 def gradients_of(config, monkeypatch):
-    recorded = []
+    recorded, step = [], AdamW.step
 
     def recording_step(optimizer, lr, max_grad_norm):
-        recorded.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+        recorded.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))
         return step(optimizer, lr, max_grad_norm)
 
-    monkeypatch.setattr("qrm_fast.train.step", recording_step)
-    train(replace(config, num_iterations=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(AdamW, "step", recording_step)
+        train(replace(config, num_iterations=1))
     return recorded
 
 
@@ -134,7 +139,7 @@ def test_an_update_never_holds_logits(config, checkpoints):
     num_words = 32768
     policy = load_policy(str(checkpoints / "policy"), load_tokenizer("arithmetic"))
     policy.resize_token_embeddings(num_words, mean_resizing=False)
-    optimizer = adamw(policy.parameters())
+    optimizer = AdamW(policy.parameters())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(num_words, (30, 48), generator=generator).tolist()
     batch = pack(rows, [8] * len(rows))
@@ -143,7 +148,7 @@ def test_an_update_never_holds_logits(config, checkpoints):
     def update():
         logprobs, entropy, _ = logprobs_of(policy, batch, config)
         policy_loss(logprobs, torch.ones(num_actions), entropy=entropy, entropy_coef=0.1).loss.backward()
-        step(optimizer, 1e-3, 1.0)
+        optimizer.step(1e-3, 1.0)
 
     def naive():
         packed_hidden(policy, batch)[batch.action_index] @ policy.lm_head.weight.T
@@ -164,6 +169,37 @@ def test_answers_without_an_advantage_change_nothing(config, monkeypatch):
     [kept] = gradients_of(config, monkeypatch)
     assert dropped.norm() > 0
     assert (dropped - kept).norm() <= 1e-5 * kept.norm()
+
+
+def test_every_answer_keeps_its_entropy_and_kl(config, monkeypatch):
+    """No answer has an advantage: what is left to train on is the regularisation of all of them."""
+    monkeypatch.setitem(VERIFIERS, "nothing", lambda response, label: False)
+    config = replace(config, preset="rloo", verifier="nothing", max_grad_norm=1e9)
+    [entropy] = gradients_of(replace(config, entropy_coef=1.0), monkeypatch)
+    [random] = gradients_of(replace(config, reward="random", entropy_coef=1e6), monkeypatch)
+    assert (1e6 * entropy - random).norm() <= 1e-4 * random.norm()
+    rows = train(replace(config, entropy_coef=1.0, kl_coef=0.1)).metrics
+    assert rows[1]["policy/ref_kl"] > 1e-6  # the first update has moved all answers off the reference
+
+
+def test_metrics_are_means_over_the_tokens_trained_on(config, monkeypatch):
+    monkeypatch.setitem(VERIFIERS, "ends early", lambda response, label: len(response) < 5)
+    config = replace(config, preset="rloo", verifier="ends early", num_prompts=8, max_new_tokens=12, num_iterations=1)
+    for options in {}, {"num_minibatches": 3}, {"num_minibatches": 100}, {"loss_mode": "seq-mean-token-sum"}:
+        [row] = train(replace(config, lr=0.0, **options)).metrics
+        assert row["policy/ratio"] == pytest.approx(1.0, abs=1e-4)
+        assert row["policy/ratio_max"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_minibatches_share_the_weight_of_all_answers(config, monkeypatch):
+    """The gradients of an epoch's updates, at one policy, add up to what one update would have."""
+    config = replace(config, lr=0.0, num_prompts=3)
+    [whole] = gradients_of(config, monkeypatch)
+    for num_minibatches in 5, 100:  # 12 answers
+        parts = gradients_of(replace(config, num_minibatches=num_minibatches), monkeypatch)
+        assert len(parts) == min(num_minibatches, 12)
+        mean = torch.stack(parts).mean(0)
+        assert (mean - whole).norm() <= 1e-4 * whole.norm()
 
 
 def test_the_verifier_teaches_a_fresh_policy_to_stop(config, monkeypatch):
@@ -207,6 +243,19 @@ def test_bad_input(config, tmp_path):
         train(replace(config, max_tokens=17))
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl"):
         train(replace(config, data=str(tmp_path / "missing.jsonl")))
+    for name in ("eval_every", "eval_samples", "num_minibatches", "num_iterations"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            train(replace(config, **{name: 0}))
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        train(replace(config, temperature=0.0))
+    with pytest.raises(ValueError, match=r"loss_mode must be one of token-mean, .*, got mean"):
+        train(replace(config, loss_mode="mean"))
+    with pytest.raises(ValueError, match='"abs" exists in the reward only'):
+        train(replace(config, algorithm="ppo", kl_in="loss"))
+    with pytest.raises(ValueError, match="must fit the 2048 positions of LlamaForCausalLM, got 2060"):
+        train(replace(config, max_new_tokens=2048))
+    with pytest.raises(ValueError, match="must be a causal language model, got LlamaForTokenClassification"):
+        train(replace(config, model=config.q_rm))
     with pytest.raises(FileNotFoundError, match=r"state.pt"):
         train(replace(config, resume=True))
     write_jsonl(tmp_path / "prompts.jsonl", [Example("1+1:", "02")])
