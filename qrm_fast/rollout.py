@@ -56,11 +56,13 @@ class TransformersEngine:
         training = self.model.training
         self.model.eval()
         tokens, logprobs = [], []
-        for i in range(0, len(prompts), self.max_rows):
-            chunk = self._generate(prompts[i : i + self.max_rows], max_new_tokens, temperature, generator)
-            tokens += chunk[0].tolist()
-            logprobs += [x[:n] for x, n in zip(*chunk[1:], strict=True)]
-        self.model.train(training)
+        try:
+            for i in range(0, len(prompts), self.max_rows):
+                chunk = self._generate(prompts[i : i + self.max_rows], max_new_tokens, temperature, generator)
+                tokens += chunk[0].tolist()
+                logprobs += [x[:n] for x, n in zip(*chunk[1:], strict=True)]
+        finally:
+            self.model.train(training)
         responses = [row[: len(logprob)] for row, logprob in zip(tokens, logprobs, strict=True)]
         finished = [response[-1] == self.eos_token_id for response in responses]
         return Rollout(responses, logprobs, finished)

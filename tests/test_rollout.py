@@ -100,6 +100,9 @@ def test_generation_leaves_the_training_mode_alone(policy):
     policy.train()
     generate(policy, prompts(2), max_new_tokens=2)
     assert policy.training
+    with pytest.raises(IndexError):
+        generate(policy, [[10**6]])
+    assert policy.training
 
 
 def test_bad_arguments(policy):
