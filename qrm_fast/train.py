@@ -220,7 +220,10 @@ def train(config: Config) -> TrainResult:
     tokenizer = load_tokenizer(config.model)
     examples = read_jsonl(config.data, Example if config.reward == "verifier" else Prompt)
     eval_examples = read_jsonl(config.eval_data, Example) if config.eval_data else []
-    longest = max(len(encode_prompt(tokenizer, example.instruction)) for example in examples) + config.max_new_tokens
+    longest, longest_eval = (
+        max((len(encode_prompt(tokenizer, row.instruction)) for row in rows), default=0) + config.max_new_tokens
+        for rows in (examples, eval_examples)
+    )
     if longest > config.max_tokens:
         raise ValueError(
             f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
@@ -244,7 +247,7 @@ def train(config: Config) -> TrainResult:
         critic.train()
     for model in models:
         check_no_leak(model)
-        check_context(model, longest)
+        check_context(model, max(longest, longest_eval) if model is policy else longest)
     policy.train()
     optimizer = AdamW(policy.parameters())
     engine: Engine = TransformersEngine(policy, tokenizer.eos_token_id)

@@ -254,6 +254,9 @@ def test_bad_input(config, tmp_path):
         train(replace(config, algorithm="ppo", kl_in="loss"))
     with pytest.raises(ValueError, match="must fit the 2048 positions of LlamaForCausalLM, got 2060"):
         train(replace(config, max_new_tokens=2048))
+    write_jsonl(tmp_path / "eval.jsonl", [Example("1" + 1020 * "+1" + ":", "00")])
+    with pytest.raises(ValueError, match="must fit the 2048 positions of LlamaForCausalLM, got 2050"):
+        train(replace(config, eval_data=str(tmp_path / "eval.jsonl")))
     with pytest.raises(ValueError, match="must be a causal language model, got LlamaForTokenClassification"):
         train(replace(config, model=config.q_rm))
     with pytest.raises(FileNotFoundError, match=r"state.pt"):
