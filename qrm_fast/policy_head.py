@@ -19,12 +19,12 @@ class PolicyHead(NamedTuple):
     temperature: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] float32, to sample from."""
+        """[R, V] float32 of `hidden` [R, D], to sample from."""
         z = linear(hidden, self.weight, self.bias).float()
         return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)) / self.temperature
 
     def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> TokenLogprobs:
-        """`linear_logprobs` of the model's logits over `temperature`."""
+        """`linear_logprobs` of `hidden` [T, D] and `targets` [T], the model's logits divided by `temperature`."""
         temperature *= self.temperature
         return linear_logprobs(
             hidden, self.weight, targets, bias=self.bias, softcap=self.softcap, temperature=temperature

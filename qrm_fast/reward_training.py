@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
+from .checks import check_at_least_one
 from .metrics import MetricsLog, Phases
 from .models import Dtype, check_context, check_no_leak, load_token_model, load_tokenizer, save_checkpoint
 from .optimizer import AdamW, trapezoid
@@ -82,9 +83,7 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     Raises ValueError for malformed data, a number out of range, a prompt that fills max_len, a pair longer than
     max_tokens, an answer longer than the model's context and a split that leaves a side without pairs.
     """
-    for name in ("num_epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    check_at_least_one(config, "num_epochs", "batch_size")
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Pair)

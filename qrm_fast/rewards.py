@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import PackedBatch, token_q
 from .models import packed_hidden
-from .tasks import VERIFIERS
+from .tasks import find_verifier
 
 
 def q_scores(q_rm: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -26,9 +26,7 @@ def verified(
 
     Raises ValueError for an unknown verifier.
     """
-    if verifier not in VERIFIERS:
-        raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier}")
-    is_right = VERIFIERS[verifier]
+    is_right = find_verifier(verifier)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     rows = zip(texts, finished, labels, strict=True)
     return torch.tensor([float(done and is_right(text, label)) for text, done, label in rows])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import pack, plan_microbatches
+from .checks import check_at_least_one
 from .metrics import MetricsLog, Phases
 from .models import Dtype, check_context, check_no_leak, load_policy, load_tokenizer, packed_hidden, save_checkpoint
 from .optimizer import AdamW, trapezoid
@@ -57,9 +58,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
 
     Raises ValueError for malformed data, a number out of range and a sequence longer than max_tokens or the context.
     """
-    for name in ("num_steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    check_at_least_one(config, "num_steps", "batch_size")
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Demonstration)

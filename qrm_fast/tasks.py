@@ -207,3 +207,10 @@ def arithmetic_is_right(response: str, label: str) -> bool:
 
 
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {"arithmetic": arithmetic_is_right, "number": number_is_right}
+
+
+def find_verifier(name: str) -> Callable[[str, str], bool]:
+    """The verifier of this name in VERIFIERS. Raises ValueError for an unknown one."""
+    if name not in VERIFIERS:
+        raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {name}")
+    return VERIFIERS[name]

@@ -29,6 +29,7 @@ from . import (
     token_q,
     whiten,
 )
+from .checks import check_at_least_one
 from .metrics import MetricsLog, Phases
 from .models import (
     Dtype,
@@ -47,7 +48,7 @@ from .optimizer import AdamW, trapezoid
 from .policy_head import policy_head
 from .rewards import q_scores, verified
 from .rollout import Engine, Rollout, TransformersEngine
-from .tasks import VERIFIERS, Example, Prompt, encode_prompt, read_jsonl
+from .tasks import Example, Prompt, encode_prompt, find_verifier, read_jsonl
 
 # What a preset fixes, per algorithm; a field given in the configuration wins. The Q-RM presets are the released code
 # and the paper's Algorithm 1; rloo (arXiv 2402.14740) on a verifier is their control.
@@ -63,15 +64,9 @@ PRESETS = {
     ("rloo", "ppo"): _RLOO | dict(kl_coef=0.0, value_coef=0.0),
 }
 
-AT_LEAST_ONE = (
-    *("num_iterations", "num_prompts", "group_size", "max_new_tokens", "num_epochs", "num_minibatches"),
-    *("eval_every", "eval_samples"),
-)
 # What a resumed run may change; all else shapes the run that the checkpoint belongs to.
-RESUMABLE = (
-    *("out", "resume", "num_iterations", "save_every", "eval_every", "eval_data", "device", "tensorboard"),
-    "max_tokens",
-)
+RESUMABLE = {"out", "resume", "num_iterations", "max_tokens", "device", "tensorboard"}
+RESUMABLE |= {"save_every", "eval_every", "eval_data"}
 
 
 @dataclass
@@ -193,11 +188,9 @@ def resolve(config: Config) -> Config:
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
     if config.loss_mode not in MODES:
         raise ValueError(f"loss_mode must be one of {', '.join(MODES)}, got {config.loss_mode}")
-    if (config.reward == "verifier" or config.eval_data) and config.verifier not in VERIFIERS:
-        raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {config.verifier}")
-    for name in AT_LEAST_ONE:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    find_verifier(config.verifier)
+    check_at_least_one(config, "num_iterations", "num_prompts", "group_size", "max_new_tokens", "num_epochs")
+    check_at_least_one(config, "num_minibatches", "eval_every", "eval_samples")
     if not config.temperature > 0:
         raise ValueError(f"temperature must be positive, got {config.temperature}")
     return config

@@ -69,11 +69,15 @@ struct DoubleLanes : Simd<double, Bytes> {
 
   // `then` where a < b, so not where one is NaN.
   QRM_FAST_INLINE static Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) {
+#if defined(__x86_64__)
     if constexpr (Bytes == 64) return where<17>(a, b, then, otherwise);
+#endif
     return a < b ? then : otherwise;
   }
   QRM_FAST_INLINE static Vec where_equal(Vec a, Vec b, Vec then, Vec otherwise) {
+#if defined(__x86_64__)
     if constexpr (Bytes == 64) return where<0>(a, b, then, otherwise);
+#endif
     return a == b ? then : otherwise;
   }
 
@@ -84,19 +88,19 @@ struct DoubleLanes : Simd<double, Bytes> {
     return where_equal(x, x, bounded, x);
   }
 
+#if defined(__x86_64__)
  private:
   // By a predicate of vcmppd: 0 is equal, 17 less, both quiet.
   template <int Predicate>
   QRM_FAST_INLINE static Vec where(Vec a, Vec b, Vec then, Vec otherwise) {
-    Vec out = otherwise;
-#if defined(__x86_64__)
+    Vec out;
     asm("vcmppd %5, %2, %1, %%k1\n\tvblendmpd %3, %4, %0%{%%k1%}"
         : "=v"(out)
         : "v"(a), "v"(b), "v"(then), "v"(otherwise), "i"(Predicate)
         : "k1");
-#endif
     return out;
   }
+#endif
 };
 
 }  // namespace qrm_fast
