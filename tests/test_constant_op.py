@@ -10,7 +10,7 @@ REWARDS = torch.arange(7.0)
 
 
 def advantages(values: torch.Tensor) -> torch.Tensor:
-    return gae(REWARDS, values, CU).advantages
+    return gae(REWARDS.to(values.device), values, CU.to(values.device)).advantages
 
 
 @pytest.fixture(params=["eager", "compiled"])
@@ -18,8 +18,8 @@ def run(request):
     return torch.compile(fullgraph=True) if request.param == "compiled" else lambda f: f
 
 
-def test_raises_when_differentiated(run):
-    values = torch.ones(7, requires_grad=True)
+def test_raises_when_differentiated(run, device):
+    values = torch.ones(7, requires_grad=True, device=device)
     result = run(advantages)(values)
     assert torch.equal(result, advantages(values.detach()))
     with pytest.raises(RuntimeError, match=r"qrm_fast\.gae\.default is not differentiable"):
