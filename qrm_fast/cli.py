@@ -17,11 +17,15 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+try:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise ImportError(f"the command line needs the extra `cli`: pip install 'qrm_fast[cli]' ({error})") from error
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
