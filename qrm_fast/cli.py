@@ -42,8 +42,8 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     _before_models("cpu")
     _expect_a_new_head()
-    from .demo import demo as run
-    from .plots import Answer, curves, heat_map, read_runs
+    from .rl.demo import demo as run
+    from .rl.plots import Answer, curves, heat_map, read_runs
 
     with _newest_row_shown(options.out):
         result = run(seeds=options.seeds, controls=options.controls, out=options.out)
@@ -58,7 +58,7 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def sft(parser: ArgumentParser, arguments: list[str]) -> None:
     """Fine-tune a policy on demonstrations."""
-    from .sft import SFTConfig, train_sft
+    from .rl.sft import SFTConfig, train_sft
 
     _add_options(parser, SFTConfig, out="runs/sft")
     config = _parse(parser, arguments, SFTConfig)
@@ -79,7 +79,7 @@ FROM_SCRATCH = dict(lr=3e-4, num_epochs=2, batch_size=32, warmup_steps=8, decay=
 
 def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
     """Train a Q-RM on preference pairs."""
-    from .reward_training import QRMConfig, train_q_rm
+    from .rl.reward_training import QRMConfig, train_q_rm
 
     parser.epilog = (
         f"Defaults for scratch models: {', '.join(f'{key} {value}' for key, value in FROM_SCRATCH.items())}."
@@ -104,8 +104,8 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def train(parser: ArgumentParser, arguments: list[str]) -> None:
     """Train a policy by reinforcement learning, credited token by token by a Q-RM or answer by answer by a verifier."""
-    from .train import Config
-    from .train import train as run
+    from .rl.train import Config
+    from .rl.train import train as run
 
     _add_options(parser, Config, out="runs/train")
     config = _parse(parser, arguments, Config)
@@ -124,11 +124,12 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     """Greedy and sampled Pass@1 of a policy on the problems of a file."""
-    from .models import load_policy, load_tokenizer
-    from .rollout import TransformersEngine
-    from .tasks import Example, read_jsonl
-    from .train import Config
-    from .train import evaluate as run
+    from .rl.data import Example, read_jsonl
+    from .rl.models import load_policy
+    from .rl.rollout import TransformersEngine
+    from .rl.tokenizers import load_tokenizer
+    from .rl.train import Config
+    from .rl.train import evaluate as run
 
     only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
     _add_options(parser, Config, only=only)
@@ -154,8 +155,8 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     if len(options.response) > 2:
         raise ValueError(f"response must be given once or twice, got {len(options.response)}")
     _before_models(options.device)
-    from .plots import Answer, first_difference, heat_map
-    from .score import score as run
+    from .rl.plots import Answer, first_difference, heat_map
+    from .rl.score import score as run
 
     scores = run(options.model, options.prompt, options.response, device=options.device)
     answers = [Answer(f"response {i}", x.tokens, x.q) for i, x in enumerate(scores, start=1)]
@@ -179,7 +180,7 @@ def plot(parser: ArgumentParser, arguments: list[str]) -> None:
     """Draw the metrics of every training in a directory and below it into curves.png there."""
     parser.add_argument("directory", type=str, help="Where a command wrote: runs/demo, runs/train, ...")
     directory = parser.parse_args(arguments).directory
-    from .plots import curves, read_runs
+    from .rl.plots import curves, read_runs
 
     curves(read_runs(directory)).savefig(f"{directory}/curves.png")
     print(f"curves  {directory}/curves.png")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _host  # type: ignore[attr-defined]
-from .checks import BOOL, FLOATS, INTS, Checker
-from .dtypes import acc_dtype
+from .ops.checks import BOOL, FLOATS, INTS, Checker
+from .ops.dtypes import acc_dtype
 
 
 class PackedBatch(NamedTuple):

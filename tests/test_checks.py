@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from qrm_fast.checks import BOOL, FLOATS, INT64, INTS, Checker
+from qrm_fast.ops.checks import BOOL, FLOATS, INT64, INTS, Checker
 
 T4 = torch.zeros(4)
 

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from qrm_fast import cli
 from qrm_fast.cli import COMMANDS, main
-from qrm_fast.metrics import MetricsLog
-from qrm_fast.models import load_policy, load_token_model, load_tokenizer, save_checkpoint
-from qrm_fast.tasks import Demonstration, Pair, arithmetic_demonstration, arithmetic_examples, write_jsonl
-from qrm_fast.train import Config
+from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
+from qrm_fast.rl.data import Demonstration, Pair, write_jsonl
+from qrm_fast.rl.metrics import MetricsLog
+from qrm_fast.rl.models import load_policy, load_token_model, save_checkpoint
+from qrm_fast.rl.tokenizers import load_tokenizer
+from qrm_fast.rl.train import Config
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_demo_draws_what_the_library_returns(run, monkeypatch):
         wrong = SimpleNamespace(tokens=["1", "3", "<eos>"], q=[0.0, -1.0, -2.0])
         return SimpleNamespace(prompt="1+1:", right=right, wrong=wrong)
 
-    monkeypatch.setitem(sys.modules, "qrm_fast.demo", SimpleNamespace(demo=library))
+    monkeypatch.setitem(sys.modules, "qrm_fast.rl.demo", SimpleNamespace(demo=library))
     status, out, err = run("demo")
     assert (status, err) == (0, "")
     for name in ("curves", "heat_map"):

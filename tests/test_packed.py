@@ -23,7 +23,7 @@ from qrm_fast.ops.loss_weights import MODES, _loss_weights
 from qrm_fast.ops.min_form_returns import OPERATORS
 from qrm_fast.ops.process_advantages import PRESETS
 from qrm_fast.ops.progress_rewards import _progress_rewards
-from qrm_fast.segments import sequence_sum
+from qrm_fast.ops.segments import sequence_sum
 
 ROWS = ("q", "values", "logprobs", "ref_logprobs", "mask", "kl", "hidden", "is_end", "scores", "logits")
 NUMBERS = ("group_ids", "rewards", "outcomes", "start_values")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from qrm_fast import pack
-from qrm_fast.models import load_policy, load_token_model, load_tokenizer, packed_hidden
+from qrm_fast.rl.attention import packed_hidden
+from qrm_fast.rl.models import load_policy, load_token_model
+from qrm_fast.rl.tokenizers import load_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

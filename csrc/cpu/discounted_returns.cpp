@@ -4,8 +4,8 @@
 
 #include <optional>
 
-#include "fresh_rows.h"
-#include "scan.h"
+#include "memory.h"
+#include "packed/scan.h"
 
 namespace qrm_fast {
 namespace {

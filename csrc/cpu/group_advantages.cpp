@@ -10,7 +10,7 @@
 #include <string>
 
 #include "dtypes.h"
-#include "groups.h"
+#include "packed/groups.h"
 
 namespace qrm_fast {
 namespace {

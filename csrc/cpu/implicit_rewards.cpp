@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "dtypes.h"
-#include "target_clones.h"
+#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "dtypes.h"
-#include "groups.h"
+#include "packed/groups.h"
 
 namespace qrm_fast {
 namespace {

@@ -12,8 +12,8 @@
 
 #include <tuple>
 
-#include "fresh_rows.h"
-#include "head.h"
+#include "head/head.h"
+#include "memory.h"
 
 namespace qrm_fast {
 namespace {

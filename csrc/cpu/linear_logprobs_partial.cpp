@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "head.h"
+#include "head/head.h"
 
 namespace qrm_fast {
 namespace {

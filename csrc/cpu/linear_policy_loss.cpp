@@ -13,9 +13,9 @@
 #include <optional>
 #include <tuple>
 
-#include "cu_seqlens.h"
-#include "fresh_rows.h"
-#include "head.h"
+#include "head/head.h"
+#include "memory.h"
+#include "packed/cu_seqlens.h"
 #include "policy_sums.h"
 
 namespace qrm_fast {

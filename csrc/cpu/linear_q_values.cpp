@@ -9,8 +9,8 @@
 
 #include <tuple>
 
-#include "head.h"
-#include "target_clones.h"
+#include "head/head.h"
+#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
+#include "packed/cu_seqlens.h"
 
 namespace qrm_fast {
 namespace {

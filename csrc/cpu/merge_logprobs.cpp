@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "head.h"
+#include "head/head.h"
 
 namespace qrm_fast {
 namespace {

@@ -12,11 +12,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
-#include "simd.h"
-#include "steps.h"
-#include "target_clones.h"
+#include "packed/cu_seqlens.h"
+#include "packed/steps.h"
+#include "simd/simd.h"
+#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {

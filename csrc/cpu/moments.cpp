@@ -12,9 +12,9 @@
 #include <optional>
 #include <vector>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
-#include "groups.h"
+#include "packed/cu_seqlens.h"
+#include "packed/groups.h"
 
 namespace qrm_fast {
 namespace {

@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
+#include "packed/cu_seqlens.h"
 
 namespace qrm_fast {
 namespace {

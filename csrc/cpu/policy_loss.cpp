@@ -12,11 +12,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cu_seqlens.h"
-#include "double_lanes.h"
 #include "dtypes.h"
-#include "fresh_rows.h"
+#include "memory.h"
+#include "packed/cu_seqlens.h"
 #include "policy_sums.h"
+#include "simd/double_lanes.h"
 
 namespace qrm_fast {
 namespace {

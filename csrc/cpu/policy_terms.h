@@ -3,7 +3,7 @@
 #pragma once
 #include <cmath>
 
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace qrm_fast {
 

@@ -17,16 +17,16 @@
 #include <type_traits>
 #include <vector>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
-#include "fresh_rows.h"
-#include "groups.h"
+#include "memory.h"
 #include "min_form_returns.h"
 #include "moments.h"
-#include "simd.h"
+#include "packed/cu_seqlens.h"
+#include "packed/groups.h"
+#include "packed/steps.h"
+#include "simd/simd.h"
+#include "simd/target_clones.h"
 #include "step_rows.h"
-#include "steps.h"
-#include "target_clones.h"
 
 namespace qrm_fast {
 namespace {

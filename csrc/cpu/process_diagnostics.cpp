@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
-#include "steps.h"
+#include "packed/cu_seqlens.h"
+#include "packed/steps.h"
 
 namespace qrm_fast {
 namespace {

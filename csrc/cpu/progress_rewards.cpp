@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
+#include "packed/cu_seqlens.h"
 
 namespace qrm_fast {
 namespace {

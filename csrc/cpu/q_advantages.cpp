@@ -10,9 +10,9 @@
 #include <string>
 #include <tuple>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
 #include "moments.h"
+#include "packed/cu_seqlens.h"
 #include "q_token_rewards.h"
 
 namespace qrm_fast {

@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <optional>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
 #include "moments.h"
+#include "packed/cu_seqlens.h"
 #include "q_token_rewards.h"
 #include "token_q.h"
 

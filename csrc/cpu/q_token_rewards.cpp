@@ -10,9 +10,9 @@
 #include <optional>
 #include <string>
 
-#include "cu_seqlens.h"
 #include "dtypes.h"
 #include "moments.h"
+#include "packed/cu_seqlens.h"
 
 namespace qrm_fast {
 namespace {

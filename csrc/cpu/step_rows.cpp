@@ -11,9 +11,9 @@
 #include <optional>
 
 #include "dtypes.h"
-#include "fresh_rows.h"
-#include "simd.h"
-#include "target_clones.h"
+#include "memory.h"
+#include "simd/simd.h"
+#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {

@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <string>
 
-#include "cu_seqlens.h"
 #include "moments.h"
-#include "steps.h"
+#include "packed/cu_seqlens.h"
+#include "packed/steps.h"
 
 namespace qrm_fast {
 

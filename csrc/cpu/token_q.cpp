@@ -19,7 +19,7 @@
 
 #include "../check.h"
 #include "dtypes.h"
-#include "target_clones.h"
+#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {

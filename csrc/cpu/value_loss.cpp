@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "double_lanes.h"
 #include "dtypes.h"
-#include "fresh_rows.h"
+#include "memory.h"
+#include "simd/double_lanes.h"
 
 namespace qrm_fast {
 namespace {

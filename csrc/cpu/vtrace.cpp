@@ -5,8 +5,8 @@
 #include <optional>
 #include <tuple>
 
-#include "fresh_rows.h"
-#include "scan.h"
+#include "memory.h"
+#include "packed/scan.h"
 
 namespace qrm_fast {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "scan.h"
+#include "scan_launch.h"
 #include "scan_rules.h"
 
 namespace qrm_fast {

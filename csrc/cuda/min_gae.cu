@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "scan.h"
+#include "scan_launch.h"
 #include "scan_rules.h"
 
 namespace qrm_fast {

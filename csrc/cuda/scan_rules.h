@@ -5,7 +5,7 @@
 //   step(in, state, out)                one row; returns the state it hands on
 //   map(in)                             the same state as a map of the one received
 #pragma once
-#include "../scan.h"
+#include "../maps.h"
 
 namespace qrm_fast {
 

@@ -11,7 +11,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../scan.h"
+#include "../maps.h"
 
 #if defined(__CUDA_ARCH__)
 #define QRM_FAST_UNROLL _Pragma("unroll")

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import BOOL, FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import rows_from_the_end
+from .checks import BOOL, FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
+from .segments import rows_from_the_end
 
 
 def discounted_returns(

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import BOOL, FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import rows_from_the_end
+from .checks import BOOL, FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
+from .segments import rows_from_the_end
 
 
 class Advantages(NamedTuple):

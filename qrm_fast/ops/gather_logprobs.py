@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INT64, Checker
-from ..dtypes import acc_dtype
+from .checks import FLOATS, INT64, Checker
+from .dtypes import acc_dtype
 from .linear_logprobs import TokenLogprobs, check_logit_options, finished_logits, logit_gradient, token_statistics
 
 

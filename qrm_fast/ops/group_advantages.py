@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import group_sum
+from .checks import FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
+from .segments import group_sum
 
 KINDS = ("rloo", "grpo", "dr_grpo", "opo", "reinforce_pp_baseline", "pass_at_k", "remax")
 

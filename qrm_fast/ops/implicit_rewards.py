@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .checks import FLOATS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 
 
 def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, *, beta: float = 0.05) -> Tensor:

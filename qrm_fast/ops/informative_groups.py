@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..segments import group_max
+from .checks import FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .segments import group_max
 
 
 def informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autocast import as_for_linear
-from ..checks import FLOATS, INT64, Checker
-from ..dtypes import acc_dtype
+from .autocast import as_for_linear
+from .checks import FLOATS, INT64, Checker
+from .dtypes import acc_dtype
 
 
 class TokenLogprobs(NamedTuple):

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..autocast import as_for_linear
-from ..checks import Checker
-from ..dtypes import acc_dtype
+from .autocast import as_for_linear
+from .checks import Checker
+from .dtypes import acc_dtype
 from .linear_logprobs import _backward as linear_logprobs_backward
 from .linear_logprobs import _forward as linear_logprobs_forward
 from .linear_logprobs import check_head

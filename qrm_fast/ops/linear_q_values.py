@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autocast import as_for_linear
-from ..checks import FLOATS, INT64, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .autocast import as_for_linear
+from .checks import FLOATS, INT64, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .linear_logprobs import check_logit_options
 
 

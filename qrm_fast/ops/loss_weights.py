@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..checks import BOOL, INTS, Checker
-from ..constant_op import constant_op
-from ..segments import sequence_ids, sequence_sum
+from .checks import BOOL, INTS, Checker
+from .constant_op import constant_op
+from .segments import sequence_ids, sequence_sum
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 

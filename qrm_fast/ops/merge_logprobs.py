@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checks import Checker
-from ..constant_op import constant_op
+from .checks import Checker
+from .constant_op import constant_op
 from .linear_logprobs import TokenLogprobs
 from .linear_logprobs_partial import LogprobsPartial
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .checks import FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .step_rows import step_rows
 
 OPERATORS = ("soft", "hard", "revmin", "causal_soft", "sum", "mean")

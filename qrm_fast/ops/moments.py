@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..constant_op import constant_op
-from ..segments import group_sum, sequence_ids, sequence_sum
+from .constant_op import constant_op
+from .segments import group_sum, sequence_ids, sequence_sum
 
 
 def moments(

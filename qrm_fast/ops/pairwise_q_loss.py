@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..checks import BOOL, FLOATS, INTS, Checker
-from ..dtypes import acc_dtype
-from ..segments import sequence_ids, sequence_sum
+from .checks import BOOL, FLOATS, INTS, Checker
+from .dtypes import acc_dtype
+from .segments import sequence_ids, sequence_sum
 
 
 class PairLoss(NamedTuple):

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INTS, Checker
-from ..dtypes import acc_dtype
-from ..segments import sequence_ids, sequence_sum
+from .checks import FLOATS, INTS, Checker
+from .dtypes import acc_dtype
+from .segments import sequence_ids, sequence_sum
 
 KINDS = ("ppo", "reinforce", "cispo", "gspo")
 KL_ESTIMATORS = ("k1", "k2", "k3")

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .checks import FLOATS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 
 
 def prm_rewards(logits: Tensor) -> Tensor:

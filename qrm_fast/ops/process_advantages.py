@@ -4,13 +4,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import BOOL, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import group_sum, sequence_ids, sequence_sum
+from .checks import BOOL, INTS, Checker
+from .constant_op import constant_op
 from .discounted_returns import discounted_returns
+from .dtypes import acc_dtype
 from .min_form_returns import _min_form_returns, check_steps, form_of
 from .moments import join_ranks, moments
+from .segments import group_sum, sequence_ids, sequence_sum
 from .step_rows import step_rows
 
 PRESETS = ("paper", "paper-step", "openrlhf", "verl")

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import sequence_ids, sequence_sum
+from .checks import Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .min_form_returns import check_steps, form_of
+from .segments import sequence_ids, sequence_sum
 
 
 class ProcessDiagnostics(NamedTuple):

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import sequence_ids
+from .checks import FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
+from .segments import sequence_ids
 
 
 def progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tensor, *, alpha: float = 1.0) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .checks import Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .gae import Advantages
 from .moments import moments
 from .q_token_rewards import _q_token_rewards, check_rewards

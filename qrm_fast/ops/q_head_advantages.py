@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..autocast import as_for_linear
-from ..checks import BOOL, FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .autocast import as_for_linear
+from .checks import BOOL, FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .moments import moments
 from .q_token_rewards import EOS_RESCORES, _q_token_rewards
 from .token_q import _token_q

@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import BOOL, FLOATS, INTS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
-from ..segments import sequence_ids, sequence_sum
+from .checks import BOOL, FLOATS, INTS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .moments import moments
+from .segments import sequence_ids, sequence_sum
 
 SCOPES = ("batch", "sequence", "group")
 EOS_RESCORES = ("none", "mean")

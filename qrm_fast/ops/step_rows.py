@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..constant_op import constant_op
-from ..segments import sequence_ids
+from .constant_op import constant_op
+from .segments import sequence_ids
 
 
 @constant_op("step_rows")

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..autocast import as_for_linear
-from ..checks import FLOATS, INT64, Checker
-from ..dtypes import acc_dtype
+from .autocast import as_for_linear
+from .checks import FLOATS, INT64, Checker
+from .dtypes import acc_dtype
 
 IGNORE_INDEX = -100
 

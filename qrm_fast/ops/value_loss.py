@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, Checker
-from ..dtypes import acc_dtype
+from .checks import FLOATS, Checker
+from .dtypes import acc_dtype
 from .policy_loss import scaled_derivative
 
 

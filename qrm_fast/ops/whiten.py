@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import BOOL, FLOATS, Checker
-from ..constant_op import constant_op
-from ..dtypes import acc_dtype
+from .checks import BOOL, FLOATS, Checker
+from .constant_op import constant_op
+from .dtypes import acc_dtype
 from .moments import moments
 
 

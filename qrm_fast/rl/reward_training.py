@@ -1,0 +1,203 @@
+"""Training a Q-RM on preference pairs (arXiv 2505.23363): a scalar Q for every response token, from whole-answer
+preferences alone."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
+from ..ops.checks import check_at_least_one
+from .attention import check_no_leak
+from .data import Pair, fit, read_jsonl
+from .metrics import MetricsLog, Phases
+from .models import Dtype, check_context, load_token_model, save_checkpoint
+from .optimizer import AdamW, trapezoid
+from .rewards import q_scores
+from .tokenizers import encode_prompt, encode_response, load_tokenizer
+
+
+@dataclass
+class QRMConfig:
+    data: str
+    """JSONL file of preference pairs: {"instruction", "chosen", "rejected"}."""
+    out: str
+    """Directory for the checkpoint and metrics.jsonl."""
+    model: str = "scratch:small"
+    """Hugging Face id or directory (a policy's, for its backbone), scratch:demo or scratch:small."""
+    tokenizer: str | None = None
+    """Hugging Face id or directory, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
+    beta: float = 0.2
+    """Scale of the gap between the mean scores of the two answers."""
+    gamma: float = 2.0
+    """Margin that the scaled gap has to pass."""
+    heldout: float = 0.15
+    """Share of the prompts kept for evaluation, with all their pairs."""
+    num_epochs: int = 1
+    """Passes over the training pairs, each in a new order."""
+    batch_size: int = 64
+    """Pairs per optimiser step."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises."""
+    decay: float = 0.0
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    max_len: int = 1024
+    """Longest sequence in tokens: responses are cut from the right."""
+    max_tokens: int = 8192
+    """Packed tokens per micro-batch; both answers of a pair share one."""
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    tensorboard: bool = False
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+class TokenPair(NamedTuple):
+    prompt: list[int]
+    chosen: list[int]  # prompt and chosen answer
+    rejected: list[int]  # prompt and rejected answer
+
+
+class PairMetrics(NamedTuple):
+    loss: float
+    accuracy: float  # share of pairs whose chosen answer has the larger mean Q
+    action_accuracy: float  # the same at the first token where the two answers part: same prefix, two actions
+    margin: float  # mean Q of the chosen answer above the rejected one's, averaged over pairs
+
+
+class QRMResult(NamedTuple):
+    directory: str  # the checkpoint
+    train: PairMetrics  # over the training pairs, after training
+    heldout: PairMetrics
+    num_train: int
+    num_heldout: int
+    tokens_per_s: float
+
+
+def train_q_rm(config: QRMConfig) -> QRMResult:
+    """Minimise softplus(gamma - beta (mean Q chosen - mean Q rejected)) over the pairs. Same config, same bits.
+
+    Raises ValueError for malformed data, a number out of range, a prompt that fills max_len, a pair longer than
+    max_tokens, an answer longer than the model's context and a split that leaves a side without pairs.
+    """
+    check_at_least_one(config, "num_epochs", "batch_size")
+    torch.manual_seed(config.seed)
+    order = torch.Generator().manual_seed(config.seed)
+    rows = read_jsonl(config.data, Pair)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, (text for row in rows for text in row))
+    pairs = _token_pairs(rows, tokenizer, config)
+    _microbatches(pairs, config.max_tokens)  # a pair over the budget is an error now, not in the middle of training
+    train, heldout = _split(rows, pairs, config, order)
+    q_rm = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    check_no_leak(q_rm)
+    check_context(q_rm, max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)))
+    q_rm.train()
+    optimizer = AdamW(q_rm.parameters())
+    log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(q_rm.device)
+
+    num_steps = config.num_epochs * -(-len(train) // config.batch_size)
+    num_tokens, seconds, i = 0, 0.0, 0
+    for _ in range(config.num_epochs):
+        shuffled = [train[j] for j in torch.randperm(len(train), generator=order).tolist()]
+        for batch in (shuffled[j : j + config.batch_size] for j in range(0, len(train), config.batch_size)):
+            with phases("update"):
+                loss = torch.zeros((), device=q_rm.device)
+                accuracy = torch.zeros((), device=q_rm.device)
+                for microbatch in _microbatches(batch, config.max_tokens):
+                    packed = _pack_pairs(microbatch, config.device)
+                    q = q_scores(q_rm, packed)  # [T]
+                    scores = pairwise_q_loss(q, packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
+                    share = len(microbatch) / len(batch)
+                    (scores.loss * share).backward()
+                    loss += scores.loss.detach() * share
+                    accuracy += scores.accuracy * share
+                lr = config.lr * trapezoid(i, num_steps, warmup=config.warmup_steps, decay=config.decay)
+                grad_norm = optimizer.step(lr, config.max_grad_norm)
+            batch_tokens = sum(map(_num_tokens, batch))
+            phases.count("update", batch_tokens)
+            loss, accuracy, grad_norm = torch.stack([loss, accuracy, grad_norm]).tolist()
+            values = phases.report()
+            log(i, {"qrm/loss": loss, "qrm/accuracy": accuracy, "qrm/grad_norm": grad_norm, "qrm/lr": lr, **values})
+            num_tokens, seconds = num_tokens + batch_tokens, seconds + values["time/update_s"]
+            i += 1
+    save_checkpoint(q_rm, tokenizer, config.out)
+    result = QRMResult(
+        config.out,
+        evaluate_pairs(q_rm, train, config),
+        evaluate_pairs(q_rm, heldout, config),
+        len(train),
+        len(heldout),
+        num_tokens / seconds,
+    )
+    log(i, {f"qrm/heldout_{name}": value for name, value in result.heldout._asdict().items()})
+    return result
+
+
+@torch.no_grad()
+def evaluate_pairs(q_rm: PreTrainedModel, pairs: list[TokenPair], config: QRMConfig) -> PairMetrics:
+    """Loss and accuracies of a Q-RM over tokenised pairs."""
+    sums = torch.zeros(4, dtype=torch.float64, device=q_rm.device)
+    for microbatch in _microbatches(pairs, config.max_tokens):
+        packed = _pack_pairs(microbatch, config.device)
+        q = q_scores(q_rm, packed)
+        scores = pairwise_q_loss(q, packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
+        per_answer = unpack(q, packed.action_cu_seqlens)
+        right = 0
+        for pair, q_chosen, q_rejected in zip(microbatch, per_answer[0::2], per_answer[1::2], strict=True):
+            answers = zip(pair.chosen[len(pair.prompt) :], pair.rejected[len(pair.prompt) :], strict=False)
+            fork = next((t for t, (a, b) in enumerate(answers) if a != b), 0)
+            right += q_chosen[fork] > q_rejected[fork]
+        sums += torch.stack(
+            [
+                scores.loss.double() * len(microbatch),
+                scores.accuracy.double() * len(microbatch),
+                torch.as_tensor(right, dtype=torch.float64, device=q_rm.device),
+                scores.margin.double().sum(),
+            ]
+        )
+    return PairMetrics(*(sums / len(pairs)).tolist())
+
+
+def _token_pairs(rows: list[Pair], tokenizer: PreTrainedTokenizerBase, config: QRMConfig) -> list[TokenPair]:
+    token_pairs = []
+    for line, row in enumerate(rows, start=1):
+        prompt = encode_prompt(tokenizer, row.instruction)
+        responses = (encode_response(tokenizer, text) for text in (row.chosen, row.rejected))
+        answers = (fit(prompt, response, config.max_len, f"{config.data}:{line}") for response in responses)
+        token_pairs.append(TokenPair(prompt, *answers))
+    return token_pairs
+
+
+def _split(
+    rows: list[Pair], pairs: list[TokenPair], config: QRMConfig, order: torch.Generator
+) -> tuple[list[TokenPair], list[TokenPair]]:
+    prompts = list(dict.fromkeys(row.instruction for row in rows))
+    num_heldout = round(config.heldout * len(prompts))
+    kept = {prompts[i] for i in torch.randperm(len(prompts), generator=order)[:num_heldout].tolist()}
+    train = [pair for row, pair in zip(rows, pairs, strict=True) if row.instruction not in kept]
+    heldout = [pair for row, pair in zip(rows, pairs, strict=True) if row.instruction in kept]
+    if not train or not heldout:
+        raise ValueError(
+            f"heldout must leave pairs to train on and to evaluate, got {config.heldout} of {len(prompts)} prompts"
+        )
+    return train, heldout
+
+
+def _num_tokens(pair: TokenPair) -> int:
+    return len(pair.chosen) + len(pair.rejected)
+
+
+def _microbatches(pairs: list[TokenPair], max_tokens: int) -> list[list[TokenPair]]:
+    plan = plan_microbatches([_num_tokens(pair) for pair in pairs], max_tokens=max_tokens)[0]
+    return [sorted((pairs[i] for i in bin), key=lambda pair: (len(pair.chosen), len(pair.rejected))) for bin in plan]
+
+
+def _pack_pairs(pairs: list[TokenPair], device: str) -> PackedBatch:
+    """Chosen and rejected answers in turn, as `pairwise_q_loss` reads them."""
+    sequences = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return pack(sequences, [len(pair.prompt) for pair in pairs for _ in range(2)], device=device)

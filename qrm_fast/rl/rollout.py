@@ -1,0 +1,151 @@
+"""Sampling: prompts to responses with the log-probabilities they were sampled with."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .policy import policy_head
+
+
+class Rollout(NamedTuple):
+    responses: list[list[int]]  # token ids of each response, EOS included where it was produced
+    logprobs: list[Tensor]  # of each response [T_s] float32, the log-probability of each token as it was sampled
+    finished: list[bool]  # whether each response ends with EOS, False where max_new_tokens cut it
+
+
+class Engine(Protocol):
+    """What the training loop asks of a generator. `update` is called after every policy update."""
+
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Rollout: ...
+
+    def update(self, model: PreTrainedModel) -> None: ...
+
+
+class TransformersEngine:
+    """Samples from a transformers model in this process, with left-padded prompts and a key-value cache.
+
+    Samples the whole vocabulary at the given temperature, without top-p or top-k, so that the returned
+    log-probabilities are those of the distribution sampled from. `max_rows` prompts are generated at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, eos_token_id: int, *, max_rows: int = 512) -> None:
+        self.model, self.eos_token_id, self.max_rows = model, eos_token_id, max_rows
+
+    def update(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Rollout:
+        """One response to each prompt, in order. Temperature 0 takes the argmax, with log-probability 0.
+
+        Raises ValueError for no prompt, an empty prompt, a negative temperature or max_new_tokens < 1.
+        """
+        if not prompts or not all(prompts):
+            raise ValueError("prompts must be non-empty lists of token ids, got no prompt or an empty one")
+        if temperature < 0 or max_new_tokens < 1:
+            raise ValueError(
+                f"temperature must be >= 0 and max_new_tokens >= 1, got {temperature} and {max_new_tokens}"
+            )
+        training = self.model.training
+        self.model.eval()
+        tokens, logprobs = [], []
+        try:
+            for i in range(0, len(prompts), self.max_rows):
+                chunk = self._generate(prompts[i : i + self.max_rows], max_new_tokens, temperature, generator)
+                tokens += chunk[0].tolist()
+                logprobs += [x[:n] for x, n in zip(*chunk[1:], strict=True)]
+        finally:
+            self.model.train(training)
+        responses = [row[: len(logprob)] for row, logprob in zip(tokens, logprobs, strict=True)]
+        finished = [response[-1] == self.eos_token_id for response in responses]
+        return Rollout(responses, logprobs, finished)
+
+    def _generate(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens and log-probabilities [B, max_new_tokens], and the length of each response."""
+        device = self.model.device
+        num_rows, width = len(prompts), max(map(len, prompts))
+        padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, P]
+        position = torch.tensor([len(prompt) for prompt in prompts], device=device)  # of the next token, [B]
+        # A left-padded row may look back at its own tokens only: `visible` [B, P + L] says which columns those are.
+        columns = torch.arange(width + max_new_tokens, device=device)
+        visible = columns >= width - position[:, None]
+        causal = columns[:width] <= columns[:width, None]  # [P, P]
+        diagonal = torch.eye(width, dtype=torch.bool, device=device)  # a padded query sees itself, or its row is NaN
+        mask = (visible[:, None, :width] & causal | diagonal)[:, None]  # [B, 1, P, P]
+        cache = Cache(layers=[RoomyLayer(len(columns)) for _ in range(self.model.config.num_hidden_layers)])
+
+        tokens = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
+        lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        rows = torch.arange(num_rows, device=device)  # those in the cache, [R]
+        alive = torch.ones_like(rows, dtype=torch.bool)  # [R]
+        hidden = self._hidden(padded, (columns[:width] - width + position[:, None]).clamp(min=0), mask, cache)
+        for step in range(max_new_tokens):
+            token, logprob = self._sample(hidden[:, -1], temperature, generator)  # [R], [R]
+            tokens[rows, step], logprobs[rows, step] = token, logprob
+            lengths[rows] += alive
+            alive &= token != self.eos_token_id
+            num_alive = int(alive.sum())
+            if num_alive == 0 or step + 1 == max_new_tokens:
+                break
+            if num_alive <= 7 / 8 * len(rows):  # dropping rows copies the cache, keeping them computes for nothing
+                kept = alive.nonzero()[:, 0]
+                rows, alive, token, position, visible = (x[kept] for x in (rows, alive, token, position, visible))
+                cache.batch_select_indices(kept)
+            mask = visible[:, None, None, : width + step + 1]  # [R, 1, 1, P + step + 1]
+            hidden = self._hidden(token[:, None], position[:, None], mask, cache)
+            position = position + 1
+        return tokens, logprobs, lengths.tolist()
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        return self.model.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        logits = policy_head(self.model).logits(hidden)  # [R, V]
+        if temperature == 0:
+            return logits.argmax(-1), logits.new_zeros(len(logits))
+        logp = (logits / temperature).log_softmax(-1)
+        token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
+        return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values in a buffer of its final length: DynamicLayer copies all of them at every token."""
+
+    def __init__(self, max_len: int) -> None:
+        super().__init__()
+        self.max_len, self.num_tokens = max_len, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        num_rows, num_heads, _, head_dim = key_states.shape
+        self.key_room = key_states.new_empty(num_rows, num_heads, self.max_len, head_dim)
+        self.value_room = value_states.new_empty(num_rows, num_heads, self.max_len, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.num_tokens + key_states.shape[2]
+        self.key_room[:, :, self.num_tokens : end] = key_states
+        self.value_room[:, :, self.num_tokens : end] = value_states
+        self.num_tokens = end
+        self.keys, self.values = self.key_room[:, :, :end], self.value_room[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]

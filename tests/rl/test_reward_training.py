@@ -1,0 +1,133 @@
+"""Training a Q-RM: what is read where, gradients that do not depend on the micro-batches, checkpoints, bad input."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification
+
+from qrm_fast import pack
+from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
+from qrm_fast.rl.data import Pair, write_jsonl
+from qrm_fast.rl.models import load_token_model
+from qrm_fast.rl.optimizer import AdamW
+from qrm_fast.rl.reward_training import QRMConfig, train_q_rm
+from qrm_fast.rl.rewards import q_scores
+from qrm_fast.rl.tokenizers import load_tokenizer
+
+
+def write_pairs(path, num_prompts):
+    """Right answers against answers with a slip, two pairs for every third prompt."""
+    rng = Random(0)
+    rows, prompts = [], 0
+    for instruction, label in arithmetic_examples(4 * num_prompts, split="train", seed=0):
+        answers = dict.fromkeys(arithmetic_demonstration(instruction, rng) for _ in range(40))
+        wrong = [answer for answer in answers if not answer.endswith(label)]
+        if len(wrong) > 1 and prompts < num_prompts:  # a prompt may offer no occasion to slip
+            right = arithmetic_demonstration(instruction)
+            rows += [Pair(instruction, right, answer) for answer in wrong[: 1 + (prompts % 3 == 0)]]
+            prompts += 1
+    write_jsonl(path, rows)
+    return rows
+
+
+@pytest.fixture
+def config(tmp_path):
+    assert len(write_pairs(tmp_path / "pairs.jsonl", 60)) == 80
+    return QRMConfig(
+        data=str(tmp_path / "pairs.jsonl"),
+        out=str(tmp_path / "q_rm"),
+        model="scratch:demo",
+        tokenizer="arithmetic",
+        batch_size=16,
+        lr=1e-3,
+    )
+
+
+def parameters(directory):
+    return AutoModelForTokenClassification.from_pretrained(directory).state_dict()
+
+
+def test_q_is_the_head_on_the_state_that_has_consumed_the_action():
+    tokenizer = load_tokenizer("arithmetic")
+    torch.manual_seed(0)
+    q_rm = load_token_model("scratch:demo", tokenizer)
+    sequences, prompt_lens = [[4, 5, 6, 7, 1], [3, 8, 1]], [2, 1]
+    with torch.no_grad():
+        q = q_scores(q_rm, pack(sequences, prompt_lens))
+        q_rm.set_attn_implementation("sdpa")
+        q_rm.eval()
+        scores = [q_rm(torch.tensor([row]), use_cache=False).logits[0, :, 0] for row in sequences]
+    expected = torch.cat([row[n:] for row, n in zip(scores, prompt_lens, strict=True)])
+    torch.testing.assert_close(q, expected, rtol=0, atol=1e-5)
+
+
+def test_pairs_are_learned_and_the_checkpoint_is_plain(config):
+    result = train_q_rm(replace(config, num_epochs=12))
+    assert result.num_heldout >= 9 and result.num_train + result.num_heldout == 80
+    assert result.train.accuracy > 0.65 and result.train.margin > 0
+    assert result.train.loss < 2.1269  # softplus(gamma), where every score is equal
+    model = AutoModelForTokenClassification.from_pretrained(result.directory)
+    assert model.config.num_labels == 1 and model.score.bias is None
+
+
+def test_same_config_same_bits(config):
+    train_q_rm(config)
+    first = parameters(config.out)
+    train_q_rm(replace(config, out=config.out + "2"))
+    for name, value in parameters(config.out + "2").items():
+        assert torch.equal(value, first[name])
+
+
+def test_gradient_does_not_depend_on_the_microbatches(config, monkeypatch):
+    gradients, step = [], AdamW.step
+
+    def recording_step(optimizer, lr, max_grad_norm):
+        gradients.append(torch.cat([p.grad.flatten() for p in optimizer.parameters]))
+        return step(optimizer, lr, max_grad_norm)
+
+    monkeypatch.setattr(AdamW, "step", recording_step)
+    for max_tokens in (8192, 250):
+        train_q_rm(replace(config, batch_size=1000, max_tokens=max_tokens))
+    whole, pieces = gradients
+    assert (whole - pieces).norm() <= 1e-5 * whole.norm()
+
+
+def test_answers_are_cut_from_the_right_and_prompts_never(config):
+    result = train_q_rm(replace(config, max_len=20))
+    assert result.tokens_per_s > 0
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: a prompt must leave room for a response in 8 tokens, got"):
+        train_q_rm(replace(config, max_len=8))
+
+
+def test_bad_input(config, tmp_path):
+    with pytest.raises(ValueError, match=r"max_tokens"):
+        train_q_rm(replace(config, max_tokens=60))
+    with pytest.raises(
+        ValueError, match=r"heldout must leave pairs to train on and to evaluate, got 1.0 of 60 prompts"
+    ):
+        train_q_rm(replace(config, heldout=1.0))
+    with open(config.data, "a") as lines:
+        lines.write('{"instruction": "1+1:"}\n')
+    with pytest.raises(ValueError, match=r"pairs.jsonl:81: expected a string field 'chosen', got only"):
+        train_q_rm(config)
+    with pytest.raises(FileNotFoundError):
+        train_q_rm(replace(config, data=str(tmp_path / "missing.jsonl")))
+    assert not (tmp_path / "q_rm").exists()
+
+
+def test_real_pairs_with_a_tokenizer_from_the_file(real_data, tmp_path):
+    lines = (real_data / "gsm8k_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:10]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = QRMConfig(
+        data=str(tmp_path / "pairs.jsonl"),
+        out=str(tmp_path / "q_rm"),
+        tokenizer="bpe",
+        heldout=0.2,
+        batch_size=4,
+        lr=1e-3,
+    )
+    result = train_q_rm(config)
+    assert (result.num_train, result.num_heldout) == (8, 2)
+    assert len(load_tokenizer(result.directory)) <= 4096

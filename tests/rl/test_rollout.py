@@ -1,0 +1,117 @@
+"""Sampled tokens and their log-probabilities against a full forward of each sequence."""
+
+import pytest
+import torch
+
+from qrm_fast import linear_logprobs, pack
+from qrm_fast.rl.attention import packed_hidden
+from qrm_fast.rl.models import load_policy
+from qrm_fast.rl.rollout import TransformersEngine
+from qrm_fast.rl.tokenizers import load_tokenizer
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    model = load_policy("scratch:demo", load_tokenizer("arithmetic"))
+    # An untied and sharper head than a fresh network's, so that a wrong position or mask would show.
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.15)
+    return model
+
+
+def prompts(num, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 13, (num,), generator=generator).tolist()
+    return [torch.randint(2, 17, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generate(model, rows, *, seed=0, max_new_tokens=24, temperature=1.0, max_rows=512):
+    engine = TransformersEngine(model, EOS, max_rows=max_rows)
+    generator = torch.Generator().manual_seed(seed)
+    return engine.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
+
+
+def scores(model, rows, rollout, temperature):
+    sequences = [prompt + response for prompt, response in zip(rows, rollout.responses, strict=True)]
+    batch = pack(sequences, [len(row) for row in rows])
+    hidden = packed_hidden(model, batch)[batch.action_index]
+    weight = model.lm_head.weight
+    return linear_logprobs(hidden, weight, batch.targets[batch.action_index], temperature=temperature).logprobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_logprobs_equal_a_recomputation(policy, temperature):
+    rows = prompts(37)
+    rollout = generate(policy, rows, temperature=temperature)
+    assert len({len(r) for r in rollout.responses}) > 3  # rows ended at different steps, some were dropped
+    assert list(map(len, rollout.logprobs)) == list(map(len, rollout.responses))
+    sampled = torch.cat(rollout.logprobs)
+    assert sampled.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(sampled, scores(policy, rows, rollout, temperature), rtol=0, atol=1e-4)
+
+
+def test_responses_stop_at_eos_or_at_the_limit(policy):
+    rollout = generate(policy, prompts(64), max_new_tokens=9)
+    assert any(rollout.finished) and not all(rollout.finished)
+    for response, finished in zip(rollout.responses, rollout.finished, strict=True):
+        assert EOS not in response[:-1]
+        assert finished == (response[-1] == EOS)
+        assert finished or len(response) == 9
+
+
+def test_tokens_are_distributed_as_the_model_says(policy):
+    """First tokens of 4,000 samples of one prompt: no cell further than five standard errors from its probability."""
+    prompt = [5, 6, 7]
+    num = 4000
+    rollout = generate(policy, [prompt] * num, max_new_tokens=1, temperature=1.5)
+    with torch.no_grad():
+        hidden = packed_hidden(policy, pack([prompt], [1]))[-1]
+        p = (policy.lm_head.weight @ hidden / 1.5).softmax(-1)
+    counts = torch.bincount(torch.tensor(rollout.responses)[:, 0], minlength=17)
+    assert ((counts / num - p).abs() <= 5 * (p * (1 - p) / num).sqrt() + 1e-3).all()
+
+
+def test_greedy_is_the_argmax_and_does_not_depend_on_the_batch(policy):
+    rows = prompts(20)
+    together = generate(policy, rows, temperature=0, seed=1)
+    assert (torch.cat(together.logprobs) == 0).all()
+    assert together.responses == generate(policy, rows, temperature=0, seed=2).responses
+    for i in range(0, 20, 7):
+        assert generate(policy, [rows[i]], temperature=0).responses == [together.responses[i]]
+    row, response = rows[3], together.responses[3]
+    with torch.no_grad():
+        hidden = packed_hidden(policy, pack([row + response], [len(row)]))
+        best = (hidden @ policy.lm_head.weight.T).argmax(-1)
+    assert best[len(row) - 1 : -1].tolist() == response
+
+
+def test_same_seed_same_bits_and_chunks_keep_the_order(policy):
+    rows = prompts(16)
+    first, again, other = (generate(policy, rows, seed=s) for s in (0, 0, 1))
+    assert first.responses == again.responses and torch.equal(torch.cat(first.logprobs), torch.cat(again.logprobs))
+    assert first.responses != other.responses
+    assert (
+        generate(policy, rows, temperature=0, max_rows=5).responses == generate(policy, rows, temperature=0).responses
+    )
+
+
+def test_generation_leaves_the_training_mode_alone(policy):
+    policy.train()
+    generate(policy, prompts(2), max_new_tokens=2)
+    assert policy.training
+    with pytest.raises(IndexError):
+        generate(policy, [[10**6]])
+    assert policy.training
+
+
+def test_bad_arguments(policy):
+    for rows in ([], [[3], []]):
+        with pytest.raises(ValueError, match="prompts must be non-empty lists of token ids"):
+            generate(policy, rows)
+    with pytest.raises(ValueError, match="temperature must be >= 0 and max_new_tokens >= 1, got -1 and 24"):
+        generate(policy, [[3]], temperature=-1)
+    with pytest.raises(ValueError, match=r"got 1\.0 and 0"):
+        generate(policy, [[3]], max_new_tokens=0)
