@@ -14,7 +14,7 @@ from importlib.metadata import version
 from inspect import getdoc
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -26,6 +26,9 @@ try:
     from rich.text import Text
 except ImportError as error:
     raise ImportError(f"the command line needs the extra `cli`: pip install 'qrm_fast[cli]' ({error})") from error
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -85,10 +88,9 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
         f"Defaults for scratch models: {', '.join(f'{key} {value}' for key, value in FROM_SCRATCH.items())}."
     )
     _add_options(parser, QRMConfig, out="runs/q_rm")
-    config = _parse(parser, arguments, QRMConfig)
-    if config.model.startswith("scratch:"):
-        parser.set_defaults(**FROM_SCRATCH)
-        config = _parse(parser, arguments, QRMConfig)
+    config = _parse(
+        parser, arguments, QRMConfig, lambda options: FROM_SCRATCH if options["model"].startswith("scratch:") else {}
+    )
     _expect_a_new_head()
     with _newest_row_shown(config.out):
         result = train_q_rm(config)
@@ -104,11 +106,15 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def train(parser: ArgumentParser, arguments: list[str]) -> None:
     """Train a policy by reinforcement learning, credited token by token by a Q-RM or answer by answer by a verifier."""
-    from .rl.train import Config
+    from .rl.config import PRESETS, Config, preset
     from .rl.train import train as run
 
     _add_options(parser, Config, out="runs/train")
-    config = _parse(parser, arguments, Config)
+    names = ", ".join(dict.fromkeys(name for name, _ in PRESETS))
+    parser.add_argument(
+        "--preset", type=str, default="qrm-released", help=f"Defaults of the options that tell methods apart: {names}."
+    )
+    config = _parse(parser, arguments, Config, lambda options: preset(options["preset"], options["algorithm"]))
     with _newest_row_shown(config.out):
         result = run(config)
     _save_options(config)
@@ -124,11 +130,12 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     """Greedy and sampled Pass@1 of a policy on the problems of a file."""
+    from .rl.config import Config
     from .rl.data import Example, read_jsonl
     from .rl.models import load_policy
+    from .rl.policy import Policy
     from .rl.rollout import TransformersEngine
     from .rl.tokenizers import load_tokenizer
-    from .rl.train import Config
     from .rl.train import evaluate as run
 
     only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
@@ -136,7 +143,7 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     config = _parse(parser, arguments, Config, out="")
     examples = read_jsonl(config.data, Example)
     tokenizer = load_tokenizer(config.model)
-    policy = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    policy = Policy(load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype)))
     result = run(TransformersEngine(policy, tokenizer.eos_token_id), tokenizer, examples, config)
     rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
     _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
@@ -249,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # ---- options
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def _add_options(parser: ArgumentParser, config: type, *, only: Sequence[str] = (), **defaults: object) -> None:
@@ -265,7 +272,15 @@ def _add_options(parser: ArgumentParser, config: type, *, only: Sequence[str] = 
             action.nargs, action.const = "?", True  # "--resume" says as much as "--resume true"
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str], config: type[Config], **fixed: object) -> Config:
+def _parse(
+    parser: ArgumentParser,
+    arguments: Sequence[str],
+    config: type[Config],
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
+    **fixed: object,
+) -> Config:
+    """The configuration that `arguments` give. Some of its defaults may hang on other options: `defaults(options)`."""
+    parser.set_defaults(**defaults(parser.parse_args(arguments).as_dict()))
     options = parser.parse_args(arguments).as_dict()
     _before_models(options["device"])
     return config(**{field.name: options[field.name] for field in fields(config) if field.name in options} | fixed)

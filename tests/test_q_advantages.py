@@ -181,3 +181,13 @@ def test_compiles_whole_and_for_any_length():
 def test_bad_input(error, message, options):
     with pytest.raises(error, match=message):
         q_advantages(**{"q": SCORES, "values": VALUES, "cu_seqlens": CU} | options)
+
+
+def test_values_of_little_spread_are_divided_by_their_standard_deviation():
+    """As the released code divides: V / std(V), also where std(V)^2 is as small as eps."""
+    values = torch.tensor([1e-4, -1e-4, 3e-4, 1e-4], dtype=torch.float64)  # std 1.414e-4
+    q = torch.tensor([1.0, -1.0, 2.0, 0.5], dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 2, 4])
+    advantages, returns = q_advantages(q, values, cu_seqlens, value_coef=1.0, value_normalize=True)
+    expected = torch.tensor([0.7071, -0.7071, 2.1213, 0.7071], dtype=torch.float64)
+    torch.testing.assert_close(returns - advantages, expected, rtol=0, atol=2e-4)

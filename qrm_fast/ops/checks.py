@@ -69,13 +69,6 @@ class Checker:
         return factor * self.dims[symbol] + plus
 
 
-def check_at_least_one(config: object, *names: str) -> None:
-    """Raise ValueError unless these fields of a configuration are 1 or more."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
 def _expected(names: list[str], dtypes: tuple[torch.dtype, ...]) -> str:
     return f"[{', '.join(names)}] {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
 

@@ -1,6 +1,7 @@
 """Packed attention: one function in transformers' interface, and the backbone that runs on it."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..packing import PackedBatch, pack
 
 if find_spec("flash_attn"):
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 else:
     flash_attn_varlen_func = None
 
@@ -57,11 +58,12 @@ def packed_attention(
     if not q.is_cuda or q.element_size() > 2:
         return _attention_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    attended: Any
     if flash_attn_varlen_func is not None:
-        out = flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)
+        attended = flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)
     else:
-        out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
-    return out[None], None
+        attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    return attended[None], None
 
 
 def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
@@ -71,8 +73,10 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sc
     lengths, repeats = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
     for length, repeat in zip(lengths.tolist(), repeats.tolist(), strict=True):
         eos = bos + length * repeat
-        run = (x[bos:eos].unflatten(0, (repeat, length)).transpose(1, 2) for x in (q, k, v))  # [R, H, L, D]
-        attended = F.scaled_dot_product_attention(*run, is_causal=True, scale=scaling, enable_gqa=True)
+        rows = [x[bos:eos].unflatten(0, (repeat, length)).transpose(1, 2) for x in (q, k, v)]  # [R, H, L, D]
+        attended = F.scaled_dot_product_attention(
+            rows[0], rows[1], rows[2], is_causal=True, scale=scaling, enable_gqa=True
+        )
         out.append(attended.transpose(1, 2).flatten(0, 1))
         bos = eos
     return torch.cat(out)
@@ -81,19 +85,28 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sc
 AttentionInterface.register("qrm_packed", packed_attention)
 
 
-def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
     """Final-norm hidden states [N, D] of the backbone over a packed batch; the model's own head is never called."""
     cu_seqlens = batch.cu_seqlens.to(torch.int32)
-    return model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,
-        use_cache=False,
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-    ).last_hidden_state[0]
+    return (
+        without_adapters(model)
+        .base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        )
+        .last_hidden_state[0]
+    )
+
+
+def without_adapters(model: Any) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, whose layers carry the adapters; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()

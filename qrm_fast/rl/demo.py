@@ -12,18 +12,18 @@ from random import Random
 from statistics import mean
 from typing import NamedTuple
 
-import torch
-
 from .arithmetic import arithmetic_demonstration, arithmetic_examples
+from .config import Config, preset
 from .data import Demonstration, Example, Pair, write_jsonl
 from .models import load_policy
+from .policy import Policy
 from .reward_training import QRMConfig, QRMResult, train_q_rm
 from .rewards import verified
 from .rollout import TransformersEngine
 from .score import TokenScores, score
 from .sft import SFTConfig, train_sft
 from .tokenizers import encode_prompt, load_tokenizer
-from .train import Config, PassAt1, train
+from .train import PassAt1, train
 
 MAX_NEW_TOKENS = 60
 NUM_RL_PROMPTS, NUM_REPORT_PROMPTS = 8192, 512
@@ -47,7 +47,7 @@ RL = Config(
     model="",
     data="",
     out="",
-    preset="qrm-paper",
+    **preset("qrm-paper"),
     verifier="arithmetic",
     num_iterations=24,
     num_prompts=128,
@@ -123,7 +123,7 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
             shuffled = [Pair(p.instruction, *coin.sample([p.chosen, p.rejected], 2)) for p in pairs]
             write_jsonl(folder / "shuffled.jsonl", shuffled)
             bad = train_q_rm(replace(settings, data=f"{folder}/shuffled.jsonl", out=f"{folder}/q_rm_shuffled"))
-            runs.append(run("verifier, RLOO", replace(rl, preset="rloo", out=f"{folder}/verifier")))
+            runs.append(run("verifier, RLOO", replace(rl, **preset("rloo"), out=f"{folder}/verifier")))
             runs.append(run("random", replace(rl, reward="random", out=f"{folder}/random")))
             runs.append(run("Q-RM, shuffled", replace(rl, q_rm=bad.directory, out=f"{folder}/shuffled")))
         print(f"  seed {seed} took {time.perf_counter() - start:.0f} s")
@@ -137,16 +137,17 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
 def sample_pairs(directory: str, examples: list[Example], seed: int) -> tuple[list[Pair], float]:
     """Right against wrong answers that the policy gave to the same prompt, and the tokens per second of sampling."""
     tokenizer = load_tokenizer(directory)
-    engine = TransformersEngine(load_policy(directory, tokenizer), tokenizer.eos_token_id)
-    asked = [example for example in examples for _ in range(ANSWERS_PER_PROMPT)]
+    engine = TransformersEngine(Policy(load_policy(directory, tokenizer)), tokenizer.eos_token_id)
     start = time.perf_counter()
     rollout = engine.generate(
-        [encode_prompt(tokenizer, example.instruction) for example in asked],
+        [encode_prompt(tokenizer, example.instruction) for example in examples],
+        num_samples=ANSWERS_PER_PROMPT,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0,
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
     )
     seconds = time.perf_counter() - start
+    asked = [example for example in examples for _ in range(ANSWERS_PER_PROMPT)]
     labels = [example.label for example in asked]
     is_right = verified("arithmetic", tokenizer, rollout.responses, rollout.finished, labels).bool().tolist()
     texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
@@ -165,7 +166,8 @@ def sample_pairs(directory: str, examples: list[Example], seed: int) -> tuple[li
 def run(reward: str, config: Config) -> Run:
     result = train(config)
     before, after = result.before, result.after
-    names = ("rollout", "score", "update")
+    assert before is not None and after is not None  # there is eval_data
+    names = ("rollout", "credit", "update")
     speeds = (mean(row.get(f"perf/{name}_tokens_per_s", 0) for row in result.metrics[1:]) for name in names)
     print(
         f"  {reward:15} sampled Pass@1 {before.sampled:.3f} -> {after.sampled:.3f}, greedy {before.greedy:.3f} -> "

@@ -1,12 +1,8 @@
-"""Policies, reward models and critics over Hugging Face backbones, and the packed attention they run on.
-
-Models are ordinary checkpoints: a policy is an AutoModelForCausalLM, a Q-RM or a critic an
-AutoModelForTokenClassification with one label. Only their backbone is called here: heads are the business of
-`linear_logprobs` and `token_q`, on action rows, so that no [N, V] logits exist.
+"""Loading models, which are ordinary Hugging Face checkpoints: a policy is an AutoModelForCausalLM, a Q-RM or a critic
+an AutoModelForTokenClassification with one label.
 """
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -106,7 +102,7 @@ def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
 
 
 def _load(
-    auto: type,
+    auto: Any,
     spec: str,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -132,9 +128,3 @@ def check_context(model: PreTrainedModel, num_tokens: int) -> None:
         raise ValueError(
             f"the longest sequence must fit the {most} positions of {type(model).__name__}, got {num_tokens}"
         )
-
-
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Save weights (safetensors), config and tokenizer: a directory that plain transformers loads."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from textwrap import wrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -14,6 +15,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 # ---- curves
 
@@ -101,14 +103,16 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 def _draw_panel(
     axes: Axes, panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]
 ) -> None:
-    runs_in_legend, keys_in_legend = {}, {}
+    runs_in_legend: dict[str, Line2D] = {}
+    keys_in_legend: dict[str, Line2D] = {}
     for name, rows in runs.items():
         leaf = Path(name).name
         for style, (key, label) in zip(LINE_STYLES, panel.keys.items(), strict=False):
             points = _points(rows, key)
             if not points:
                 continue
-            look = dict(linestyle=style, linewidth=1.3, marker="o" if len(points) < 20 else None, markersize=3)
+            marker = "o" if len(points) < 20 else None
+            look: dict[str, Any] = dict(linestyle=style, linewidth=1.3, marker=marker, markersize=3)
             axes.plot(*zip(*points, strict=True), color=colours[leaf], **look)
             runs_in_legend[leaf] = Line2D([], [], color=colours[leaf], label=leaf)
             keys_in_legend[label] = Line2D([], [], color="0.3", label=label, **look)
@@ -118,7 +122,7 @@ def _draw_panel(
     axes.set_ylim(*panel.limits)
     axes.tick_params(labelsize=8)
     axes.yaxis.set_major_formatter("{x:,.6g}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [*keys_in_legend.values(), *(runs_in_legend.values() if len(runs_in_legend) > 1 else ())]
@@ -184,7 +188,7 @@ def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
     page = place(line / 2, num_lines * line)
     page.set(xlim=(0, num_characters), ylim=(num_lines, 0))
     page.set_axis_off()
-    text = dict(family="DejaVu Sans Mono", fontsize=font_size, va="center", parse_math=False)
+    text: dict[str, Any] = dict(family="DejaVu Sans Mono", fontsize=font_size, va="center", parse_math=False)
     for i, row in enumerate(asked):
         page.text(0, i + 0.5, row, **text)
     left, top = 0.0, float(len(asked))
@@ -192,8 +196,11 @@ def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
         page.text(left, top + 1, answer.title, fontweight="bold", **text)
         for t, (token, value) in enumerate(zip(layout, answer.q, strict=True)):
             x, y = left + token.column, top + 1.5 + token.line
-            frame = dict(edgecolor="black", linewidth=1.2, zorder=2) if t == fork else dict(edgecolor="white", lw=0.6)
-            page.add_patch(Rectangle((x, y + 0.06), len(token.text), 0.88, facecolor=colour.to_rgba(value), **frame))
+            frame: dict[str, Any] = dict(edgecolor="white", linewidth=0.6)
+            if t == fork:
+                frame = dict(edgecolor="black", linewidth=1.2, zorder=2)
+            (face,) = colour.to_rgba(np.array([value]))
+            page.add_patch(Rectangle((x, y + 0.06), len(token.text), 0.88, facecolor=face, **frame))
             blanks = len(token.text) - len(token.text.lstrip(" "))
             page.text(x + blanks, y + 0.5, token.text[blanks:], zorder=3, **text)
         left, top = (left + num_characters / len(answers), top) if abreast else (left, top + depth + 1.5)

@@ -1,13 +1,43 @@
-"""The head of a causal language model: from hidden states to log-probabilities, as the model itself makes them."""
+"""A policy as the loop sees it: packed answers in, log-probabilities or a loss out, and no logits in between."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import TokenLogprobs, linear_logprobs
+from .. import PackedBatch, PolicyLoss, TokenLogprobs, linear_logprobs, linear_policy_loss
+from .attention import packed_hidden, without_adapters
+
+
+class Policy(nn.Module):
+    """A causal language model, called on packed answers alone.
+
+    `model` is a transformers model or one of peft's around it. Whatever wraps modules (FSDP2, activation checkpointing,
+    adapters) sees every call, since both ways in run inside this module: make it the root of `fully_shard` and register
+    `loss` as a forward method of FSDP2.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        policy_head(model)  # a head that would not be trained as it is sampled is refused here
+
+    def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> TokenLogprobs:
+        """Log-probability, entropy and lse [T] of every action, of the model's logits / temperature."""
+        hidden, targets = self._actions(batch)
+        return policy_head(self.model).logprobs(hidden, targets, temperature=temperature)
+
+    def loss(self, batch: PackedBatch, advantages: Tensor, *, temperature: float = 1.0, **options: Any) -> PolicyLoss:
+        """`linear_policy_loss` of every action with `advantages` [T]; `options` are that op's."""
+        hidden, targets = self._actions(batch)
+        if options.get("kind") == "gspo":
+            options["cu_seqlens"] = batch.action_cu_seqlens
+        return policy_head(self.model).loss(hidden, targets, advantages, temperature=temperature, **options)
+
+    def _actions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D] that predict an action, and the actions [T]."""
+        return packed_hidden(self.model, batch)[batch.action_index], batch.targets[batch.action_index]
 
 
 class PolicyHead(NamedTuple):
@@ -19,21 +49,40 @@ class PolicyHead(NamedTuple):
     temperature: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] float32 of `hidden` [R, D], to sample from."""
-        z = linear(hidden, self.weight, self.bias).float()
+        """[R, V] float32 of `hidden` [R, D], to sample from: float32 sums of exact products, as in the update."""
+        if hidden.is_cuda and hidden.element_size() == 2:
+            z = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
+        else:
+            z = hidden.float() @ self.weight.float().T
+        z = z if self.bias is None else z + self.bias
         return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)) / self.temperature
 
     def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> TokenLogprobs:
         """`linear_logprobs` of `hidden` [T, D] and `targets` [T], the model's logits divided by `temperature`."""
-        temperature *= self.temperature
-        return linear_logprobs(
-            hidden, self.weight, targets, bias=self.bias, softcap=self.softcap, temperature=temperature
+        return linear_logprobs(hidden, self.weight, targets, **self._options(temperature))
+
+    def loss(
+        self, hidden: Tensor, targets: Tensor, advantages: Tensor, *, temperature: float = 1.0, **options: Any
+    ) -> PolicyLoss:
+        """`linear_policy_loss` of the same."""
+        return linear_policy_loss(hidden, self.weight, targets, advantages, **self._options(temperature), **options)
+
+    def _options(self, temperature: float) -> dict[str, Any]:
+        return dict(bias=self.bias, softcap=self.softcap, temperature=self.temperature * temperature)
+
+
+def policy_head(model: Any) -> PolicyHead:
+    """The head of `model`, with the scale and the cap that its configuration names (Granite, Cohere; Gemma 2).
+
+    Raises ValueError for a head that is not one linear layer, as under an adapter of its own.
+    """
+    plain = without_adapters(model)
+    output, config = plain.get_output_embeddings(), plain.config.get_text_config()
+    if not isinstance(output, nn.Linear):
+        raise ValueError(
+            f"the head of {type(plain).__name__} must be one linear layer, without an adapter of its own, got "
+            f"{type(output).__name__}"
         )
-
-
-def policy_head(model: PreTrainedModel) -> PolicyHead:
-    """The head of `model`, with the scale and the cap that its configuration names (Granite, Cohere; Gemma 2)."""
-    output, config = model.get_output_embeddings(), model.config.get_text_config()
     temperature = (getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0)
     return PolicyHead(output.weight, output.bias, getattr(config, "final_logit_softcapping", None), temperature)
 

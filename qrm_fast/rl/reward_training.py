@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
-from ..ops.checks import check_at_least_one
 from .attention import check_no_leak
+from .checkpoint import save_checkpoint
 from .data import Pair, fit, read_jsonl
 from .metrics import MetricsLog, Phases
-from .models import Dtype, check_context, load_token_model, save_checkpoint
+from .models import Dtype, check_context, load_token_model
 from .optimizer import AdamW, trapezoid
-from .rewards import q_scores
+from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_ranges
+from .scorer import TokenScorer
 from .tokenizers import encode_prompt, encode_response, load_tokenizer
 
 
@@ -28,29 +29,29 @@ class QRMConfig:
     """Hugging Face id or directory (a policy's, for its backbone), scratch:demo or scratch:small."""
     tokenizer: str | None = None
     """Hugging Face id or directory, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
-    beta: float = 0.2
+    beta: Positive = 0.2
     """Scale of the gap between the mean scores of the two answers."""
-    gamma: float = 2.0
+    gamma: NonNegative = 2.0
     """Margin that the scaled gap has to pass."""
-    heldout: float = 0.15
+    heldout: Share = 0.15
     """Share of the prompts kept for evaluation, with all their pairs."""
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """Passes over the training pairs, each in a new order."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Pairs per optimiser step."""
-    lr: float = 1e-5
+    lr: NonNegative = 1e-5
     """Peak learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrNone = 0
     """Steps over which the learning rate rises."""
-    decay: float = 0.0
+    decay: Share = 0.0
     """Share of the steps, at the end, over which the learning rate falls to 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
-    max_len: int = 1024
+    max_len: Count = 1024
     """Longest sequence in tokens: responses are cut from the right."""
-    max_tokens: int = 8192
+    max_tokens: Count = 8192
     """Packed tokens per micro-batch; both answers of a pair share one."""
-    seed: int = 0
+    seed: CountOrNone = 0
     device: str = "cpu"
     dtype: Dtype = "float32"
     tensorboard: bool = False
@@ -85,7 +86,7 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     Raises ValueError for malformed data, a number out of range, a prompt that fills max_len, a pair longer than
     max_tokens, an answer longer than the model's context and a split that leaves a side without pairs.
     """
-    check_at_least_one(config, "num_epochs", "batch_size")
+    check_ranges(config)
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Pair)
@@ -93,12 +94,12 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     pairs = _token_pairs(rows, tokenizer, config)
     _microbatches(pairs, config.max_tokens)  # a pair over the budget is an error now, not in the middle of training
     train, heldout = _split(rows, pairs, config, order)
-    q_rm = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
-    check_no_leak(q_rm)
-    check_context(q_rm, max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)))
-    q_rm.train()
+    model = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    check_no_leak(model)
+    check_context(model, max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)))
+    q_rm = TokenScorer(model, reads_action=True).train()
     optimizer = AdamW(q_rm.parameters())
-    log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(q_rm.device)
+    log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(model.device)
 
     num_steps = config.num_epochs * -(-len(train) // config.batch_size)
     num_tokens, seconds, i = 0, 0.0, 0
@@ -106,11 +107,11 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
         shuffled = [train[j] for j in torch.randperm(len(train), generator=order).tolist()]
         for batch in (shuffled[j : j + config.batch_size] for j in range(0, len(train), config.batch_size)):
             with phases("update"):
-                loss = torch.zeros((), device=q_rm.device)
-                accuracy = torch.zeros((), device=q_rm.device)
+                loss = torch.zeros((), device=model.device)
+                accuracy = torch.zeros((), device=model.device)
                 for microbatch in _microbatches(batch, config.max_tokens):
                     packed = _pack_pairs(microbatch, config.device)
-                    q = q_scores(q_rm, packed)  # [T]
+                    q = q_rm(packed)  # [T]
                     scores = pairwise_q_loss(q, packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
                     share = len(microbatch) / len(batch)
                     (scores.loss * share).backward()
@@ -125,7 +126,7 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
             log(i, {"qrm/loss": loss, "qrm/accuracy": accuracy, "qrm/grad_norm": grad_norm, "qrm/lr": lr, **values})
             num_tokens, seconds = num_tokens + batch_tokens, seconds + values["time/update_s"]
             i += 1
-    save_checkpoint(q_rm, tokenizer, config.out)
+    save_checkpoint(model, tokenizer, config.out)
     result = QRMResult(
         config.out,
         evaluate_pairs(q_rm, train, config),
@@ -139,24 +140,24 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
 
 
 @torch.no_grad()
-def evaluate_pairs(q_rm: PreTrainedModel, pairs: list[TokenPair], config: QRMConfig) -> PairMetrics:
+def evaluate_pairs(q_rm: TokenScorer, pairs: list[TokenPair], config: QRMConfig) -> PairMetrics:
     """Loss and accuracies of a Q-RM over tokenised pairs."""
-    sums = torch.zeros(4, dtype=torch.float64, device=q_rm.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=config.device)
     for microbatch in _microbatches(pairs, config.max_tokens):
         packed = _pack_pairs(microbatch, config.device)
-        q = q_scores(q_rm, packed)
+        q = q_rm(packed)
         scores = pairwise_q_loss(q, packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
         per_answer = unpack(q, packed.action_cu_seqlens)
-        right = 0
+        num_right = q.new_zeros((), dtype=torch.float64)
         for pair, q_chosen, q_rejected in zip(microbatch, per_answer[0::2], per_answer[1::2], strict=True):
             answers = zip(pair.chosen[len(pair.prompt) :], pair.rejected[len(pair.prompt) :], strict=False)
             fork = next((t for t, (a, b) in enumerate(answers) if a != b), 0)
-            right += q_chosen[fork] > q_rejected[fork]
+            num_right += q_chosen[fork] > q_rejected[fork]
         sums += torch.stack(
             [
                 scores.loss.double() * len(microbatch),
                 scores.accuracy.double() * len(microbatch),
-                torch.as_tensor(right, dtype=torch.float64, device=q_rm.device),
+                num_right,
                 scores.margin.double().sum(),
             ]
         )

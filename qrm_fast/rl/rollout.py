@@ -4,61 +4,74 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .policy import policy_head
+from .attention import without_adapters
+from .policy import Policy, policy_head
 
 
 class Rollout(NamedTuple):
+    """Responses in the order of the prompts, those to one prompt next to each other."""
+
     responses: list[list[int]]  # token ids of each response, EOS included where it was produced
     logprobs: list[Tensor]  # of each response [T_s] float32, the log-probability of each token as it was sampled
     finished: list[bool]  # whether each response ends with EOS, False where max_new_tokens cut it
 
 
 class Engine(Protocol):
-    """What the training loop asks of a generator. `update` is called after every policy update."""
+    """What the loop asks of a generator, which may run in this process or in another."""
 
     def generate(
-        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator
-    ) -> Rollout: ...
+        self, prompts: list[list[int]], *, num_samples: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> Rollout:
+        """`num_samples` responses to each prompt. Same arguments and weights, same tokens."""
 
-    def update(self, model: PreTrainedModel) -> None: ...
+    def sync(self, policy: Policy) -> None:
+        """Sample from the weights of `policy` from now on."""
 
 
 class TransformersEngine:
     """Samples from a transformers model in this process, with left-padded prompts and a key-value cache.
 
     Samples the whole vocabulary at the given temperature, without top-p or top-k, so that the returned
-    log-probabilities are those of the distribution sampled from. `max_rows` prompts are generated at a time.
+    log-probabilities are those of the distribution sampled from. A prompt is read once, whatever the number of its
+    responses; some `max_rows` responses are generated at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, eos_token_id: int, *, max_rows: int = 512) -> None:
-        self.model, self.eos_token_id, self.max_rows = model, eos_token_id, max_rows
+    def __init__(self, policy: Policy, eos_token_id: int, *, max_rows: int = 512) -> None:
+        self.eos_token_id, self.max_rows = eos_token_id, max_rows
+        self.sync(policy)
 
-    def update(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def sync(self, policy: Policy) -> None:
+        self.model = without_adapters(policy.model)
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator
+        self, prompts: list[list[int]], *, num_samples: int = 1, max_new_tokens: int, temperature: float, seed: int
     ) -> Rollout:
-        """One response to each prompt, in order. Temperature 0 takes the argmax, with log-probability 0.
+        """Temperature 0 takes the argmax, with log-probability 0.
 
-        Raises ValueError for no prompt, an empty prompt, a negative temperature or max_new_tokens < 1.
+        Raises ValueError for no prompt, an empty prompt, a negative temperature, num_samples or max_new_tokens < 1.
         """
         if not prompts or not all(prompts):
             raise ValueError("prompts must be non-empty lists of token ids, got no prompt or an empty one")
-        if temperature < 0 or max_new_tokens < 1:
+        if temperature < 0 or max_new_tokens < 1 or num_samples < 1:
             raise ValueError(
-                f"temperature must be >= 0 and max_new_tokens >= 1, got {temperature} and {max_new_tokens}"
+                "temperature must be >= 0, max_new_tokens and num_samples >= 1, got "
+                f"{temperature}, {max_new_tokens} and {num_samples}"
             )
+        generator = torch.Generator(self.model.device).manual_seed(seed)
         training = self.model.training
         self.model.eval()
-        tokens, logprobs = [], []
+        tokens: list[list[int]] = []
+        logprobs: list[Tensor] = []
+        num_prompts = max(1, self.max_rows // num_samples)
         try:
-            for i in range(0, len(prompts), self.max_rows):
-                chunk = self._generate(prompts[i : i + self.max_rows], max_new_tokens, temperature, generator)
+            for i in range(0, len(prompts), num_prompts):
+                chunk = self._generate(
+                    prompts[i : i + num_prompts], num_samples, max_new_tokens, temperature, generator
+                )
                 tokens += chunk[0].tolist()
                 logprobs += [x[:n] for x, n in zip(*chunk[1:], strict=True)]
         finally:
@@ -68,11 +81,16 @@ class TransformersEngine:
         return Rollout(responses, logprobs, finished)
 
     def _generate(
-        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+        self,
+        prompts: list[list[int]],
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Tokens and log-probabilities [B, max_new_tokens], and the length of each response."""
+        """Tokens and log-probabilities [R, max_new_tokens], and the length of each response."""
         device = self.model.device
-        num_rows, width = len(prompts), max(map(len, prompts))
+        num_rows, width = len(prompts) * num_samples, max(map(len, prompts))
         padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, P]
         position = torch.tensor([len(prompt) for prompt in prompts], device=device)  # of the next token, [B]
         # A left-padded row may look back at its own tokens only: `visible` [B, P + L] says which columns those are.
@@ -88,7 +106,10 @@ class TransformersEngine:
         lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
         rows = torch.arange(num_rows, device=device)  # those in the cache, [R]
         alive = torch.ones_like(rows, dtype=torch.bool)  # [R]
-        hidden = self._hidden(padded, (columns[:width] - width + position[:, None]).clamp(min=0), mask, cache)
+        hidden = self._hidden(padded, (columns[:width] - width + position[:, None]).clamp(min=0), mask, cache)[:, -1:]
+        if num_samples > 1:
+            hidden, position, visible = (x.repeat_interleave(num_samples, 0) for x in (hidden, position, visible))
+            cache.batch_repeat_interleave(num_samples)
         for step in range(max_new_tokens):
             token, logprob = self._sample(hidden[:, -1], temperature, generator)  # [R], [R]
             tokens[rows, step], logprobs[rows, step] = token, logprob
@@ -149,3 +170,6 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.key_room, self.value_room = (x.repeat_interleave(repeats, 0) for x in (self.key_room, self.value_room))

@@ -6,7 +6,7 @@ import torch
 
 from .. import pack, q_token_rewards, unpack
 from .models import load_q_rm
-from .rewards import q_scores
+from .scorer import TokenScorer
 from .tokenizers import encode_prompt, encode_response, load_tokenizer
 
 
@@ -30,7 +30,7 @@ def score(
     prompt_ids = encode_prompt(tokenizer, prompt)
     answers = [encode_response(tokenizer, response) for response in responses]
     batch = pack([prompt_ids + answer for answer in answers], [len(prompt_ids)] * len(answers), device=device)
-    q = q_scores(model, batch)  # [T]
+    q = TokenScorer(model, reads_action=True)(batch)  # [T]
     columns = (q, q_token_rewards(q, batch.action_cu_seqlens, center=True))
     per_answer = zip(answers, *(unpack(x.cpu(), batch.action_cu_seqlens.cpu()) for x in columns), strict=True)
     return [

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 
 from .. import pack, plan_microbatches
-from ..ops.checks import check_at_least_one
-from .attention import check_no_leak, packed_hidden
+from .attention import check_no_leak
+from .checkpoint import save_checkpoint
 from .data import Demonstration, fit, read_jsonl
 from .metrics import MetricsLog, Phases
-from .models import Dtype, check_context, load_policy, save_checkpoint
+from .models import Dtype, check_context, load_policy
 from .optimizer import AdamW, trapezoid
-from .policy import policy_head
+from .policy import Policy
+from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_ranges
 from .tokenizers import encode_prompt, encode_response, load_tokenizer
 
 
@@ -26,23 +27,23 @@ class SFTConfig:
     """Hugging Face id or directory, scratch:demo or scratch:small."""
     tokenizer: str | None = None
     """Hugging Face id or directory, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
-    num_steps: int = 400
+    num_steps: Count = 400
     """Optimiser steps; the data are repeated in a new order as often as needed."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Demonstrations per step."""
-    lr: float = 2e-5
+    lr: NonNegative = 2e-5
     """Peak learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrNone = 0
     """Steps over which the learning rate rises."""
-    decay: float = 0.4
+    decay: Share = 0.4
     """Share of the steps, at the end, over which the learning rate falls to 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
-    max_len: int = 1024
+    max_len: Count = 1024
     """Longest sequence in tokens: responses are cut from the right."""
-    max_tokens: int = 8192
+    max_tokens: Count = 8192
     """Packed tokens per micro-batch."""
-    seed: int = 0
+    seed: CountOrNone = 0
     device: str = "cpu"
     dtype: Dtype = "float32"
     tensorboard: bool = False
@@ -60,7 +61,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
 
     Raises ValueError for malformed data, a number out of range and a sequence longer than max_tokens or the context.
     """
-    check_at_least_one(config, "num_steps", "batch_size")
+    check_ranges(config)
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Demonstration)
@@ -71,12 +72,12 @@ def train_sft(config: SFTConfig) -> SFTResult:
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True), start=1)
     ]
     plan_microbatches(list(map(len, sequences)), max_tokens=config.max_tokens)  # over the budget is an error now
-    policy = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
-    check_no_leak(policy)
-    check_context(policy, max(map(len, sequences)))
-    policy.train()
+    model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    check_no_leak(model)
+    check_context(model, max(map(len, sequences)))
+    policy = Policy(model).train()
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.95))
-    log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(policy.device)
+    log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(model.device)
 
     num_epochs = -(-config.num_steps * config.batch_size // len(rows))
     draws = torch.cat([torch.randperm(len(rows), generator=order) for _ in range(num_epochs)]).tolist()
@@ -85,15 +86,13 @@ def train_sft(config: SFTConfig) -> SFTResult:
         batch = draws[i * config.batch_size : (i + 1) * config.batch_size]
         num_actions = sum(len(sequences[j]) - len(prompts[j]) for j in batch)
         with phases("update"):
-            loss = torch.zeros((), device=policy.device)
+            loss = torch.zeros((), device=model.device)
             lengths = [len(sequences[j]) for j in batch]
             for microbatch in plan_microbatches(lengths, max_tokens=config.max_tokens)[0]:
                 chosen = sorted((batch[m] for m in microbatch), key=lambda j: len(sequences[j]))
                 packed = pack([sequences[j] for j in chosen], [len(prompts[j]) for j in chosen], device=config.device)
-                hidden = packed_hidden(policy, packed)[packed.action_index]  # [T, D]
-                targets = packed.targets[packed.action_index]
-                logprobs = policy_head(policy).logprobs(hidden, targets).logprobs
-                part = -logprobs.sum() / num_actions
+                ones = torch.ones(len(packed.action_index), device=config.device)  # [T]
+                part = policy.loss(packed, ones, token_weights=ones / num_actions, kind="reinforce").loss
                 part.backward()
                 loss += part.detach()
             lr = config.lr * trapezoid(i, config.num_steps, warmup=config.warmup_steps, decay=config.decay)
@@ -104,6 +103,6 @@ def train_sft(config: SFTConfig) -> SFTResult:
         log(i, {"sft/loss": loss, "sft/grad_norm": grad_norm, "sft/lr": lr, **values})
         losses.append(loss)
         num_tokens, seconds = num_tokens + sum(lengths), seconds + values["time/update_s"]
-    save_checkpoint(policy, tokenizer, config.out)
+    save_checkpoint(model, tokenizer, config.out)
     last = losses[-max(1, len(losses) // 10) :]
     return SFTResult(config.out, sum(last) / len(last), num_tokens / seconds)

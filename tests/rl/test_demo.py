@@ -14,9 +14,10 @@ from qrm_fast.rl.arithmetic import (
     arithmetic_split,
     arithmetic_tokenizer,
 )
+from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.data import Demonstration, Example, Pair, read_jsonl
 from qrm_fast.rl.demo import demo, sample_pairs
-from qrm_fast.rl.models import load_policy, save_checkpoint
+from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.rollout import Rollout
 from qrm_fast.rl.tokenizers import encode_response
 
@@ -73,13 +74,13 @@ def test_pairs_are_right_against_different_wrong_answers_to_the_same_prompt(monk
         def __init__(self, *_):
             pass
 
-        def generate(self, prompts, **_):
+        def generate(self, prompts, *, num_samples, **_):
             texts = [
                 arithmetic_demonstration(example.instruction, slips if i != 1 and j % 2 else None)
                 for i, example in enumerate(examples)
-                for j in range(len(prompts) // len(examples))
+                for j in range(num_samples)
             ]
-            texts = ["#" if i < len(prompts) // len(examples) else text for i, text in enumerate(texts)]
+            texts = ["#" if i < num_samples else text for i, text in enumerate(texts)]
             return Rollout([encode_response(tokenizer, text) for text in texts], [], [True] * len(texts))
 
     monkeypatch.setattr(demo_module, "TransformersEngine", Answers)

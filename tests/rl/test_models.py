@@ -14,7 +14,8 @@ from transformers import (
 
 from qrm_fast import pack
 from qrm_fast.rl.attention import check_no_leak, packed_attention, packed_hidden
-from qrm_fast.rl.models import check_context, load_policy, load_token_model, save_checkpoint
+from qrm_fast.rl.checkpoint import save_checkpoint
+from qrm_fast.rl.models import check_context, load_policy, load_token_model
 from qrm_fast.rl.tokenizers import check_same_vocabulary, load_tokenizer
 
 

@@ -13,7 +13,7 @@ from qrm_fast.rl.data import Pair, write_jsonl
 from qrm_fast.rl.models import load_token_model
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.reward_training import QRMConfig, train_q_rm
-from qrm_fast.rl.rewards import q_scores
+from qrm_fast.rl.scorer import TokenScorer
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 
@@ -55,7 +55,7 @@ def test_q_is_the_head_on_the_state_that_has_consumed_the_action():
     q_rm = load_token_model("scratch:demo", tokenizer)
     sequences, prompt_lens = [[4, 5, 6, 7, 1], [3, 8, 1]], [2, 1]
     with torch.no_grad():
-        q = q_scores(q_rm, pack(sequences, prompt_lens))
+        q = TokenScorer(q_rm, reads_action=True)(pack(sequences, prompt_lens))
         q_rm.set_attn_implementation("sdpa")
         q_rm.eval()
         scores = [q_rm(torch.tensor([row]), use_cache=False).logits[0, :, 0] for row in sequences]

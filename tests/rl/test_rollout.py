@@ -6,6 +6,7 @@ import torch
 from qrm_fast import linear_logprobs, pack
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.models import load_policy
+from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.rollout import TransformersEngine
 from qrm_fast.rl.tokenizers import load_tokenizer
 
@@ -27,10 +28,9 @@ def prompts(num, seed=0):
     return [torch.randint(2, 17, (n,), generator=generator).tolist() for n in lengths]
 
 
-def generate(model, rows, *, seed=0, max_new_tokens=24, temperature=1.0, max_rows=512):
-    engine = TransformersEngine(model, EOS, max_rows=max_rows)
-    generator = torch.Generator().manual_seed(seed)
-    return engine.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
+def generate(model, rows, *, max_rows=512, **options):
+    engine = TransformersEngine(Policy(model), EOS, max_rows=max_rows)
+    return engine.generate(rows, **dict(num_samples=1, seed=0, max_new_tokens=24, temperature=1.0) | options)
 
 
 def scores(model, rows, rollout, temperature):
@@ -98,6 +98,24 @@ def test_same_seed_same_bits_and_chunks_keep_the_order(policy):
     )
 
 
+@pytest.mark.parametrize("max_rows", [512, 8, 2])
+def test_the_samples_of_a_prompt_are_neighbours_and_read_it_once(policy, max_rows, monkeypatch):
+    rows = [row for row in prompts(9) if len(row) > 1]
+    read, forward = [], TransformersEngine._hidden
+    monkeypatch.setattr(
+        TransformersEngine, "_hidden", lambda self, ids, *rest: read.append(ids) or forward(self, ids, *rest)
+    )
+    rollout = generate(policy, rows, num_samples=3, max_rows=max_rows)
+    assert sum(len(ids) for ids in read if ids.shape[1] > 1) == len(rows)  # all other calls read one new token a row
+    repeated = [row for row in rows for _ in range(3)]
+    assert len(rollout.responses) == len(repeated)
+    with torch.no_grad():
+        expected = scores(policy, repeated, rollout, 1.0)
+    torch.testing.assert_close(torch.cat(rollout.logprobs), expected, rtol=0, atol=1e-4)
+    greedy = generate(policy, rows, num_samples=3, max_rows=max_rows, temperature=0)
+    assert greedy.responses == generate(policy, repeated, temperature=0).responses
+
+
 def test_generation_leaves_the_training_mode_alone(policy):
     policy.train()
     generate(policy, prompts(2), max_new_tokens=2)
@@ -111,7 +129,9 @@ def test_bad_arguments(policy):
     for rows in ([], [[3], []]):
         with pytest.raises(ValueError, match="prompts must be non-empty lists of token ids"):
             generate(policy, rows)
-    with pytest.raises(ValueError, match="temperature must be >= 0 and max_new_tokens >= 1, got -1 and 24"):
+    with pytest.raises(ValueError, match=r"temperature must be >= 0, .* and num_samples >= 1, got -1, 24 and 1"):
         generate(policy, [[3]], temperature=-1)
-    with pytest.raises(ValueError, match=r"got 1\.0 and 0"):
+    with pytest.raises(ValueError, match=r"got 1\.0, 0 and 1"):
         generate(policy, [[3]], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"got 1\.0, 24 and 0"):
+        generate(policy, [[3]], num_samples=0)

@@ -8,14 +8,17 @@ import torch
 from torch.profiler import profile
 from transformers import AutoModelForCausalLM
 
-from qrm_fast import group_advantages, pack, policy_loss
+from qrm_fast import group_advantages, pack
 from qrm_fast.rl.arithmetic import arithmetic_examples
 from qrm_fast.rl.attention import packed_hidden
+from qrm_fast.rl.checkpoint import save_checkpoint
+from qrm_fast.rl.config import PRESETS, Config, preset
 from qrm_fast.rl.data import Example, write_jsonl
-from qrm_fast.rl.models import load_policy, load_token_model, save_checkpoint
+from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.optimizer import AdamW
+from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.tokenizers import load_tokenizer
-from qrm_fast.rl.train import PRESETS, Config, logprobs_of, resolve, train
+from qrm_fast.rl.train import train
 from qrm_fast.rl.verifiers import VERIFIERS
 
 
@@ -55,40 +58,43 @@ def same_bits(a, b):
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-@pytest.mark.parametrize("preset", ["qrm-released", "qrm-paper", "rloo"])
-@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
-def test_presets_run_and_report(config, preset, algorithm):
+@pytest.mark.parametrize(("name", "algorithm"), PRESETS)
+def test_presets_run_and_report(config, name, algorithm):
     steps = dict(num_epochs=2, num_minibatches=2) if algorithm == "ppo" else {}
-    result = train(replace(config, preset=preset, algorithm=algorithm, **steps))
+    result = train(replace(config, **preset(name, algorithm), **steps))
     with open(result.directory + "/metrics.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
     assert rows == result.metrics and [row["step"] for row in rows] == [1, 2]
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
-    if preset != "rloo":  # a fresh policy is never right: nothing to learn from
+    if name != "rloo":  # a fresh policy is never right: nothing to learn from
         assert rows[0]["policy/grad_norm"] > 0
         assert not same_bits(weights(result.directory), weights(config.model))
     if algorithm == "reinforce":
-        assert abs(rows[0]["policy/ratio"] - 1) < 1e-4 or preset == "rloo"
+        assert abs(rows[0]["policy/ratio"] - 1) < 1e-4 or name == "rloo"
 
 
 def test_the_presets_hold_what_the_sources_say():
-    config = Config(model="m", data="d", out="o", q_rm="q")
-    for preset, algorithm in PRESETS:
-        resolved = resolve(replace(config, preset=preset, algorithm=algorithm))
-        assert None not in (resolved.reward, resolved.kl_coef, resolved.kl_in, resolved.value_coef, resolved.center)
-    released = resolve(replace(config, algorithm="ppo"))
+    config = Config(model="m", data="d", out="o")
+    assert replace(config, **preset("qrm-released")) == config  # what is not said is the released code's REINFORCE
+    assert config.eos_rescore == "mean" and config.kl_coef == 0
+    assert len({frozenset(values) for values in PRESETS.values()}) == 1  # no preset leaves a field to another
+    released = replace(config, **preset("qrm-released", "ppo"))
     assert (released.kl_coef, released.kl_estimator, released.kl_in) == (0.01, "abs", "reward")
     assert (released.value_coef, released.value_normalize, released.center) == (0.01, True, False)
-    assert resolve(config).eos_rescore == "mean" and resolve(config).kl_coef == 0
-    paper = resolve(replace(config, preset="qrm-paper", algorithm="ppo"))
+    paper = replace(config, **preset("qrm-paper", "ppo"))
     assert (paper.center, paper.value_coef, paper.value_normalize, paper.kl_estimator) == (True, 1.0, False, "k1")
-    assert resolve(replace(config, center=True)).center  # what is given wins over the preset
+    for name, algorithm in (("qrm", "reinforce"), ("rloo", "grpo")):
+        with pytest.raises(
+            ValueError, match=f"one of qrm-released, qrm-paper, rloo and .* one of reinforce, ppo, got {name} and"
+        ):
+            preset(name, algorithm)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_config_same_bits_and_resuming_loses_none(config, dtype):
     """PPO with critic, reference, Q-RM and mini-batches: three iterations at once, and two with one more resumed."""
-    config = replace(config, algorithm="ppo", num_epochs=2, num_minibatches=2, num_iterations=3, save_every=2, lr=1e-4)
+    config = replace(config, **preset("qrm-released", "ppo"), num_epochs=2, num_minibatches=2, lr=1e-4)
+    config = replace(config, num_iterations=3, save_every=2)
     config = replace(config, eval_data=config.data, dtype=dtype)
     whole = train(config)
     resumed = replace(config, out=config.out + "2")
@@ -124,7 +130,7 @@ def gradients_of(config, monkeypatch):
 
 @pytest.mark.parametrize("loss_mode", ["token-mean", "seq-mean-token-sum-norm"])
 def test_gradient_does_not_depend_on_the_microbatches(config, monkeypatch, loss_mode):
-    config = replace(config, preset="qrm-paper", algorithm="ppo", loss_mode=loss_mode)
+    config = replace(config, **preset("qrm-paper", "ppo"), loss_mode=loss_mode)
     whole = gradients_of(config, monkeypatch)
     pieces = gradients_of(replace(config, max_tokens=45), monkeypatch)
     assert len(whole) == len(pieces) == 2  # policy and critic
@@ -141,8 +147,9 @@ def largest_allocation(function):
 def test_an_update_never_holds_logits(config, checkpoints):
     """The demo model with 32,768 tokens: no allocation as large as its logits of the action rows in 16 bits."""
     num_words = 32768
-    policy = load_policy(str(checkpoints / "policy"), load_tokenizer("arithmetic"))
-    policy.resize_token_embeddings(num_words, mean_resizing=False)
+    model = load_policy(str(checkpoints / "policy"), load_tokenizer("arithmetic"))
+    model.resize_token_embeddings(num_words, mean_resizing=False)
+    policy = Policy(model)
     optimizer = AdamW(policy.parameters())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(num_words, (30, 48), generator=generator).tolist()
@@ -150,12 +157,11 @@ def test_an_update_never_holds_logits(config, checkpoints):
     num_actions = len(batch.action_index)
 
     def update():
-        logprobs, entropy, _ = logprobs_of(policy, batch, config)
-        policy_loss(logprobs, torch.ones(num_actions), entropy=entropy, entropy_coef=0.1).loss.backward()
+        policy.loss(batch, torch.ones(num_actions), entropy_coef=0.1).loss.backward()
         optimizer.step(1e-3, 1.0)
 
     def naive():
-        packed_hidden(policy, batch)[batch.action_index] @ policy.lm_head.weight.T
+        packed_hidden(model, batch)[batch.action_index] @ model.lm_head.weight.T
 
     assert largest_allocation(update) < num_actions * num_words * 2
     with torch.no_grad():
@@ -165,10 +171,10 @@ def test_an_update_never_holds_logits(config, checkpoints):
 def test_answers_without_an_advantage_change_nothing(config, monkeypatch):
     """A group with equal rewards is dropped before packing; the others' gradient is what it would have been."""
     monkeypatch.setitem(VERIFIERS, "ends early", lambda response, label: len(response) < 5)
-    config = replace(config, preset="rloo", verifier="ends early", num_prompts=16, max_new_tokens=12)
+    config = replace(config, **preset("rloo"), verifier="ends early", num_prompts=16, max_new_tokens=12)
     [dropped] = gradients_of(config, monkeypatch)
     monkeypatch.setattr(
-        "qrm_fast.rl.train.group_advantages", lambda *args, **options: group_advantages(*args, **options) + 1e-30
+        "qrm_fast.rl.rewards.group_advantages", lambda *args, **options: group_advantages(*args, **options) + 1e-30
     )
     [kept] = gradients_of(config, monkeypatch)
     assert dropped.norm() > 0
@@ -178,7 +184,7 @@ def test_answers_without_an_advantage_change_nothing(config, monkeypatch):
 def test_every_answer_keeps_its_entropy_and_kl(config, monkeypatch):
     """No answer has an advantage: what is left to train on is the regularisation of all of them."""
     monkeypatch.setitem(VERIFIERS, "nothing", lambda response, label: False)
-    config = replace(config, preset="rloo", verifier="nothing", max_grad_norm=1e9)
+    config = replace(config, **preset("rloo"), verifier="nothing", max_grad_norm=1e9)
     [entropy] = gradients_of(replace(config, entropy_coef=1.0), monkeypatch)
     [random] = gradients_of(replace(config, reward="random", entropy_coef=1e6), monkeypatch)
     assert (1e6 * entropy - random).norm() <= 1e-4 * random.norm()
@@ -188,7 +194,9 @@ def test_every_answer_keeps_its_entropy_and_kl(config, monkeypatch):
 
 def test_metrics_are_means_over_the_tokens_trained_on(config, monkeypatch):
     monkeypatch.setitem(VERIFIERS, "ends early", lambda response, label: len(response) < 5)
-    config = replace(config, preset="rloo", verifier="ends early", num_prompts=8, max_new_tokens=12, num_iterations=1)
+    config = replace(
+        config, **preset("rloo"), verifier="ends early", num_prompts=8, max_new_tokens=12, num_iterations=1
+    )
     for options in {}, {"num_minibatches": 3}, {"num_minibatches": 100}, {"loss_mode": "seq-mean-token-sum"}:
         [row] = train(replace(config, lr=0.0, **options)).metrics
         assert row["policy/ratio"] == pytest.approx(1.0, abs=1e-4)
@@ -208,14 +216,14 @@ def test_minibatches_share_the_weight_of_all_answers(config, monkeypatch):
 
 def test_the_verifier_teaches_a_fresh_policy_to_stop(config, monkeypatch):
     monkeypatch.setitem(VERIFIERS, "anything", lambda response, label: True)
-    config = replace(config, preset="rloo", verifier="anything", num_iterations=12, num_prompts=16, max_new_tokens=4)
+    config = replace(config, **preset("rloo"), verifier="anything", num_iterations=12, num_prompts=16, max_new_tokens=4)
     result = train(replace(config, lr=3e-3, eval_data=config.data, eval_every=100, eval_samples=4))
     assert result.before.sampled < 0.5
     assert result.after.sampled > 0.9
 
 
 def test_the_policy_climbs_its_q_rm(config):
-    config = replace(config, preset="qrm-paper", num_iterations=12, num_prompts=16, lr=1e-3)
+    config = replace(config, **preset("qrm-paper"), num_iterations=12, num_prompts=16, lr=1e-3)
     rows = train(config).metrics
     gain = rows[-1]["reward/q_mean"] - rows[0]["reward/q_mean"]
     assert gain > 0.5 * rows[0]["reward/q_std"]
@@ -227,10 +235,6 @@ def test_random_reward_needs_no_q_rm(config):
 
 
 def test_bad_input(config, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"preset must be one of qrm-released, qrm-paper, rloo and algorithm .* got qrm "
-    ):
-        train(replace(config, preset="qrm"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'learning_rate'"):
         Config(model="m", data="d", out="o", learning_rate=1.0)
     with pytest.raises(ValueError, match='reward "q-rm" needs q_rm, the directory of a trained Q-RM, got None'):
@@ -238,9 +242,11 @@ def test_bad_input(config, tmp_path):
     with pytest.raises(ValueError, match="must be a Q-RM, a token classifier with one label, got LlamaForCausalLM"):
         train(replace(config, q_rm=config.model))
     with pytest.raises(ValueError, match='expected kl_in "loss" with reward "verifier"'):
-        train(replace(config, preset="rloo", kl_coef=0.1, kl_in="reward"))
+        train(replace(config, **{**preset("rloo"), "kl_coef": 0.1, "kl_in": "reward"}))
+    with pytest.raises(ValueError, match='value_coef needs token rewards, expected 0 with reward "verifier", got 0'):
+        train(replace(config, **{**preset("rloo"), "value_coef": 0.5}))
     with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, got judge"):
-        train(replace(config, preset="rloo", verifier="judge"))
+        train(replace(config, **preset("rloo"), verifier="judge"))
     with pytest.raises(
         ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 20 tokens, got 17"
     ):
@@ -250,12 +256,12 @@ def test_bad_input(config, tmp_path):
     for name in ("eval_every", "eval_samples", "num_minibatches", "num_iterations"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             train(replace(config, **{name: 0}))
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         train(replace(config, temperature=0.0))
     with pytest.raises(ValueError, match=r"loss_mode must be one of token-mean, .*, got mean"):
         train(replace(config, loss_mode="mean"))
     with pytest.raises(ValueError, match='"abs" exists in the reward only'):
-        train(replace(config, algorithm="ppo", kl_in="loss"))
+        train(replace(config, **{**preset("qrm-released", "ppo"), "kl_in": "loss"}))
     with pytest.raises(ValueError, match="must fit the 2048 positions of LlamaForCausalLM, got 2060"):
         train(replace(config, max_new_tokens=2048))
     write_jsonl(tmp_path / "eval.jsonl", [Example("1" + 1020 * "+1" + ":", "00")])

@@ -1,0 +1,114 @@
+"""One step of an optimiser over the micro-batches of a mini-batch, for the policy and for a critic."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import PackedBatch, PolicyMetrics, loss_weights, value_loss
+from .config import Config
+from .optimizer import AdamW
+from .policy import Policy
+from .scorer import TokenScorer
+
+
+class MicroBatch(NamedTuple):
+    """Answers that share one forward and backward pass, and what the loss reads of their T actions."""
+
+    batch: PackedBatch
+    advantages: Tensor  # [T] float32
+    returns: Tensor  # [T] float32
+    old_logprobs: Tensor  # [T] float32
+    ref_logprobs: Tensor | None  # [T] float32
+
+
+class Denominators(NamedTuple):
+    """What a mini-batch's losses are divided by: its even share of all counts, so that micro-batches add up exactly."""
+
+    num_answers: float
+    num_actions: float
+
+
+class Sums(NamedTuple):
+    """Of one step: sums over its micro-batches, a maximum, and the norm of the gradient before it was scaled down."""
+
+    loss: Tensor  # 0-d
+    weight: Tensor  # 0-d, of all tokens
+    metrics: PolicyMetrics
+    grad_norm: Tensor  # 0-d
+
+
+def update(
+    policy: Policy,
+    optimizer: AdamW,
+    minibatch: Iterable[MicroBatch],
+    denominators: Denominators,
+    config: Config,
+    lr: float,
+) -> Sums:
+    """Move the policy by the gradient of the mini-batch's loss."""
+    in_loss = config.kl_in == "loss" and config.kl_coef > 0
+    rows = []
+    for batch, advantages, _, old_logprobs, ref_logprobs in minibatch:
+        weights = weights_of(batch, denominators, config)  # [T]
+        loss, _, _, metrics = policy.loss(
+            batch,
+            advantages,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            token_weights=weights,
+            temperature=config.temperature,
+            kind=config.algorithm,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef if in_loss else 0.0,
+            kl_estimator=config.kl_estimator if in_loss else "k3",
+            entropy_coef=config.entropy_coef,
+        )
+        loss.backward()
+        rows.append(torch.stack([loss.detach(), weights.sum(), *metrics]))
+    table = torch.stack(rows)
+    loss, weight, *additive = table[:, :-1].sum(0)
+    metrics = PolicyMetrics._make([*additive, table[:, -1].max()])
+    return Sums(loss, weight, metrics, optimizer.step(lr, config.max_grad_norm))
+
+
+def update_critic(
+    critic: TokenScorer,
+    optimizer: AdamW,
+    minibatch: Iterable[MicroBatch],
+    denominators: Denominators,
+    config: Config,
+    lr: float,
+) -> None:
+    """Move the critic towards the returns."""
+    for batch, _, returns, *_ in minibatch:
+        value_loss(critic(batch), returns, token_weights=weights_of(batch, denominators, config)).backward()
+    optimizer.step(lr, config.max_grad_norm)
+
+
+def weights_of(batch: PackedBatch, denominators: Denominators, config: Config) -> Tensor:
+    """Weight [T] of every action in the loss of its mini-batch."""
+    return loss_weights(
+        batch.action_cu_seqlens,
+        mode=config.loss_mode,
+        global_tokens=denominators.num_actions,
+        global_sequences=denominators.num_answers,
+        norm=config.max_new_tokens if config.loss_mode == "seq-mean-token-sum-norm" else None,
+        num_tokens=len(batch.action_index),
+    )
+
+
+def means(steps: list[Sums]) -> dict[str, Tensor]:
+    """What is reported of an iteration: the loss of a step on average, and means over the tokens trained on."""
+    losses, weights, metrics, grad_norms = zip(*steps, strict=True)
+    weight = torch.stack(weights).sum()
+    *additive, ratio_max = (torch.stack(column) for column in zip(*metrics, strict=True))
+    names = ("clipfrac_low", "clipfrac_high", "approx_kl", "ref_kl", "ratio", "entropy")
+    return {
+        "policy/loss": torch.stack(losses).mean(),
+        **{f"policy/{name}": x.sum() / weight for name, x in zip(names, additive, strict=True)},
+        "policy/ratio_max": ratio_max.max(),
+        "policy/grad_norm": grad_norms[-1],
+    }
