@@ -5,11 +5,12 @@ import os
 import re
 import sys
 import time
+import warnings
 from argparse import ArgumentError
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib.metadata import version
 from inspect import getdoc
 from pathlib import Path
@@ -67,7 +68,6 @@ def sft(parser: ArgumentParser, arguments: list[str]) -> None:
     config = _parse(parser, arguments, SFTConfig)
     with _newest_row_shown(config.out):
         result = train_sft(config)
-    _save_options(config)
     rows = [
         ("loss per token, last tenth of the steps", f"{result.loss:.4f}"),
         ("tokens/s", f"{result.tokens_per_s:,.0f}"),
@@ -94,10 +94,11 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
     _expect_a_new_head()
     with _newest_row_shown(config.out):
         result = train_q_rm(config)
-    _save_options(config)
     sides = (("trained on", result.train, result.num_train), ("held out", result.heldout, result.num_heldout))
     rows = []
     for name, side, num in sides:
+        if side is None:
+            continue
         accuracies = (_share(share, num) for share in (side.accuracy, side.action_accuracy))
         rows.append((f"{num} pairs {name}", *accuracies, f"{side.margin:.3f}", f"{side.loss:.4f}"))
     _print_table("Q-RM", ("", "pair accuracy", "at the first difference", "Q margin", "loss"), rows)
@@ -117,7 +118,6 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
     config = _parse(parser, arguments, Config, lambda options: preset(options["preset"], options["algorithm"]))
     with _newest_row_shown(config.out):
         result = run(config)
-    _save_options(config)
     if result.before is not None and result.after is not None:
         rows = [
             (name, f"{a:.3f}", f"{b:.3f}")
@@ -130,21 +130,33 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     """Greedy and sampled Pass@1 of a policy on the problems of a file."""
+    from .rl.attention import check_packing
     from .rl.config import Config
     from .rl.data import Example, read_jsonl
-    from .rl.models import load_policy
+    from .rl.models import check_context, load_policy, num_token_ids
     from .rl.policy import Policy
-    from .rl.rollout import TransformersEngine
+    from .rl.ranges import check_ranges
+    from .rl.rollout import TransformersEngine, check_sampling
     from .rl.tokenizers import load_tokenizer
     from .rl.train import evaluate as run
+    from .rl.train import longest_answer
+    from .rl.verifiers import find_verifier
 
     only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
     _add_options(parser, Config, only=only)
     config = _parse(parser, arguments, Config, out="")
+    check_ranges(config)
+    find_verifier(config.verifier)
     examples = read_jsonl(config.data, Example)
     tokenizer = load_tokenizer(config.model)
-    policy = Policy(load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype)))
-    result = run(TransformersEngine(policy, tokenizer.eos_token_id), tokenizer, examples, config)
+    model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    policy = Policy(model, num_ids=num_token_ids(tokenizer))
+    engine = TransformersEngine(policy, [tokenizer.eos_token_id])
+    longest = longest_answer(examples, tokenizer, config)
+    check_context(model, longest)
+    check_packing(model, longest)
+    check_sampling(engine, policy, longest)
+    result = run(engine, tokenizer, examples, config)
     rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
     _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
 
@@ -223,7 +235,11 @@ USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0, 2 after one line on what was wrong with the input, 1 without a reader."""
+    """Run one command.
+
+    Exit status: 0, 2 after one line on what was wrong, 1 without a reader, 128 and a signal's number after it.
+    """
+    warnings.showwarning = _show_warning
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE)
@@ -246,8 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        from .rl.run_folder import Stopped
+
+        if isinstance(error, Stopped):
+            print(f"qrm-fast {name}: {error}", file=sys.stderr)
+            return 128 + error.number
         # A bare Exception is how tokenizers refuses a text outside a fixed alphabet. All else is a fault of ours.
-        if not isinstance(error, ArgumentError | ValueError | OSError) and type(error) is not Exception:
+        expected = ArgumentError | ValueError | OSError | FloatingPointError
+        if not isinstance(error, expected) and type(error) is not Exception:
             raise
         print(f"qrm-fast {name}: error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -304,11 +326,6 @@ def _expect_a_new_head() -> None:
     logging.set_verbosity_error()
 
 
-def _save_options(config: Any) -> None:
-    """Leave `config` beside what it made, as a file for --config."""
-    Path(config.out, "options.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-
-
 def _sentence(error: Exception) -> str:
     """An error in one line; those of the option parser in the words of ours."""
     text = " ".join(str(error).split()).replace('"<unicode string>"', "the file")
@@ -323,6 +340,10 @@ def _sentence(error: Exception) -> str:
 
 
 # ---- what people see
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"qrm-fast: note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

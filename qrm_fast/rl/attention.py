@@ -1,6 +1,7 @@
-"""Packed attention: one function in transformers' interface, and the backbone that runs on it."""
+"""Packed attention: one function in transformers' interface, the backbone that runs on it, the proof that it may."""
 
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..packing import PackedBatch, pack
 
-if find_spec("flash_attn"):
+try:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-else:
+except ImportError:  # not installed, not built for this machine, or flash-attn-4, whose package has the same name
     flash_attn_varlen_func = None
 
 
@@ -36,37 +37,43 @@ def packed_attention(
     """Causal attention inside each packed sequence, as transformers' attention interface calls it.
 
     `query`: [1, Hq, N, D], `key`, `value`: [1, Hk, N, D]. `cu_seq_lens_q`: [S+1], shared by keys. Returns
-    [1, N, Hq, D]. 16-bit CUDA tensors go through flash_attn where installed, else torch's varlen_attn; everything
-    else through one SDPA call per run of equally long sequences, a view of the packed rows, which is exact.
-    Generation passes `attention_mask` [B, 1, Lq, Lk] instead of `cu_seq_lens_q`.
+    [1, N, Hq, D]. With `sliding_window` W a query sees itself and the W - 1 keys before it; `softcap` c makes a score z
+    c tanh(z / c); `s_aux` [Hq] are the scores of attention sinks. 16-bit CUDA tensors go through flash_attn where
+    installed, else torch's varlen_attn, unless they need what neither computes; everything else through one call per
+    run of equally long sequences, a view of the packed rows. Generation passes `attention_mask` [B, 1, Lq, Lk], where
+    neighbouring columns are neighbouring positions, instead of `cu_seq_lens_q`.
 
-    Raises ValueError without either, and for what not every path can compute: dropout, softcap, attention sinks
-    (`s_aux`), a sliding window shorter than the longest sequence.
+    Raises ValueError without either, and for dropout.
     """
-    if dropout or softcap or s_aux is not None or (sliding_window and max_length_q > sliding_window):
-        raise ValueError(
-            "packed attention computes plain causal attention, expected dropout 0, no softcap, no sinks and no sliding "
-            f"window below the longest sequence {max_length_q}, got {dropout}, {softcap}, "
-            f"{'no' if s_aux is None else len(s_aux)} sinks and {sliding_window}"
-        )
+    if dropout:
+        raise ValueError(f"packed attention has no dropout, expected 0, got {dropout}")
+    options: dict[str, Any] = dict(scaling=scaling, softcap=softcap, sinks=s_aux)
     if cu_seq_lens_q is None:
         if attention_mask is None:
             raise ValueError("packed attention needs cu_seq_lens_q (or, to generate, a 4-D mask), got neither")
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
+        num_queries, num_keys = attention_mask.shape[-2:]
+        if sliding_window and num_keys > sliding_window:
+            attention_mask = attention_mask & _window(num_queries, num_keys, sliding_window, query.device)
+        return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
+    window = sliding_window if sliding_window and max_length_q > sliding_window else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-    if not q.is_cuda or q.element_size() > 2:
-        return _attention_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    window_size = (-1 if window is None else window - 1, 0)
     attended: Any
-    if flash_attn_varlen_func is not None:
-        attended = flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)
+    if not q.is_cuda or q.element_size() > 2 or s_aux is not None or (softcap and flash_attn_varlen_func is None):
+        attended = _attend_by_length(q, k, v, cu_seq_lens_q, window, options)
+    elif flash_attn_varlen_func is not None:
+        attended = flash_attn_varlen_func(
+            q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=window_size, softcap=softcap or 0.0
+        )
     else:
-        attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, enable_gqa=True)
     return attended[None], None
 
 
-def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
+def _attend_by_length(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, options: dict[str, Any]
+) -> Tensor:
     """[N, H, D] -> [N, Hq, D]. Neighbours of equal length share one call: pack them sorted to need few."""
     out = []
     bos = 0
@@ -74,12 +81,39 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sc
     for length, repeat in zip(lengths.tolist(), repeats.tolist(), strict=True):
         eos = bos + length * repeat
         rows = [x[bos:eos].unflatten(0, (repeat, length)).transpose(1, 2) for x in (q, k, v)]  # [R, H, L, D]
-        attended = F.scaled_dot_product_attention(
-            rows[0], rows[1], rows[2], is_causal=True, scale=scaling, enable_gqa=True
-        )
-        out.append(attended.transpose(1, 2).flatten(0, 1))
+        mask = _window(length, length, window, q.device) if window and length > window else None
+        out.append(_attend(rows[0], rows[1], rows[2], mask, **options).transpose(1, 2).flatten(0, 1))
         bos = eos
     return torch.cat(out)
+
+
+def _window(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """[Lq, Lk]: whether a query, one of the last columns, sees a key: itself or one of the window - 1 before it."""
+    column = torch.arange(num_keys, device=device)
+    distance = column[num_keys - num_queries :, None] - column
+    return (distance >= 0) & (distance < window)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """[B, Hq, Lq, D]. No mask is the causal one. SDPA, but for the caps and sinks that it does not compute."""
+    if not softcap and sinks is None:
+        causal = mask is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)).float() * scaling  # [B, Hq, Lq, Lk]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = _window(scores.shape[2], scores.shape[3], scores.shape[3], scores.device)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
 AttentionInterface.register("qrm_packed", packed_attention)
@@ -109,26 +143,67 @@ def without_adapters(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Rounding by another order of operations is some 1e-6 of a float32 hidden state's norm; a leak or a wrong mask is .1 of
+# it and more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
 @torch.no_grad()
-def check_no_leak(model: PreTrainedModel) -> None:
-    """Raise RuntimeError unless packed sequences are independent and causal in this model, on this device.
+def check_packing(model: Any, num_tokens: int) -> None:
+    """Raise ValueError unless the model computes of packed sequences what it computes of each alone, in both modes.
 
-    Two sequences of three tokens; changing the first must leave every bit of the second's hidden states, changing
-    the second's last token must leave every bit of the rows before it.
+    Alone: by transformers' own attention. Up to `num_tokens` per sequence, the longest that will occur, since windows
+    and rotary embeddings change with the length.
     """
-    was_training = model.training
-    model.eval()
+    plain = without_adapters(model)
+    name, training, device = type(plain).__name__, plain.training, plain.device
+    generator = torch.Generator().manual_seed(0)
+    num_ids = plain.get_input_embeddings().num_embeddings
+    lengths = [max(2, num_tokens // 2), max(3, num_tokens), 2]
+    sequences = [torch.randint(num_ids, (n,), generator=generator).tolist() for n in lengths]
+    try:
+        batch = pack(sequences, [1, 1, 1], device=device)
+        start = sequences[1][:-1]
+        changed = pack([start, [*start, (sequences[1][-1] + 1) % num_ids]], [1, 1], device=device)
+        with of_transformers(name):
+            packed = packed_hidden(model.eval(), batch)
+            before, after = packed_hidden(model, changed).split([len(start), len(start) + 1])
+            plain.set_attn_implementation("eager" if _needs_eager(plain) else "sdpa")
+            alone = [plain.base_model(torch.tensor([row], device=device), use_cache=False) for row in sequences]
+            plain.set_attn_implementation("qrm_packed")
+            once, again = (packed_hidden(model.train(), batch) for _ in range(2))
+        if not packed.isfinite().all():
+            raise ValueError(f"the hidden states of {name} must be finite, got NaN or infinity: its weights are broken")
+        _check_close(before, after[:-1], f"{name} must be causal, but a token changes what comes before it")
+        expected = torch.cat([out.last_hidden_state[0] for out in alone])
+        _check_close(packed, expected, f"{name} must compute packed sequences as it does each alone")
+        if not torch.equal(once, again):
+            raise ValueError(f"{name} must compute the same twice in training mode, got hidden states that differ")
+        _check_close(once, packed, f"{name} must compute in training mode what it does in evaluation mode")
+    finally:
+        plain.set_attn_implementation("qrm_packed")
+        model.train(training)
 
-    def hidden(first: list[int], second: list[int]) -> Tensor:
-        return packed_hidden(model, pack([first, second], [1, 1], device=model.device))
 
-    before = hidden([1, 2, 3], [4, 5, 6])
-    if not torch.equal(before[3:], hidden([7, 8, 9], [4, 5, 6])[3:]):
-        raise RuntimeError(
-            f"{type(model).__name__} is not independent of the packing: changing one sequence changed its neighbour's "
-            "hidden states, by attention that ignores the boundaries or by layers that compute a token by what else "
-            "is in the batch, as experts do"
-        )
-    if not torch.equal(before[:5], hidden([1, 2, 3], [4, 5, 7])[:5]):
-        raise RuntimeError("packed attention is not causal: changing a token changed the hidden states before it")
-    model.train(was_training)
+@contextmanager
+def of_transformers(model: str) -> Iterator[None]:
+    """Say in one sentence what transformers, or code that a checkpoint brings, has against our use of `model`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{model} cannot be trained on packed sequences: {type(error).__name__}: {said}") from error
+
+
+def _needs_eager(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return not model._supports_sdpa or bool(getattr(config, "attn_logit_softcapping", None))
+
+
+def _check_close(got: Tensor, expected: Tensor, what: str) -> None:
+    norm = expected.float().norm(dim=-1)
+    distance = (got - expected).float().norm(dim=-1) / norm.clamp(min=norm.mean())  # that of a padding token may be 0
+    if not distance.max() <= TOLERANCE[got.dtype]:
+        raise ValueError(f"{what}, got hidden states that differ by {distance.max():.2g} of their norm")

@@ -1,26 +1,95 @@
-"""What a run leaves on disk: checkpoints that plain transformers loads, and states to go on from."""
+"""What is written so that nothing is lost: models that plain transformers loads, states that prove to be whole."""
 
 import os
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEPT = 2  # the newest, and one to fall back to
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Save weights (safetensors), config and tokenizer: a directory that plain transformers loads."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    """Save weights (safetensors), config and tokenizer: a directory that plain transformers loads.
+
+    Files are written aside and renamed. Raises FloatingPointError, and writes nothing, where a weight is not finite.
+    """
+    check_finite(model.state_dict(), type(model).__name__)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory, prefix=".saving") as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for file in Path(aside).iterdir():
+            os.replace(file, directory / file.name)
 
 
-def save_state(path: Path, **parts: Any) -> None:
-    """Write `parts` as one file. A crash leaves the old file or the new one, never half of one."""
-    aside = path.with_suffix(".new")
-    torch.save(parts, aside)
-    os.replace(aside, path)
+def save_state(directory: Path, step: int, parts: Mapping[str, Any]) -> None:
+    """Write `parts` as `state-STEP-CHECKSUM.pt` and keep the newest two such files.
+
+    A crash leaves the files that were there. Raises OSError where the file cannot be written whole, FloatingPointError
+    where a number in `parts` is not finite; what was there stays then.
+    """
+    check_finite(parts, f"the state of step {step}")
+    aside = directory / "state.new"
+    try:
+        torch.save(dict(parts), aside)
+        os.replace(aside, directory / f"state-{step:08d}-{_checksum(aside):08x}.pt")
+    except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
+        aside.unlink(missing_ok=True)
+        older = ", ".join(path.name for path in states(directory)) or "none"
+        raise OSError(
+            f"the state of step {step} could not be written to {directory}: {error}; kept: {older}"
+        ) from error
+    for path in states(directory)[KEPT:]:
+        path.unlink()
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """The parts of a file of `save_state`. Raises FileNotFoundError where there is none."""
-    return torch.load(path)
+def load_state(directory: Path) -> dict[str, Any]:
+    """The newest state that is whole, on CPU. Warns of every newer one that is damaged.
+
+    Raises FileNotFoundError where there is no state, ValueError where every one is damaged.
+    """
+    paths = states(directory)
+    if not paths:
+        raise FileNotFoundError(f"{directory} must hold a state to go on from, state-STEP-CHECKSUM.pt, got none")
+    for path in paths:
+        if f"{_checksum(path):08x}" == path.stem.rpartition("-")[2]:
+            return torch.load(path, map_location="cpu")
+        warnings.warn(f"{path} is damaged: its checksum is not the one in its name", stacklevel=2)
+    raise ValueError(f"{directory} must hold a whole state, got {len(paths)} damaged: {paths[0].name} is the newest")
+
+
+def states(directory: Path) -> list[Path]:
+    """Files of `save_state`, the newest first."""
+    return sorted(directory.glob("state-*-*.pt"), reverse=True)
+
+
+def check_finite(parts: Mapping[str, Any], what: str) -> None:
+    """Raise FloatingPointError, naming the first of them, where a tensor holds a number that is not finite."""
+    for name, x in _tensors(parts, ""):
+        if x.is_floating_point() and not x.isfinite().all():
+            raise FloatingPointError(f"{what} is not saved: {name} is not finite")
+
+
+def _tensors(x: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(x, Tensor):
+        yield name, x
+    elif isinstance(x, Mapping | list | tuple):
+        items = x.items() if isinstance(x, Mapping) else enumerate(x)
+        for key, value in items:
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _checksum(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc

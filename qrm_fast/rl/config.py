@@ -1,11 +1,11 @@
 """The options of the loop: every field has a value; a preset is a set of values for those that tell methods apart."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..ops.loss_weights import MODES
-from .models import Dtype
 from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_ranges
+from .run_folder import RunOptions
 from .verifiers import find_verifier
 
 # What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code and the
@@ -35,19 +35,12 @@ def preset(name: str, algorithm: str = "reinforce") -> dict[str, Any]:
     return {"algorithm": algorithm, **PRESETS[name, algorithm]}
 
 
-# What a resumed run may change; all else shapes the run that the checkpoint belongs to.
-RESUMABLE = {"out", "resume", "num_iterations", "max_tokens", "device", "tensorboard"}
-RESUMABLE |= {"save_every", "eval_every", "eval_data"}
-
-
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(RunOptions):
     model: str
     """The policy to start from: Hugging Face id or directory."""
     data: str
     """JSONL file of prompts: {"instruction"}, and {"label"} for the reward "verifier"."""
-    out: str
-    """Directory for checkpoints and metrics.jsonl."""
     q_rm: str | None = None
     """Directory or id of the Q-RM; needed where the reward is "q-rm"."""
     eval_data: str | None = None
@@ -114,15 +107,6 @@ class Config:
     """Iterations between evaluations; the first and the last are always evaluated."""
     eval_samples: Count = 1
     """Answers sampled to each evaluation prompt, beside the greedy one."""
-    save_every: CountOrNone = 0
-    """Iterations between resumable checkpoints; 0: none."""
-    resume: bool = False
-    """Go on from the last resumable checkpoint in `out`."""
-    seed: CountOrNone = 0
-    device: str = "cpu"
-    dtype: Dtype = "float32"
-    tensorboard: bool = False
-    """Write TensorBoard event files beside metrics.jsonl."""
 
 
 def check(config: Config) -> None:
@@ -139,10 +123,3 @@ def check(config: Config) -> None:
         raise ValueError(f'value_coef needs token rewards, expected 0 with reward "verifier", got {config.value_coef}')
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "abs":
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
-
-
-def check_resumable(config: Config, saved: dict[str, Any]) -> None:
-    """Raise ValueError where `config` would go on with another run than the one that `saved` began."""
-    for name, value in asdict(config).items():
-        if name not in RESUMABLE and value != saved[name]:
-            raise ValueError(f"{name} must be that of the checkpoint, {saved[name]!r}, got {value!r}")

@@ -31,6 +31,7 @@ NUM_RL_PROMPTS, NUM_REPORT_PROMPTS = 8192, 512
 SFT = SFTConfig(
     data="",
     out="",
+    overwrite=True,
     model="scratch:demo",
     tokenizer="arithmetic",
     num_steps=400,
@@ -41,12 +42,22 @@ SFT = SFTConfig(
 )
 PAIR_PROMPTS, ANSWERS_PER_PROMPT, PAIRS_PER_PROMPT = 2400, 8, 3
 Q_RM = QRMConfig(
-    data="", out="", beta=1.0, gamma=0.0, heldout=0.1, num_epochs=2, batch_size=64, lr=1e-3, max_tokens=6144
+    data="",
+    out="",
+    overwrite=True,
+    beta=1.0,
+    gamma=0.0,
+    heldout=0.1,
+    num_epochs=2,
+    batch_size=64,
+    lr=1e-3,
+    max_tokens=6144,
 )
 RL = Config(
     model="",
     data="",
     out="",
+    overwrite=True,
     **preset("qrm-paper"),
     verifier="arithmetic",
     num_iterations=24,
@@ -110,6 +121,7 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
         settings = replace(Q_RM, model=sft.directory, seed=seed)
         q_rm = train_q_rm(replace(settings, data=f"{folder}/pairs.jsonl", out=f"{folder}/q_rm"))
         q_rms.append(q_rm)
+        assert q_rm.heldout is not None  # Q_RM holds a share out
         print(
             f"  q-rm     pair accuracy {q_rm.heldout.accuracy:.3f} held out, {q_rm.train.accuracy:.3f} in training; "
             f"at the first differing token {q_rm.heldout.action_accuracy:.3f}; {q_rm.tokens_per_s:,.0f} tokens/s"
@@ -137,7 +149,7 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
 def sample_pairs(directory: str, examples: list[Example], seed: int) -> tuple[list[Pair], float]:
     """Right against wrong answers that the policy gave to the same prompt, and the tokens per second of sampling."""
     tokenizer = load_tokenizer(directory)
-    engine = TransformersEngine(Policy(load_policy(directory, tokenizer)), tokenizer.eos_token_id)
+    engine = TransformersEngine(Policy(load_policy(directory, tokenizer)), [tokenizer.eos_token_id])
     start = time.perf_counter()
     rollout = engine.generate(
         [encode_prompt(tokenizer, example.instruction) for example in examples],

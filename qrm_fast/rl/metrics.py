@@ -1,6 +1,7 @@
 """What a training run writes down: one JSON object per step, TensorBoard scalars on request, seconds per phase."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,11 @@ class MetricsLog:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
-        earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step else []
+        kept = first_step and self.path.exists()
+        earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if kept else []
         whole = [json.loads(line) for line in earlier if line.endswith("\n")]  # the last may have been cut off
         self.rows: list[dict[str, float]] = [row for row in whole if row["step"] < first_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        self.path.write_text("".join(map(_line, self.rows)), encoding="utf-8")
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -34,11 +36,17 @@ class MetricsLog:
         row = {"step": step, **values}
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.write(_line(row))
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+
+
+def _line(row: Mapping[str, float | None]) -> str:
+    """Strict JSON has no NaN and no infinity: they become null."""
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 class Phases:

@@ -2,10 +2,12 @@
 an AutoModelForTokenClassification with one label.
 """
 
-from typing import Any, Literal
+import re
+import warnings
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,10 +17,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 
+from .attention import of_transformers
 from .policy import check_head
 
-Dtype = Literal["float32", "bfloat16"]  # of weights and activations; updates are float32
 SCRATCH = {
     "scratch:demo": dict(hidden_size=128, num_hidden_layers=3, intermediate_size=256, initializer_range=0.05),
     "scratch:small": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=704, initializer_range=0.02),
@@ -31,13 +39,15 @@ def load_policy(
     """A causal language model: a Hugging Face id or directory, or "scratch:demo" / "scratch:small".
 
     Scratch models are small Llama networks with tied embeddings for `tokenizer`'s vocabulary, initialised from
-    torch's global generator. Every model comes in evaluation mode. Raises ValueError for an unknown scratch size, a
-    token classifier, too small a vocabulary, dropout, and logits that training would not see (`check_head`), OSError
-    for an unknown id.
+    torch's global generator. Of a model of text and images the text model is taken, as a checkpoint of its own. Every
+    model comes in evaluation mode, without the dropout that its configuration may name. Raises ValueError for an
+    unknown scratch size, a token classifier, an architecture without a language model, a checkpoint that lacks weights,
+    too small a vocabulary and logits that training would not see (`check_head`), OSError for an unknown id.
     """
     config = _config(spec, tokenizer)
-    if any("TokenClassification" in name for name in config.architectures or []):
-        raise ValueError(f"{spec} must be a causal language model, got {config.architectures[0]}")
+    if _has_token_head(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        got = (config.architectures or [type(config).__name__])[0]
+        raise ValueError(f"{spec} must be a causal language model, got {got}")
     model = _load(AutoModelForCausalLM, spec, config, tokenizer, device, dtype)
     check_head(model)
     return model
@@ -54,16 +64,15 @@ def load_token_model(
     """A token classifier (Q-RM, critic: one label), from the same kinds of `spec` as `load_policy`.
 
     A checkpoint without a classification head gets a new one without bias (arXiv 2505.23363); a trained head is
-    loaded as it is. `model.score` is the head; ValueError for an architecture that keeps it elsewhere.
+    loaded as it is. `model.score` is the head, also for a family that transformers has no such class for: its class is
+    made here, and a checkpoint of it is loaded here alone. Raises as `load_policy` does.
     """
     config = _config(spec, tokenizer)
+    trained = _has_token_head(config)
     config.num_labels = num_labels
-    if not any("TokenClassification" in name for name in config.architectures or []):
+    if not trained:
         config.token_classification_bias = False
-    model = _load(AutoModelForTokenClassification, spec, config, tokenizer, device, dtype)
-    if not hasattr(model, "score"):
-        raise ValueError(f"the token classifier of {spec} must keep its head in `score`, got {type(model).__name__}")
-    return model
+    return _load(_token_class(config), spec, config, tokenizer, device, dtype, () if trained else ("score.",))
 
 
 def load_q_rm(
@@ -75,15 +84,44 @@ def load_q_rm(
     OSError where there is no checkpoint.
     """
     config = AutoConfig.from_pretrained(spec)
-    name = (config.architectures or ["a model of unknown architecture"])[0]
-    if not name.endswith("ForTokenClassification") or config.num_labels != 1:
+    if not _has_token_head(config) or config.num_labels != 1:
+        name = (config.architectures or ["a model of unknown architecture"])[0]
         raise ValueError(f"{spec} must be a Q-RM, a token classifier with one label, got {name}, {config.num_labels}")
     return load_token_model(spec, tokenizer, device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def _has_token_head(config: PreTrainedConfig) -> bool:
+    return any(name.endswith(("ForTokenClassification", "ForTokenScores")) for name in config.architectures or [])
+
+
+def _token_class(config: PreTrainedConfig) -> Any:
+    """transformers' class of token classifiers with a head named `score`, or one like it on the family's backbone."""
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"expected an architecture with a text backbone, got {type(config).__name__}")
+    backbone = MODEL_MAPPING[type(config)]
+    theirs = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), object)
+    if issubclass(theirs, GenericForTokenClassification):
+        return AutoModelForTokenClassification
+    family: Any = next(base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel))
+
+    class TokenScores(family):
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, backbone(config))
+            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+            """Scores [B, L, num_labels]."""
+            return self.score(self.base_model(input_ids, **inputs).last_hidden_state)
+
+    TokenScores.__name__ = f"{backbone.__name__.removesuffix('Model')}ForTokenScores"
+    return TokenScores
+
+
 def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     if not spec.startswith("scratch:"):
-        return AutoConfig.from_pretrained(spec)
+        return _text_config(AutoConfig.from_pretrained(spec))
     if spec not in SCRATCH:
         raise ValueError(f"model must be one of {', '.join(SCRATCH)} or a Hugging Face id or directory, got {spec}")
     # Llama and not Qwen2: transformers' AutoTokenizer replaces the tokenizer of a Qwen2 checkpoint by Qwen2's own.
@@ -101,6 +139,30 @@ def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     )
 
 
+# Where a model of text and images keeps what belongs to its text model.
+TEXT_WEIGHTS = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
+# Text models of Qwen-VL whose three rotary positions are one where there is no image.
+PLAIN_QWEN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the text model inside a model of text and images; any other as it is."""
+    text = config.get_text_config()
+    if text is config:
+        return config
+    text.architectures = None
+    if text.model_type not in PLAIN_QWEN:
+        return text
+    values = text.to_dict()
+    values["rope_parameters"] = {k: v for k, v in values["rope_parameters"].items() if not k.startswith("mrope")}
+    values["tie_word_embeddings"] = config.tie_word_embeddings
+    del values["model_type"]
+    return AutoConfig.for_model(PLAIN_QWEN[text.model_type], **values)
+
+
 def _load(
     auto: Any,
     spec: str,
@@ -108,17 +170,49 @@ def _load(
     tokenizer: PreTrainedTokenizerBase,
     device: str,
     dtype: torch.dtype,
+    new_weights: tuple[str, ...] = (),
 ) -> PreTrainedModel:
-    options = dict(config=config, dtype=dtype, attn_implementation="qrm_packed")
-    model = auto.from_config(**options) if spec.startswith("scratch:") else auto.from_pretrained(spec, **options)
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_embeddings:
-        raise ValueError(f"{spec} must embed the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}")
-    # In training mode a dropout would make the ratio of a policy to itself other than 1.
-    rates = [module.p for module in model.base_model.modules() if isinstance(module, nn.Dropout)]
-    if any(rates):
-        raise ValueError(f"the dropout of {spec} must be 0 in its configuration, got {max(rates)}")
+    """`new_weights`: beginnings of the names of weights that the checkpoint need not hold."""
+    _switch_dropout_off(spec, config)
+    options: dict[str, Any] = dict(dtype=dtype, attn_implementation="qrm_packed")
+    with of_transformers(spec):
+        if spec.startswith("scratch:"):
+            model, missing = auto.from_config(config, **options), []
+        else:
+            whole = AutoConfig.from_pretrained(spec)
+            inside = whole.get_text_config() is not whole
+            options |= dict(config=config, key_mapping=TEXT_WEIGHTS if inside else None, output_loading_info=True)
+            model, found = auto.from_pretrained(spec, **options)
+            if inside:
+                del model._weight_conversions  # or the text model would be saved under the names it had inside
+            missing = sorted(name for name in found["missing_keys"] if not name.startswith(new_weights))
+    if missing:
+        raise ValueError(
+            f"{spec} must hold every weight of {type(model).__name__}, got none for {missing[0]}, one of {len(missing)}"
+        )
+    num_ids, num_embeddings = num_token_ids(tokenizer), model.get_input_embeddings().num_embeddings
+    if num_ids > num_embeddings:
+        raise ValueError(f"{spec} must embed the tokenizer's {num_ids} tokens, got {num_embeddings}")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model.to(device).eval()
+
+
+def _switch_dropout_off(spec: str, config: PreTrainedConfig) -> None:
+    """With it, a policy's ratio to itself would not be 1 in training mode."""
+    values = config.to_dict().items()
+    rates = {name: x for name, x in values if re.match("(?!classifier|summary).*drop", name) and type(x) is float and x}
+    for name in rates:
+        setattr(config, name, 0.0)
+    if rates:
+        named = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        warnings.warn(f"the dropout that {spec} configures is switched off: {named}", stacklevel=2)
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of a token. Embeddings may be padded beyond it."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_context(model: PreTrainedModel, num_tokens: int) -> None:

@@ -20,13 +20,18 @@ class AdamW:
         self._adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
 
     def step(self, lr: float, max_grad_norm: float) -> Tensor:
-        """One update with gradients scaled down to `max_grad_norm` at most. Returns their norm before, 0-d."""
+        """One update with gradients scaled down to `max_grad_norm` at most. Returns their norm before, 0-d.
+
+        A norm that is not finite changes no parameter and no moment.
+        """
         for p, master in self._rounded():
             master.grad = None if p.grad is None else p.grad.float()
             p.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
         for group in self._adamw.param_groups:
             group["lr"] = lr
+        # Read by the fused kernel, so that nothing waits for the device.
+        setattr(self._adamw, "found_inf", (~grad_norm.isfinite()).float())  # noqa: B010
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -7,33 +7,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import PackedBatch, PolicyLoss, TokenLogprobs, linear_logprobs, linear_policy_loss
-from .attention import packed_hidden, without_adapters
+from .attention import of_transformers, packed_hidden, without_adapters
 
 
 class Policy(nn.Module):
     """A causal language model, called on packed answers alone.
 
-    `model` is a transformers model or one of peft's around it. Whatever wraps modules (FSDP2, activation checkpointing,
-    adapters) sees every call, since both ways in run inside this module: make it the root of `fully_shard` and register
-    `loss` as a forward method of FSDP2.
+    `model` is a transformers model or one of peft's around it. Ids from `num_ids` on, which no token has, are left out
+    of the head: they have probability 0 in sampling and training alike. Whatever wraps modules (FSDP2, activation
+    checkpointing, adapters) sees every call, since both ways in run inside this module: make it the root of
+    `fully_shard` and register `loss` as a forward method of FSDP2.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, num_ids: int | None = None) -> None:
         super().__init__()
-        self.model = model
-        policy_head(model)  # a head that would not be trained as it is sampled is refused here
+        self.model, self.num_ids = model, num_ids
+        self.head()  # one that would not be trained as it is sampled is refused here
 
     def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> TokenLogprobs:
         """Log-probability, entropy and lse [T] of every action, of the model's logits / temperature."""
         hidden, targets = self._actions(batch)
-        return policy_head(self.model).logprobs(hidden, targets, temperature=temperature)
+        return self.head().logprobs(hidden, targets, temperature=temperature)
 
     def loss(self, batch: PackedBatch, advantages: Tensor, *, temperature: float = 1.0, **options: Any) -> PolicyLoss:
         """`linear_policy_loss` of every action with `advantages` [T]; `options` are that op's."""
         hidden, targets = self._actions(batch)
         if options.get("kind") == "gspo":
             options["cu_seqlens"] = batch.action_cu_seqlens
-        return policy_head(self.model).loss(hidden, targets, advantages, temperature=temperature, **options)
+        return self.head().loss(hidden, targets, advantages, temperature=temperature, **options)
+
+    def head(self) -> "PolicyHead":
+        return policy_head(self.model, self.num_ids)
 
     def _actions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Hidden states [T, D] that predict an action, and the actions [T]."""
@@ -71,8 +75,10 @@ class PolicyHead(NamedTuple):
         return dict(bias=self.bias, softcap=self.softcap, temperature=self.temperature * temperature)
 
 
-def policy_head(model: Any) -> PolicyHead:
+def policy_head(model: Any, num_ids: int | None = None) -> PolicyHead:
     """The head of `model`, with the scale and the cap that its configuration names (Granite, Cohere; Gemma 2).
+
+    Of its rows the first `num_ids`, or all.
 
     Raises ValueError for a head that is not one linear layer, as under an adapter of its own.
     """
@@ -84,7 +90,11 @@ def policy_head(model: Any) -> PolicyHead:
             f"{type(output).__name__}"
         )
     temperature = (getattr(config, "logits_scaling", None) or 1.0) / (getattr(config, "logit_scale", None) or 1.0)
-    return PolicyHead(output.weight, output.bias, getattr(config, "final_logit_softcapping", None), temperature)
+    weight: Tensor = output.weight
+    bias: Tensor | None = output.bias
+    if num_ids is not None and num_ids < len(weight):
+        weight, bias = weight[:num_ids], None if bias is None else bias[:num_ids]
+    return PolicyHead(weight, bias, getattr(config, "final_logit_softcapping", None), temperature)
 
 
 @torch.no_grad()
@@ -93,8 +103,10 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     causal = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=model.device).tril()
     inputs = dict(input_ids=ids, position_ids=ids - 1, attention_mask=causal, use_cache=False)
-    expected = model(**inputs).logits.float()
-    got = policy_head(model).logits(model.base_model(**inputs).last_hidden_state)
+    head = policy_head(model)
+    with of_transformers(type(model).__name__):
+        expected = model(**inputs).logits.float()
+        got = head.logits(model.base_model(**inputs).last_hidden_state)
     error, bound = (got - expected).abs().max(), max(1e-4, 4 * torch.finfo(model.dtype).eps) * expected.abs().max()
     if not error <= bound:
         raise ValueError(

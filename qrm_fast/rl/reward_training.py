@@ -5,26 +5,26 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
-from .attention import check_no_leak
+from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Pair, fit, read_jsonl
-from .metrics import MetricsLog, Phases
-from .models import Dtype, check_context, load_token_model
-from .optimizer import AdamW, trapezoid
-from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_ranges
+from .models import check_context, load_token_model
+from .optimizer import AdamW
+from .ranges import Count, NonNegative, Positive, Share, check_ranges
+from .run_folder import RunFolder
 from .scorer import TokenScorer
+from .steps import StepOptions, take_steps, tokens_per_s
 from .tokenizers import encode_prompt, encode_response, load_tokenizer
 
 
-@dataclass
-class QRMConfig:
+@dataclass(kw_only=True)
+class QRMConfig(StepOptions):
     data: str
     """JSONL file of preference pairs: {"instruction", "chosen", "rejected"}."""
-    out: str
-    """Directory for the checkpoint and metrics.jsonl."""
     model: str = "scratch:small"
     """Hugging Face id or directory (a policy's, for its backbone), scratch:demo or scratch:small."""
     tokenizer: str | None = None
@@ -34,28 +34,9 @@ class QRMConfig:
     gamma: NonNegative = 2.0
     """Margin that the scaled gap has to pass."""
     heldout: Share = 0.15
-    """Share of the prompts kept for evaluation, with all their pairs."""
+    """Share of the prompts kept for evaluation, with all their pairs; 0: train on all."""
     num_epochs: Count = 1
     """Passes over the training pairs, each in a new order."""
-    batch_size: Count = 64
-    """Pairs per optimiser step."""
-    lr: NonNegative = 1e-5
-    """Peak learning rate."""
-    warmup_steps: CountOrNone = 0
-    """Steps over which the learning rate rises."""
-    decay: Share = 0.0
-    """Share of the steps, at the end, over which the learning rate falls to 0."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
-    max_len: Count = 1024
-    """Longest sequence in tokens: responses are cut from the right."""
-    max_tokens: Count = 8192
-    """Packed tokens per micro-batch; both answers of a pair share one."""
-    seed: CountOrNone = 0
-    device: str = "cpu"
-    dtype: Dtype = "float32"
-    tensorboard: bool = False
-    """Write TensorBoard event files beside metrics.jsonl."""
 
 
 class TokenPair(NamedTuple):
@@ -74,7 +55,7 @@ class PairMetrics(NamedTuple):
 class QRMResult(NamedTuple):
     directory: str  # the checkpoint
     train: PairMetrics  # over the training pairs, after training
-    heldout: PairMetrics
+    heldout: PairMetrics | None  # None where no pair is held out
     num_train: int
     num_heldout: int
     tokens_per_s: float
@@ -87,6 +68,7 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     max_tokens, an answer longer than the model's context and a split that leaves a side without pairs.
     """
     check_ranges(config)
+    folder = RunFolder(config)
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     rows = read_jsonl(config.data, Pair)
@@ -95,47 +77,38 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     _microbatches(pairs, config.max_tokens)  # a pair over the budget is an error now, not in the middle of training
     train, heldout = _split(rows, pairs, config, order)
     model = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
-    check_no_leak(model)
-    check_context(model, max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)))
+    longest = max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
+    check_context(model, longest)
+    check_packing(model, longest)
     q_rm = TokenScorer(model, reads_action=True).train()
-    optimizer = AdamW(q_rm.parameters())
-    log, phases = MetricsLog(config.out, tensorboard=config.tensorboard), Phases(model.device)
 
-    num_steps = config.num_epochs * -(-len(train) // config.batch_size)
-    num_tokens, seconds, i = 0, 0.0, 0
+    batches = []
     for _ in range(config.num_epochs):
         shuffled = [train[j] for j in torch.randperm(len(train), generator=order).tolist()]
-        for batch in (shuffled[j : j + config.batch_size] for j in range(0, len(train), config.batch_size)):
-            with phases("update"):
-                loss = torch.zeros((), device=model.device)
-                accuracy = torch.zeros((), device=model.device)
-                for microbatch in _microbatches(batch, config.max_tokens):
-                    packed = _pack_pairs(microbatch, config.device)
-                    q = q_rm(packed)  # [T]
-                    scores = pairwise_q_loss(q, packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
-                    share = len(microbatch) / len(batch)
-                    (scores.loss * share).backward()
-                    loss += scores.loss.detach() * share
-                    accuracy += scores.accuracy * share
-                lr = config.lr * trapezoid(i, num_steps, warmup=config.warmup_steps, decay=config.decay)
-                grad_norm = optimizer.step(lr, config.max_grad_norm)
-            batch_tokens = sum(map(_num_tokens, batch))
-            phases.count("update", batch_tokens)
-            loss, accuracy, grad_norm = torch.stack([loss, accuracy, grad_norm]).tolist()
-            values = phases.report()
-            log(i, {"qrm/loss": loss, "qrm/accuracy": accuracy, "qrm/grad_norm": grad_norm, "qrm/lr": lr, **values})
-            num_tokens, seconds = num_tokens + batch_tokens, seconds + values["time/update_s"]
-            i += 1
-    save_checkpoint(model, tokenizer, config.out)
-    result = QRMResult(
-        config.out,
-        evaluate_pairs(q_rm, train, config),
-        evaluate_pairs(q_rm, heldout, config),
-        len(train),
-        len(heldout),
-        num_tokens / seconds,
-    )
-    log(i, {f"qrm/heldout_{name}": value for name, value in result.heldout._asdict().items()})
+        batches += [shuffled[j : j + config.batch_size] for j in range(0, len(train), config.batch_size)]
+
+    def backward(batch: list[TokenPair]) -> dict[str, Tensor]:
+        loss, accuracy = torch.zeros(2, device=config.device).unbind()
+        for microbatch in _microbatches(batch, config.max_tokens):
+            packed = _pack_pairs(microbatch, config.device)
+            scores = pairwise_q_loss(q_rm(packed), packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
+            share = len(microbatch) / len(batch)
+            (scores.loss * share).backward()
+            loss = loss + scores.loss.detach() * share
+            accuracy = accuracy + scores.accuracy * share
+        return {"loss": loss, "accuracy": accuracy}
+
+    with folder:
+        optimizer = AdamW(q_rm.parameters())
+        log = take_steps(
+            config, folder, "qrm", q_rm, optimizer, batches, backward, lambda batch: sum(map(_num_tokens, batch))
+        )
+        speed = tokens_per_s(log)
+        save_checkpoint(model, tokenizer, config.out)
+        on_heldout = evaluate_pairs(q_rm, heldout, config) if heldout else None
+        result = QRMResult(config.out, evaluate_pairs(q_rm, train, config), on_heldout, len(train), len(heldout), speed)
+        if on_heldout is not None:
+            log(len(batches), {f"qrm/heldout_{name}": value for name, value in on_heldout._asdict().items()})
     return result
 
 
@@ -182,7 +155,7 @@ def _split(
     kept = {prompts[i] for i in torch.randperm(len(prompts), generator=order)[:num_heldout].tolist()}
     train = [pair for row, pair in zip(rows, pairs, strict=True) if row.instruction not in kept]
     heldout = [pair for row, pair in zip(rows, pairs, strict=True) if row.instruction in kept]
-    if not train or not heldout:
+    if not train or (config.heldout and not heldout):
         raise ValueError(
             f"heldout must leave pairs to train on and to evaluate, got {config.heldout} of {len(prompts)} prompts"
         )

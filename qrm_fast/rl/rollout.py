@@ -1,22 +1,25 @@
 """Sampling: prompts to responses with the log-probabilities they were sampled with."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .attention import without_adapters
-from .policy import Policy, policy_head
+from ..packing import pack
+from .attention import TOLERANCE, without_adapters
+from .policy import Policy
 
 
 class Rollout(NamedTuple):
     """Responses in the order of the prompts, those to one prompt next to each other."""
 
-    responses: list[list[int]]  # token ids of each response, EOS included where it was produced
+    responses: list[list[int]]  # token ids of each response, the stop id included where one was produced
     logprobs: list[Tensor]  # of each response [T_s] float32, the log-probability of each token as it was sampled
-    finished: list[bool]  # whether each response ends with EOS, False where max_new_tokens cut it
+    finished: list[bool]  # whether each response ends with a stop id, False where max_new_tokens cut it
 
 
 class Engine(Protocol):
@@ -39,12 +42,12 @@ class TransformersEngine:
     responses; some `max_rows` responses are generated at a time.
     """
 
-    def __init__(self, policy: Policy, eos_token_id: int, *, max_rows: int = 512) -> None:
-        self.eos_token_id, self.max_rows = eos_token_id, max_rows
+    def __init__(self, policy: Policy, stop_ids: Sequence[int], *, max_rows: int = 512) -> None:
+        self.stop_ids, self.max_rows = list(stop_ids), max_rows
         self.sync(policy)
 
     def sync(self, policy: Policy) -> None:
-        self.model = without_adapters(policy.model)
+        self.policy, self.model = policy, without_adapters(policy.model)
 
     @torch.no_grad()
     def generate(
@@ -52,7 +55,8 @@ class TransformersEngine:
     ) -> Rollout:
         """Temperature 0 takes the argmax, with log-probability 0.
 
-        Raises ValueError for no prompt, an empty prompt, a negative temperature, num_samples or max_new_tokens < 1.
+        Raises ValueError for no prompt, an empty prompt, a negative temperature, num_samples or max_new_tokens < 1,
+        FloatingPointError for a model whose logits are not finite.
         """
         if not prompts or not all(prompts):
             raise ValueError("prompts must be non-empty lists of token ids, got no prompt or an empty one")
@@ -77,7 +81,11 @@ class TransformersEngine:
         finally:
             self.model.train(training)
         responses = [row[: len(logprob)] for row, logprob in zip(tokens, logprobs, strict=True)]
-        finished = [response[-1] == self.eos_token_id for response in responses]
+        if not torch.cat(logprobs).isfinite().all():
+            raise FloatingPointError(
+                f"sampling from {type(self.model).__name__} gave log-probabilities that are not finite"
+            )
+        finished = [response[-1] in self.stop_ids for response in responses]
         return Rollout(responses, logprobs, finished)
 
     def _generate(
@@ -99,13 +107,16 @@ class TransformersEngine:
         causal = columns[:width] <= columns[:width, None]  # [P, P]
         diagonal = torch.eye(width, dtype=torch.bool, device=device)  # a padded query sees itself, or its row is NaN
         mask = (visible[:, None, :width] & causal | diagonal)[:, None]  # [B, 1, P, P]
-        cache = Cache(layers=[RoomyLayer(len(columns)) for _ in range(self.model.config.num_hidden_layers)])
+        cache = Cache(
+            layers=[RoomyLayer(len(columns)) for _ in range(self.model.config.get_text_config().num_hidden_layers)]
+        )
 
         tokens = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
         logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
         lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
         rows = torch.arange(num_rows, device=device)  # those in the cache, [R]
         alive = torch.ones_like(rows, dtype=torch.bool)  # [R]
+        stop_ids = torch.tensor(self.stop_ids, device=device)
         hidden = self._hidden(padded, (columns[:width] - width + position[:, None]).clamp(min=0), mask, cache)[:, -1:]
         if num_samples > 1:
             hidden, position, visible = (x.repeat_interleave(num_samples, 0) for x in (hidden, position, visible))
@@ -114,7 +125,7 @@ class TransformersEngine:
             token, logprob = self._sample(hidden[:, -1], temperature, generator)  # [R], [R]
             tokens[rows, step], logprobs[rows, step] = token, logprob
             lengths[rows] += alive
-            alive &= token != self.eos_token_id
+            alive &= ~torch.isin(token, stop_ids)
             num_alive = int(alive.sum())
             if num_alive == 0 or step + 1 == max_new_tokens:
                 break
@@ -137,12 +148,61 @@ class TransformersEngine:
         ).last_hidden_state
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        logits = policy_head(self.model).logits(hidden)  # [R, V]
+        logits = self.policy.head().logits(hidden)  # [R, V]
         if temperature == 0:
-            return logits.argmax(-1), logits.new_zeros(len(logits))
-        logp = (logits / temperature).log_softmax(-1)
-        token = torch.multinomial(logp.exp(), 1, generator=generator)  # [R, 1]
-        return token[:, 0], logp.gather(1, token)[:, 0]
+            return logits.argmax(-1), torch.where(logits.isfinite().all(-1), 0.0, torch.nan)
+        return sample(logits / temperature, generator)
+
+
+BLOCK = 256  # tokens that share one sum
+
+
+def sample(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token of softmax(logits[r]) per row and its log-probability: [R] int64, [R] float32 of [R, V].
+
+    One uniform number per row is looked up among the sums of blocks, then inside its block, in float64: a
+    torch.multinomial on CPU draws one row after another, which takes a third of the time to decode a small model. A row
+    with a NaN gives NaN and some token.
+    """
+    num_rows, num_ids = logits.shape
+    top = logits.amax(-1, keepdim=True)
+    p = F.pad((logits - top).exp_(), (0, -num_ids % BLOCK)).view(num_rows, -1, BLOCK)
+    upto = p.sum(-1, dtype=torch.float64).cumsum(-1)  # [R, V / BLOCK]
+    total = upto[:, -1:]
+    u = torch.rand(num_rows, 1, generator=generator, dtype=torch.float64, device=logits.device) * total
+    block = torch.searchsorted(upto, u, right=True).clamp_(max=upto.shape[1] - 1)  # [R, 1]
+    u = u - upto.gather(1, (block - 1).clamp_(min=0)).where(block > 0, 0.0)
+    inside = p[torch.arange(num_rows, device=logits.device), block[:, 0]].double()  # [R, BLOCK]
+    # Rounding may leave u at the block's sum: the last token that has a probability is meant then.
+    last = BLOCK - 1 - (inside.flip(1) > 0).int().argmax(1, keepdim=True)
+    token = block * BLOCK + torch.searchsorted(inside.cumsum(-1), u, right=True).minimum(last)
+    logprob = (logits.gather(1, token.clamp(max=num_ids - 1)) - top).double() - total.log()
+    return token[:, 0].clamp(max=num_ids - 1), logprob[:, 0].float()
+
+
+@torch.no_grad()
+def check_sampling(engine: Engine, policy: Policy, num_tokens: int) -> None:
+    """Raise ValueError where `engine` samples from another distribution than the one that `policy` is trained on.
+
+    Two prompts of different length are answered, up to `num_tokens` in all, the longest that will occur, and the
+    log-probabilities of sampling compared with those of the packed forward.
+    """
+    num_new = min(4, num_tokens - 1)
+    generator = torch.Generator().manual_seed(1)
+    num_ids = len(policy.head().weight)
+    lengths = (max(1, num_tokens - num_new), max(1, (num_tokens - num_new) // 3))
+    prompts = [torch.randint(num_ids, (n,), generator=generator).tolist() for n in lengths]
+    rollout = engine.generate(prompts, num_samples=2, max_new_tokens=num_new, temperature=1.0, seed=0)
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    device = rollout.logprobs[0].device
+    rows = [prompt + response for prompt, response in zip(asked, rollout.responses, strict=True)]
+    trained = policy(pack(rows, list(map(len, asked)), device=device)).logprobs
+    distance = ((torch.cat(rollout.logprobs) - trained).abs() / (1 + trained.abs())).max()
+    if not distance <= TOLERANCE[policy.head().weight.dtype]:
+        raise ValueError(
+            f"{type(without_adapters(policy.model)).__name__} must be sampled from as it is trained, got "
+            f"log-probabilities that differ by {distance:.2g} of their size"
+        )
 
 
 class RoomyLayer(DynamicLayer):

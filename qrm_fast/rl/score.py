@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from .. import pack, q_token_rewards, unpack
-from .models import load_q_rm
+from .attention import check_packing
+from .models import check_context, load_q_rm
 from .scorer import TokenScorer
 from .tokenizers import encode_prompt, encode_response, load_tokenizer
 
@@ -23,12 +24,15 @@ def score(
 
     The loss over pairs (arXiv 2505.23363) leaves Q an offset per prompt, so only differences between tokens after one
     prompt mean something: `normalized` removes the mean. Raises ValueError where `q_rm` has no trained scalar head or
-    the prompt is empty, OSError where there is no such checkpoint.
+    the prompt is empty, or an answer passes the Q-RM's context, OSError where there is no such checkpoint.
     """
     tokenizer = load_tokenizer(q_rm)
     model = load_q_rm(q_rm, tokenizer, device=device, dtype=dtype)
     prompt_ids = encode_prompt(tokenizer, prompt)
     answers = [encode_response(tokenizer, response) for response in responses]
+    longest = len(prompt_ids) + max(map(len, answers))
+    check_context(model, longest)
+    check_packing(model, longest)
     batch = pack([prompt_ids + answer for answer in answers], [len(prompt_ids)] * len(answers), device=device)
     q = TokenScorer(model, reads_action=True)(batch)  # [T]
     columns = (q, q_token_rewards(q, batch.action_cu_seqlens, center=True))

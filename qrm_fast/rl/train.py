@@ -6,10 +6,9 @@ a scoring or training forward; the log-probabilities of sampling are the old one
 to recompute them.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from random import Random as HostRandom
 from typing import Any, NamedTuple
 
@@ -18,16 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, plan_microbatches
-from .attention import check_no_leak
-from .checkpoint import load_state, save_checkpoint, save_state
-from .config import Config, check, check_resumable
+from .attention import check_packing
+from .checkpoint import save_checkpoint
+from .config import Config, check
 from .data import Example, Prompt, read_jsonl
 from .metrics import MetricsLog, Phases
-from .models import check_context, load_policy, load_q_rm, load_token_model
+from .models import check_context, load_policy, load_q_rm, load_token_model, num_token_ids
 from .optimizer import AdamW, trapezoid
 from .policy import Policy
 from .rewards import QRM, Credit, Packed, Random, Verifier, verified
-from .rollout import Engine, Rollout, TransformersEngine
+from .rollout import Engine, Rollout, TransformersEngine, check_sampling
+from .run_folder import RunFolder
 from .scorer import TokenScorer
 from .tokenizers import check_same_vocabulary, encode_prompt, load_tokenizer
 from .update import Denominators, MicroBatch, means, update, update_critic
@@ -49,6 +49,7 @@ class Parts(NamedTuple):
     """What a run is made of. None where its configuration has no such thing."""
 
     policy: Policy
+    engine: Engine
     optimizer: AdamW
     credit: Credit
     reference: Policy | None
@@ -57,17 +58,20 @@ class Parts(NamedTuple):
 
     def learning(self) -> dict[str, Any]:
         """The parts that a resumed run takes up where they were."""
-        return {name: x for name, x in self._asdict().items() if name != "reference" and x is not None}
+        names = ("policy", "optimizer", "credit", "critic", "critic_optimizer")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def train(config: Config) -> TrainResult:
-    """Run the loop of `config`. Same config, same bits, also through a resumed checkpoint.
+    """Run the loop of `config`. Same config, same bits, also through a resumed state.
 
     Raises ValueError for an unknown option or one out of range, malformed data, policy and Q-RM of different
-    vocabularies, a Q-RM without a trained head, an answer longer than max_tokens or than a model's context, and a
-    checkpoint of another configuration; RuntimeError where packed sequences are not independent.
+    vocabularies, a Q-RM without a trained head, an answer longer than max_tokens or than a model's context, a model
+    that does not compute packed sequences as it does each alone, and a state of another configuration;
+    FloatingPointError before a step that is not finite; `Stopped` after the step in which a signal came.
     """
     check(config)
+    folder = RunFolder(config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     examples: Sequence[Prompt | Example]
@@ -79,15 +83,32 @@ def train(config: Config) -> TrainResult:
             f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
         )
     parts = load_parts(config, tokenizer, longest, longest_eval)
-    policy, optimizer, credit, reference, critic, critic_optimizer = parts
-    engine: Engine = TransformersEngine(policy, tokenizer.eos_token_id)
-    first, state_path = 0, Path(config.out) / "state.pt"
-    if config.resume:
-        state = load_state(state_path)
-        check_resumable(config, state["config"])
-        first = state["iteration"]
+    with folder:
+        rows = learn(config, folder, parts, tokenizer, examples, eval_examples)
+        save_checkpoint(parts.policy.model, tokenizer, config.out)
+    evaluated = [row for row in rows if "eval/pass@1_greedy" in row]
+    passes = [PassAt1(row["eval/pass@1_greedy"], row["eval/pass@1_sampled"]) for row in evaluated]
+    return TrainResult(config.out, passes[0] if passes else None, passes[-1] if passes else None, rows)
+
+
+def learn(
+    config: Config,
+    folder: RunFolder,
+    parts: Parts,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Prompt | Example],
+    eval_examples: list[Example],
+) -> list[dict[str, float]]:
+    """The iterations. Returns the rows of metrics.jsonl."""
+    policy, engine, optimizer, credit, reference, critic, critic_optimizer = parts
+    first, state = 0, folder.load()
+    if state is not None:
+        first = state["step"]
+        if first >= config.num_iterations:
+            raise ValueError(f"num_iterations must be more than the {first} done, got {config.num_iterations}")
         for name, part in parts.learning().items():
             part.load_state_dict(state[name])
+        engine.sync(policy)
     log = MetricsLog(config.out, first_step=first + 1 if first else 0, tensorboard=config.tensorboard)
     phases = Phases(torch.device(config.device))
 
@@ -167,23 +188,22 @@ def train(config: Config) -> TrainResult:
         stats = credit.metrics() | means(sums)
         stats |= {"advantage/mean": advantages.mean(), "advantage/std": advantages.std(correction=0)}
         values = torch.stack([x.to(config.device) for x in stats.values()]).tolist()
-        row = {
+        row = dict(zip(stats, values, strict=True))
+        if not math.isfinite(row["policy/grad_norm"]):
+            raise FloatingPointError(
+                f"iteration {iteration + 1} gave a gradient that is not finite (loss {row['policy/loss']}): "
+                "the policy is as it was before that step, and nothing is saved"
+            )
+        row |= {
             "response/length": num_actions / num_answers,
             "response/finished": sum(rollout.finished) / num_answers,
-            **dict(zip(stats, values, strict=True)),
             "policy/lr": config.lr * share,
         }
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
         log(iteration + 1, row | phases.report())
-        if config.save_every and (iteration + 1) % config.save_every == 0:
-            states = {name: part.state_dict() for name, part in parts.learning().items()}
-            save_state(state_path, config=asdict(config), iteration=iteration + 1, **states)
-
-    save_checkpoint(policy.model, tokenizer, config.out)
-    evaluated = [row for row in log.rows if "eval/pass@1_greedy" in row]
-    passes = [PassAt1(row["eval/pass@1_greedy"], row["eval/pass@1_sampled"]) for row in evaluated]
-    return TrainResult(config.out, passes[0] if passes else None, passes[-1] if passes else None, log.rows)
+        folder.keep(iteration + 1, parts.learning())
+    return log.rows
 
 
 def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int, longest_eval: int) -> Parts:
@@ -191,7 +211,8 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
     device, dtype = config.device, getattr(torch, config.dtype)
 
     def load_start() -> Policy:
-        return Policy(load_policy(config.model, tokenizer, device=device, dtype=dtype))
+        model = load_policy(config.model, tokenizer, device=device, dtype=dtype)
+        return Policy(model, num_ids=num_token_ids(tokenizer))
 
     policy = load_start()
     credit: Credit
@@ -213,9 +234,12 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         critic_optimizer = AdamW(critic.train().parameters())
     for module in (policy, *credit.models, reference, critic):
         if module is not None:
-            check_no_leak(module.model)
             check_context(module.model, max(longest, longest_eval) if module is policy else longest)
-    return Parts(policy, AdamW(policy.train().parameters()), credit, reference, critic, critic_optimizer)
+            check_packing(module.model, longest)
+    engine = TransformersEngine(policy, [tokenizer.eos_token_id])
+    check_sampling(engine, policy, longest)
+    optimizer = AdamW(policy.train().parameters())
+    return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer)
 
 
 def longest_answer(rows: Sequence[Prompt | Example], tokenizer: PreTrainedTokenizerBase, config: Config) -> int:

@@ -42,3 +42,18 @@ def test_a_parameter_without_a_gradient_stays():
     used.sum().backward()
     optimizer.step(0.5, max_grad_norm=1.0)
     assert (used < 1).all() and (unused == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
+    p, q = (torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2))
+    broken, whole = AdamW([p]), AdamW([q])
+    for gradient in ([0.5, 1.0, -1.0], [poison, 1.0, 1.0], [1.0, 0.25, 0.5]):
+        p.grad, finite = torch.tensor(gradient, dtype=dtype), torch.tensor(gradient).isfinite().all()
+        norm = broken.step(0.1, max_grad_norm=1.0)
+        assert norm.isfinite() == finite and p.isfinite().all()
+        if finite:
+            q.grad = torch.tensor(gradient, dtype=dtype)
+            whole.step(0.1, max_grad_norm=1.0)
+        assert torch.equal(p, q)

@@ -52,7 +52,7 @@ def test_loop_and_sampler_agree_with_the_model(name, tmp_path):
         torch.nn.init.normal_(p, std=0.3)
     save_checkpoint(model, tokenizer, tmp_path)
     policy = Policy(load_policy(str(tmp_path), tokenizer))
-    rollout = TransformersEngine(policy, 1).generate([[2, 3]], max_new_tokens=6, temperature=0.7, seed=0)
+    rollout = TransformersEngine(policy, [1]).generate([[2, 3]], max_new_tokens=6, temperature=0.7, seed=0)
     [response], [sampled] = rollout.responses, rollout.logprobs
     row = [2, 3, *response]
     logits = model.eval()(torch.tensor([row])).logits[0, 1:-1].float()

@@ -38,6 +38,7 @@ def config(tmp_path):
     return QRMConfig(
         data=str(tmp_path / "pairs.jsonl"),
         out=str(tmp_path / "q_rm"),
+        overwrite=True,
         model="scratch:demo",
         tokenizer="arithmetic",
         batch_size=16,
@@ -123,6 +124,7 @@ def test_real_pairs_with_a_tokenizer_from_the_file(real_data, tmp_path):
     config = QRMConfig(
         data=str(tmp_path / "pairs.jsonl"),
         out=str(tmp_path / "q_rm"),
+        overwrite=True,
         tokenizer="bpe",
         heldout=0.2,
         batch_size=4,

@@ -7,7 +7,7 @@ from qrm_fast import linear_logprobs, pack
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.policy import Policy
-from qrm_fast.rl.rollout import TransformersEngine
+from qrm_fast.rl.rollout import TransformersEngine, sample
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 EOS = 1
@@ -29,7 +29,7 @@ def prompts(num, seed=0):
 
 
 def generate(model, rows, *, max_rows=512, **options):
-    engine = TransformersEngine(Policy(model), EOS, max_rows=max_rows)
+    engine = TransformersEngine(Policy(model), [EOS], max_rows=max_rows)
     return engine.generate(rows, **dict(num_samples=1, seed=0, max_new_tokens=24, temperature=1.0) | options)
 
 
@@ -86,6 +86,62 @@ def test_greedy_is_the_argmax_and_does_not_depend_on_the_batch(policy):
         hidden = packed_hidden(policy, pack([row + response], [len(row)]))
         best = (hidden @ policy.lm_head.weight.T).argmax(-1)
     assert best[len(row) - 1 : -1].tolist() == response
+
+
+def test_a_response_ends_at_any_of_the_stop_ids(policy):
+    engine = TransformersEngine(Policy(policy), [EOS, 5])
+    rollout = engine.generate(prompts(64), num_samples=1, max_new_tokens=12, temperature=1.0, seed=0)
+    assert {response[-1] for response, done in zip(rollout.responses, rollout.finished, strict=True) if done} == {
+        EOS,
+        5,
+    }
+    assert all(not {EOS, 5} & set(response[:-1]) for response in rollout.responses)
+
+
+def test_bfloat16_samples_from_float32_logits(policy):
+    """Rounded to 16 bits, logits as large as these would put the ratio of a policy to itself anywhere in .9 to 1.1."""
+    half = load_policy("scratch:demo", load_tokenizer("arithmetic"), dtype=torch.bfloat16)
+    head = Policy(half).head()
+    with torch.no_grad():
+        half.lm_head.weight.normal_(std=0.5)
+        hidden = torch.randn(64, 128, dtype=torch.bfloat16)
+        token, logprob = sample(head.logits(hidden), torch.Generator().manual_seed(0))
+        trained = head.logprobs(hidden, token).logprobs
+    assert head.logits(hidden).abs().max() > 15
+    assert ((logprob - trained).exp() - 1).abs().max() < 1e-5
+
+
+def test_samples_are_distributed_as_the_softmax():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 700, generator=generator)
+    logits[0, 300:] -= 3 * torch.rand(400, generator=generator)
+    num = 200_000
+    token, logprob = sample(logits.expand(num, -1), generator)
+    p = logits[0].double().softmax(-1)
+    expected = p * num
+    common = expected > 10
+    counts = torch.bincount(token, minlength=700)
+    chi2 = ((counts - expected) ** 2 / expected)[common].sum()
+    freedom = int(common.sum()) - 1
+    assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+    torch.testing.assert_close(logprob, p.log()[token].float(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_ids", [1, 17, 256, 257, 1000])
+def test_tokens_without_probability_are_never_sampled(num_ids):
+    logits = torch.full((5000, num_ids), -torch.inf)
+    logits[:, num_ids // 2] = 3.0
+    token, logprob = sample(logits, torch.Generator().manual_seed(0))
+    assert (token == num_ids // 2).all() and (logprob == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_stop_the_sampling(policy, temperature):
+    with torch.no_grad():
+        broken = load_policy("scratch:demo", load_tokenizer("arithmetic"))
+        broken.lm_head.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"sampling from LlamaForCausalLM gave .* that are not finite"):
+        generate(broken, prompts(4), temperature=temperature)
 
 
 def test_same_seed_same_bits_and_chunks_keep_the_order(policy):

@@ -21,6 +21,7 @@ def config(tmp_path):
     return SFTConfig(
         data=str(tmp_path / "demonstrations.jsonl"),
         out=str(tmp_path / "sft"),
+        overwrite=True,
         model="scratch:demo",
         tokenizer="arithmetic",
         num_steps=12,

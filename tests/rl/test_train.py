@@ -41,6 +41,7 @@ def config(checkpoints, tmp_path):
         q_rm=str(checkpoints / "q_rm"),
         data=str(checkpoints / "prompts.jsonl"),
         out=str(tmp_path / "run"),
+        overwrite=True,
         verifier="arithmetic",
         num_iterations=2,
         num_prompts=4,
@@ -102,8 +103,11 @@ def test_same_config_same_bits_and_resuming_loses_none(config, dtype):
     assert not same_bits(weights(resumed.out), weights(whole.directory))
     with open(resumed.out + "/metrics.jsonl", "a") as lines:
         lines.write('{"step": 3, "resp')  # what a crash leaves behind
-    with pytest.raises(ValueError, match="seed must be that of the checkpoint, 0, got 1"):
+    resumed = replace(resumed, overwrite=False)
+    with pytest.raises(ValueError, match="seed must be that of the state, 0, got 1"):
         train(replace(resumed, resume=True, seed=1))
+    with pytest.raises(ValueError, match="num_iterations must be more than the 2 done, got 2"):
+        train(replace(resumed, resume=True, num_iterations=2))
     again = train(replace(resumed, resume=True))
     assert same_bits(weights(resumed.out), weights(whole.directory))
     untimed = [
@@ -269,8 +273,8 @@ def test_bad_input(config, tmp_path):
         train(replace(config, eval_data=str(tmp_path / "eval.jsonl")))
     with pytest.raises(ValueError, match="must be a causal language model, got LlamaForTokenClassification"):
         train(replace(config, model=config.q_rm))
-    with pytest.raises(FileNotFoundError, match=r"state.pt"):
-        train(replace(config, resume=True))
+    with pytest.raises(FileNotFoundError, match="must hold a state to go on from"):
+        train(replace(config, resume=True, overwrite=False))
     write_jsonl(tmp_path / "prompts.jsonl", [Example("1+1:", "02")])
     with open(tmp_path / "prompts.jsonl", "a") as lines:
         lines.write("{\n")

@@ -1,0 +1,83 @@
+"""Steps of an optimiser over batches that are known beforehand: what fine-tuning and reward training share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .metrics import MetricsLog, Phases
+from .optimizer import AdamW, trapezoid
+from .ranges import Count, CountOrNone, NonNegative, Positive, Share
+from .run_folder import RunFolder, RunOptions
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(kw_only=True)
+class StepOptions(RunOptions):
+    """What every training on given texts is asked."""
+
+    batch_size: Count = 64
+    """Rows of data per optimiser step."""
+    lr: NonNegative = 1e-5
+    """Peak learning rate."""
+    warmup_steps: CountOrNone = 0
+    """Steps over which the learning rate rises."""
+    decay: Share = 0.0
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    max_len: Count = 1024
+    """Longest sequence in tokens: responses are cut from the right."""
+    max_tokens: Count = 8192
+    """Packed tokens per micro-batch."""
+
+
+def take_steps(
+    config: StepOptions,
+    folder: RunFolder,
+    name: str,
+    module: nn.Module,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    backward: Callable[[Batch], Mapping[str, Tensor]],
+    num_tokens: Callable[[Batch], int],
+) -> MetricsLog:
+    """One step per batch, from the state that a resumed run goes on from. Returns the log, one row per step.
+
+    `backward` adds a batch's gradients and returns 0-d tensors to report, "loss" among them; metrics are called
+    `name`/loss and so on. Raises FloatingPointError before a step that is not finite.
+    """
+    parts: dict[str, Any] = {"model": module, "optimizer": optimizer}
+    first, state = 0, folder.load()
+    if state is not None:
+        first = state["step"]
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+    log = MetricsLog(config.out, first_step=first, tensorboard=config.tensorboard)
+    phases = Phases(torch.device(config.device))
+    for i in range(first, len(batches)):
+        with phases("update"):
+            stats = dict(backward(batches[i]))
+            lr = config.lr * trapezoid(i, len(batches), warmup=config.warmup_steps, decay=config.decay)
+            stats["grad_norm"] = optimizer.step(lr, config.max_grad_norm)
+        phases.count("update", num_tokens(batches[i]))
+        values = dict(zip(stats, torch.stack(list(stats.values())).tolist(), strict=True))
+        if not math.isfinite(values["grad_norm"]):
+            raise FloatingPointError(
+                f"step {i} gave a gradient that is not finite (loss {values['loss']}): the model is as it was before "
+                "that step, and nothing is saved"
+            )
+        log(i, {f"{name}/{key}": x for key, x in (values | {"lr": lr}).items()} | phases.report())
+        folder.keep(i + 1, parts)
+    return log
+
+
+def tokens_per_s(log: MetricsLog) -> float:
+    """Of all the steps of a log of `take_steps`."""
+    seconds = [row["time/update_s"] for row in log.rows]
+    tokens = [row["perf/update_tokens_per_s"] * s for row, s in zip(log.rows, seconds, strict=True)]
+    return sum(tokens) / sum(seconds)
