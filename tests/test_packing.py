@@ -158,10 +158,16 @@ class TestFromPadded:
             atol=0,
         )
 
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    def test_masks_of_integers_as_trainers_carry_them(self, dtype):
+        mask = torch.tensor([[0, 1, 1], [1, 0, 2], [0, 0, 0]], dtype=dtype)
+        cu_seqlens, rows = from_padded(mask, torch.arange(9).view(3, 3))
+        assert cu_seqlens.tolist() == [0, 2, 4, 4] and rows.tolist() == [1, 2, 3, 5]
+
     def test_bad_input(self):
         mask = torch.ones(2, 3, dtype=torch.bool)
-        with pytest.raises(TypeError, match=r"mask must be \[B, L\] bool, got \[2, 3\] int64"):
-            from_padded(mask.long())
+        with pytest.raises(TypeError, match=r"mask must be \[B, L\] bool or int32 or int64, got \[2, 3\] float32"):
+            from_padded(mask.float())
         with pytest.raises(
             ValueError, match=r"tensors\[1\] must be \[B, L, ...\] with \[B, L\] = \[2, 3\], got \[3, 2\]"
         ):
