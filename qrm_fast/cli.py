@@ -25,7 +25,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    raise ImportError(f"the command line needs the extra `cli`: pip install 'qrm_fast[cli]' ({error})") from error
+    raise ImportError(f"the command line needs the extra `train`: pip install 'qrm_fast[train]' ({error})") from error
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
