@@ -28,8 +28,7 @@ def gated(name: str) -> dict[str, Provider]:
 
 
 def ways(name: str) -> dict[str, Provider]:
-    built = build(name)
-    return built.providers | {f"baseline: {what}": provider for what, provider in built.limit.items()}
+    return build(name).providers | build(name).baseline
 
 
 @pytest.hookimpl(trylast=True)  # after -k has chosen
