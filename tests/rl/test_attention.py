@@ -34,9 +34,7 @@ def attention(request, monkeypatch, calls):
     stand_in = types.ModuleType("flash_attn")
     stand_in.__spec__ = ModuleSpec("flash_attn", None)
     stand_in.flash_attn_varlen_func = noting("flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-    if not request.param:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in if request.param else None)
     spec = importlib.util.spec_from_file_location("qrm_fast.rl.attention_elsewhere", here.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
