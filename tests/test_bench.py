@@ -255,10 +255,9 @@ def test_pytest_benchmark_runs_the_cases(tmp_path):
     (tmp_path / "stand_ins.py").write_text(STAND_INS)
     command = [sys.executable, "-m", "pytest", "bench", "-p", "stand_ins", "--benchmark-only"]
     command += ["-rsf", "-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'figures.json'}"]
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "COLUMNS": "120"}, capture_output=True, text=True
-    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # this may be a worker of xdist
+    environment |= {"COLUMNS": "120", "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, f"{done.stdout}\n{done.stderr}"
     figures = json.loads((tmp_path / "figures.json").read_text())["benchmarks"]
     assert [(x["group"], x["name"]) for x in figures] == [("right", "qrm_fast"), ("right", "copy")]
