@@ -55,7 +55,7 @@ def _case(record: dict) -> str:
 def rows(records: list[dict]) -> str:
     """Markdown: our way of each case beside the fastest other one, and what they all ran on."""
     heading = ["", "ms", "fastest other way", "its ms", "extra MiB", "its extra MiB"]
-    heading += ["of the fastest library GEMM (* of a copy)", "commit"]
+    heading += ["of the fastest library GEMM (* of a copy)", ""]
     lines = [f"| {' | '.join(heading)} |", f"|{' --- |' * len(heading)}"]
     for record in records:
         ours, *others = ((way, row) for way, row in record["times"].items() if "extra_mib" in row)
@@ -65,23 +65,24 @@ def rows(records: list[dict]) -> str:
         cells += [f"{own['extra_mib']:,.1f}", f"{other['extra_mib']:,.1f}"]
         cells += [f"{own['of_baseline']:.0%}{'' if record['flops'] else ' *'}", _commit(record["provenance"])]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n\n".join(["\n".join(lines), *dict.fromkeys(f"{_machine(record['provenance'])}." for record in records)])
+    machines = dict.fromkeys(f"{_machine(r['provenance'])}; {r['provenance']['date']}." for r in records)
+    return "\n\n".join(["\n".join(lines), *machines])
 
 
 def provenance_line(record: dict) -> str:
     made = record["provenance"]
     busy = record.get("other_cpu", 0)
     shared = f"; others took {busy:.0%} of the CPU" if record["device"] == "cpu" and busy > 0.1 else ""
-    return f"{_machine(made)}; commit {_commit(made)}{shared}."
+    return f"{_machine(made)}; {_commit(made)}; {made['date']}{shared}."
 
 
 def _machine(made: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
-    return f"{made['hardware']}; {versions}; {made['date']}"
+    return f"{made['hardware']}; {versions}"
 
 
 def _commit(made: dict) -> str:
-    return f"{made['commit'][:10]}{' with changes' if made['dirty'] else ''}" if made["commit"] else "unknown"
+    return f"commit {made['commit'][:10]}{' with changes' if made['dirty'] else ''}" if made["commit"] else "no commit"
 
 
 def into_docs() -> None:

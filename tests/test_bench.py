@@ -216,8 +216,8 @@ def test_tables_say_beside_what_a_figure_stands(written):
 
 def test_rows_hold_one_machine_and_the_fastest_other_way(written):
     text = written("<!-- rows: two; product; sum -->")
-    assert "| `product[x=1]` | 4 | theirs | 8 | 2.0 | 2.0 | 125% | 0123456789 |" in text
-    assert "| `sum[x=1]` | 3 | theirs | 6 | 2.0 | 2.0 | 125% * | 0123456789 |" in text
+    assert "| `product[x=1]` | 4 | theirs | 8 | 2.0 | 2.0 | 125% | commit 0123456789 |" in text
+    assert "| `sum[x=1]` | 3 | theirs | 6 | 2.0 | 2.0 | 125% * | commit 0123456789 |" in text
     assert text.count("two;") == 2 and "one;" not in text  # the mark and the line below the table
 
 
