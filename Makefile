@@ -11,9 +11,11 @@ endif
 endif
 PYTHON ?= python
 built := build/built
+pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
 .PHONY: install demo test bench gpu lint docs
 .DELETE_ON_ERROR:
+.SILENT:
 
 install: $(or $(environment),fill)
 
@@ -37,20 +39,24 @@ docs: $(environment)
 	$(PYTHON) -m bench --render
 
 $(built): setup.py $(shell find csrc -type f) | $(environment)
-	$(PYTHON) setup.py -q build_ext --inplace
-	mkdir -p $(@D) && touch $@
+	echo "compiling the kernels (build/log)"
+	mkdir -p $(@D)
+	$(PYTHON) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
-	$(MAKE) fill PYTHON=python
+	$(MAKE) --no-print-directory fill PYTHON=python
 	touch $@
 
 # An installed torch is kept, and with it the Triton that a CUDA build of torch asks for by exact version.
 .PHONY: fill
 fill:
+	echo "installing into $$($(PYTHON) -c 'import sys; print(sys.prefix)')"
 	mkdir -p build
-	$(PYTHON) -c 'import torch' || $(PYTHON) -m pip install $$(grep ^torch== constraints.txt)
+	$(PYTHON) -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' || \
+		$(pip) install $$(grep ^torch== constraints.txt)
 	$(PYTHON) -m pip show torch | grep -q 'Requires:.*triton' && kept='^torch==|^triton==' || kept='^torch=='; \
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
-	$(PYTHON) -m pip install -c build/constraints.txt setuptools wheel ninja numpy
-	$(PYTHON) -m pip install -c build/constraints.txt --no-build-isolation -e '.[cli,test,dev]'
+	$(pip) install -c build/constraints.txt setuptools wheel ninja pybind11 numpy
+	$(pip) install -c build/constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import Extension, setup
 
@@ -13,7 +14,7 @@ if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrap
     dryrun = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     os.environ["CUDA_HOME"] = os.path.realpath(re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)[1])
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
 CXX = ["-O3", "-g0", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
@@ -39,12 +40,11 @@ def extensions() -> list[Extension]:
             extra_compile_args={"cxx": CXX},
             py_limited_api=True,
         ),
-        # Only headers of torch here: it ships pybind11's, and nothing of torch is linked.
         Extension(
             "qrm_fast._host",
             sources("host", ".cpp"),
             depends=headers,
-            include_dirs=include_paths(),
+            include_dirs=[pybind11.get_include()],
             extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"],
         ),
     ]

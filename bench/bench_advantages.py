@@ -1,6 +1,6 @@
-"""Advantages over packed sequences: bound by memory, so the limit is a copy of the same bytes.
+"""Advantages over packed sequences: bound by memory, so they stand beside a copy of the same bytes.
 
-The limit copies into memory that is there already. Results are fresh memory, which the operating system must hand out
+It copies into memory that is there already. Results are fresh memory, which the operating system must hand out
 and zero first; "copy into fresh memory" is what that costs a copy. In the cases with kept memory malloc keeps what is
 freed: there both write pages that the process has.
 """
@@ -67,7 +67,7 @@ def packed(device: torch.device, segments: str) -> Case:
             assert_as_float64(provider(), wide)
 
     num_bytes = 16 * NUM_TOKENS
-    return Case(providers, gate, limit=copy(num_bytes, device), bytes=num_bytes)
+    return Case(providers, gate, baseline=copy(num_bytes, device), bytes=num_bytes)
 
 
 @case(cpu=[{"segments": s} for s in SEGMENTS], cuda=[{"segments": s} for s in SEGMENTS])
@@ -100,7 +100,7 @@ def packed_scan(device: torch.device, op: str, segments: str) -> Case:
         assert_as_float64(*(((x,) if isinstance(x, Tensor) else x) for x in (got, want)))
 
     num_bytes = 4 * (num_inputs + num_outputs) * NUM_TOKENS
-    return Case({"qrm_fast": ours}, gate, limit=copy(num_bytes, device), bytes=num_bytes)
+    return Case({"qrm_fast": ours}, gate, baseline=copy(num_bytes, device), bytes=num_bytes)
 
 
 OTHERS = [{"op": op, "segments": "16384 x 1024"} for op in COLUMNS]
@@ -140,8 +140,8 @@ def gae_calls(device: torch.device, num_tokens: int, calls: int) -> Case:
         for provider in once.values():
             assert_as_float64(provider(), wide)
 
-    limit = {f"{name}, {calls} times": often(way) for name, way in copy(16 * num_tokens, device).items()}
-    return Case(providers, gate, limit=limit, bytes=16 * num_tokens * calls)
+    baseline = {f"{name}, {calls} times": often(way) for name, way in copy(16 * num_tokens, device).items()}
+    return Case(providers, gate, baseline=baseline, bytes=16 * num_tokens * calls)
 
 
 # rewards, values, whether a row is one [S, W] to a way to advantages and returns [S, W] or [S, W, 1]
@@ -248,8 +248,8 @@ def gae_beside_frameworks(device: torch.device, num_sequences: int, width: int) 
         assert_as_float64(providers["qrm_fast"](), wide)
 
     num_bytes = 16 * num_tokens
-    limit = copy(num_bytes, device)
-    return Case(providers, gate, limit=limit, bytes=num_bytes, error=error, absent=absent)
+    baseline = copy(num_bytes, device)
+    return Case(providers, gate, baseline=baseline, bytes=num_bytes, error=error, absent=absent)
 
 
 ANSWERS = ["128 each", "one of half the tokens, 128 each"]
@@ -293,7 +293,7 @@ def q_head(device: torch.device, num_tokens: int, dim: int, answers: str) -> Cas
             "PyTorch": lambda: normalised((hidden @ head).float()),
         },
         gate,
-        limit=copy(num_bytes, device),
+        baseline=copy(num_bytes, device),
         bytes=num_bytes,
         error=error,
     )

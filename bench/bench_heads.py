@@ -1,4 +1,4 @@
-"""Heads over a vocabulary: bound by arithmetic, so the limit is the fastest whole GEMM of the same run.
+"""Heads over a vocabulary: bound by arithmetic, so they stand beside the fastest library GEMM of the run.
 
 The error of a forward pass is the largest distance of a log-probability from float64's in 64 rows; of a backward pass,
 the relative distance of a gradient from float64's (Frobenius norm), the larger of hidden's and weight's.
@@ -128,7 +128,7 @@ def linear_logprobs_forward(device: torch.device, dtype: str, **shape: int) -> C
     t, d, v = shape.values()
     with_entropy, without, absent = rivals.heads(device)
     heads = {"qrm_fast": linear_logprobs} | eager(device, dtype) | with_entropy | without
-    in_16_bits = {f"{dtype} GEMM": lambda: hidden @ weight.T} if dtype != "float32" else {}
+    in_16_bits = {f"library GEMM: torch.mm in {dtype}": lambda: hidden @ weight.T} if dtype != "float32" else {}
 
     def error(_: str, results: tuple[Tensor, ...]) -> float:
         rows, (exact, _) = exact_rows(hidden, weight, targets)
@@ -137,7 +137,7 @@ def linear_logprobs_forward(device: torch.device, dtype: str, **shape: int) -> C
     return Case(
         {name: partial(head, hidden, weight, targets) for name, head in heads.items()},
         gate=lambda: assert_exact(hidden, weight, targets),
-        limit=gemm(hidden, weight) if device.type == "cuda" else gemm(hidden.float(), weight.float()) | in_16_bits,
+        baseline=gemm(hidden, weight) if device.type == "cuda" else gemm(hidden.float(), weight.float()) | in_16_bits,
         bytes=(t * d + v * d) * hidden.element_size() + 20 * t,
         flops=2 * t * d * v,
         error=error,
@@ -168,8 +168,8 @@ def linear_logprobs_forward_backward(device: torch.device, dtype: str, **shape: 
     return Case(
         {name: partial(gradients, loss, head, leaves, targets, slice(None)) for name, head in heads.items()},
         gate,
-        limit=gemm(hidden.detach(), weight.detach()),
-        limits_worth=4,
+        baseline=gemm(hidden.detach(), weight.detach()),
+        num_baselines=4,
         bytes=2 * (t * d + v * d) * hidden.element_size() + 24 * t,
         flops=8 * t * d * v,
         error=gradient_error(loss, hidden, weight, targets, without),
@@ -220,8 +220,8 @@ def linear_policy_loss_forward_backward(device: torch.device, dtype: str, **shap
     return Case(
         ways,
         gate,
-        limit=gemm(hidden.detach(), weight.detach()),
-        limits_worth=3,
+        baseline=gemm(hidden.detach(), weight.detach()),
+        num_baselines=3,
         bytes=2 * (t * d + v * d) * hidden.element_size() + 24 * t,
         flops=6 * t * d * v,
         error=gradient_error(loss, hidden, weight, targets, without | whole),

@@ -51,7 +51,7 @@ def gather_logprobs_forward(device: torch.device, dtype: str, num_tokens: int, v
             "torch.compile of that": lambda: fast(logits, targets),
         },
         gate=lambda: assert_exact(logits, targets),
-        limit=copy(num_bytes, device),
+        baseline=copy(num_bytes, device),
         bytes=num_bytes,
     )
 
@@ -87,7 +87,7 @@ def gather_logprobs_forward_backward(device: torch.device, dtype: str, num_token
             "torch.compile of that": lambda: step(fast),
         },
         gate,
-        limit=copy(num_bytes, device),
+        baseline=copy(num_bytes, device),
         bytes=num_bytes,
     )
 
@@ -112,7 +112,7 @@ def gathered_token_q(device: torch.device, dtype: str, num_tokens: int, dim: int
     return Case(
         {"qrm_fast": lambda: token_q(hidden, head, targets), "gather, multiply, sum": gather_multiply_sum},
         gate,
-        limit=copy(num_bytes, device),
+        baseline=copy(num_bytes, device),
         bytes=num_bytes,
     )
 
@@ -127,7 +127,7 @@ def gathered_token_q(device: torch.device, dtype: str, num_tokens: int, dim: int
 def linear_q_values_of_two_heads(
     device: torch.device, dtype: str, num_tokens: int, policy_dim: int, q_dim: int, vocab: int
 ) -> Case:
-    """The limit is one product as deep as both heads together. The error is the largest of any field in 64 rows."""
+    """The baseline is one product as deep as both heads together. The error is the largest of any field in 64 rows."""
     policy = inputs(device, getattr(torch, dtype), num_tokens, policy_dim, vocab)
     critic = inputs(device, getattr(torch, dtype), num_tokens, q_dim, vocab)
     (policy_hidden, policy_weight, targets), (q_hidden, q_weight, _) = policy, critic
@@ -157,7 +157,7 @@ def linear_q_values_of_two_heads(
     return Case(
         {"qrm_fast": lambda: linear_q_values(*tensors), "two heads, log_softmax, sums": lambda: two_heads(*tensors)},
         gate,
-        limit=gemm(torch.cat([policy_hidden, q_hidden], 1), torch.cat([policy_weight, q_weight], 1)),
+        baseline=gemm(torch.cat([policy_hidden, q_hidden], 1), torch.cat([policy_weight, q_weight], 1)),
         bytes=(num_tokens + vocab) * dim * policy_hidden.element_size() + 28 * num_tokens,
         flops=2 * num_tokens * dim * vocab,
         error=error,

@@ -1,4 +1,4 @@
-"""Packing of token lists: bound by reading Python's ints one by one and writing the fields, so the limit is a copy."""
+"""Packing of token lists: bound by reading Python's ints one by one and writing the fields, beside a copy."""
 
 from itertools import chain
 
@@ -68,6 +68,6 @@ def pack_token_lists(device: torch.device, num_sequences: int, median_len: int) 
     return Case(
         {"qrm_fast": ours, "numpy over the batch": vectorised, "torch calls per sequence": loop},
         gate,
-        limit=copy(num_bytes, device),
+        baseline=copy(num_bytes, device),
         bytes=num_bytes,
     )

@@ -1,4 +1,4 @@
-"""Losses of log-probabilities and values at hand: every row is read once, so the limit is a copy."""
+"""Losses of log-probabilities and values at hand: every row is read once, so they stand beside a copy."""
 
 from collections.abc import Callable
 
@@ -98,6 +98,6 @@ def sides(step: Callable, ours: Callable, plain: Callable, tensors: list[Tensor]
             "torch.compile of that": lambda: step(fast, tensors),
         },
         gate=lambda: assert_as_exact(step, ours, plain, tensors),
-        limit=copy(num_bytes, tensors[0].device),
+        baseline=copy(num_bytes, tensors[0].device),
         bytes=num_bytes,
     )

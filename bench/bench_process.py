@@ -1,4 +1,4 @@
-"""Process rewards to token advantages: few bytes are read, one number per token is written, so the limit is a copy."""
+"""Process rewards to token advantages: few bytes are read, one number per token is written, beside a copy."""
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def process_advantages_verl(device: torch.device, num_answers: int, lengths: str
     return Case(
         {"qrm_fast": ours, "padded": lambda: padded(*on_device)},
         gate,
-        limit=copy(num_bytes, device),
+        baseline=copy(num_bytes, device),
         bytes=num_bytes,
     )
 

@@ -1,7 +1,7 @@
-"""Times ways to compute one result side by side, beside the machine's own limit measured in the same run.
+"""Times ways to compute one result side by side, beside what the machine's libraries do, measured in the same run.
 
 A suite is a file bench_X.py whose functions, decorated with @case, each build the inputs and return a Case. The harness
-then refuses a result whose gate is red; runs all providers and limits in turn, with a cold cache, so that drift hits
+then refuses a result whose gate is red; runs all providers and baselines in turn, with a cold cache, so that drift hits
 all alike; and takes CPU times only while other processes leave the CPU alone.
 """
 
@@ -30,8 +30,8 @@ class Case:
 
     providers: dict[str, Provider]  # ours first
     gate: Callable[[], None]  # raises AssertionError where our result is wrong at this very shape
-    limit: dict[str, Provider]  # what the machine can do: the fastest of them is 100 %
-    limits_worth: float = 1.0  # how many times the limit's work this result needs: 4 for a 4-GEMM forward + backward
+    baseline: dict[str, Provider]  # a copy of as many bytes, or the GEMM of every library: the fastest is 100 %
+    num_baselines: float = 1.0  # how many of them this result needs: 4 for a 4-GEMM forward + backward
     bytes: int = 0  # the least traffic: every input read once, every output written once
     flops: int = 0  # the least arithmetic
     error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
@@ -71,18 +71,18 @@ def case(environment: dict[str, str] | None = None, **shapes: list[dict]):
 
 
 def copy(num_bytes: int, device: torch.device) -> dict[str, Provider]:
-    """The limit of a result bound by memory: a copy that reads and writes `num_bytes` in all."""
+    """The baseline of a result bound by memory: a copy that reads and writes `num_bytes` in all."""
     source = torch.ones(num_bytes // 8, device=device)
     target = torch.empty_like(source)
-    return {"copy": lambda: target.copy_(source)}
+    return {"copy of the same bytes": lambda: target.copy_(source)}
 
 
 def gemm(a: Tensor, b: Tensor) -> dict[str, Provider]:
-    """The limit of a result bound by arithmetic: a [M, K] @ b[N, K].T by every library that PyTorch offers here."""
+    """The baseline of a result bound by arithmetic: a [M, K] @ b[N, K].T by every library that PyTorch offers here."""
     out = torch.empty(a.shape[0], b.shape[0], dtype=a.dtype, device=a.device)
-    ways: dict[str, Provider] = {"torch.mm": lambda: torch.mm(a, b.T, out=out)}
+    ways: dict[str, Provider] = {"library GEMM: torch.mm": lambda: torch.mm(a, b.T, out=out)}
     if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        ways["library GEMM: oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return ways
 
 
@@ -235,13 +235,13 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
             providers[way] = built.providers[way]
         except Exception as error:  # a rival takes no other figure with it
             absent[way] = _sentence(error)
-    ways = providers | {f"limit: {k}": v for k, v in built.limit.items()}
+    ways = providers | built.baseline
     timings, other = interleaved(ways, torch.device(device), allow_busy=allow_busy)
     times = {way: timing.summary() for way, timing in timings.items()}
-    limit_ms = built.limits_worth * min(times[f"limit: {k}"]["median_ms"] for k in built.limit)
+    baseline_ms = built.num_baselines * min(times[way]["median_ms"] for way in built.baseline)
     for way, row in times.items():
-        result, worth = way in providers, 1.0 if way in providers else built.limits_worth
-        row["of_limit"] = limit_ms / worth / row["median_ms"]
+        result, worth = way in providers, 1.0 if way in providers else built.num_baselines
+        row["of_baseline"] = baseline_ms / worth / row["median_ms"]
         if result or not built.flops:
             row["gb_per_s"] = built.bytes / worth / row["median_ms"] / 1e6
         if built.flops:

@@ -26,7 +26,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    raise ImportError(f"the command line needs the extra `cli`: pip install 'qrm_fast[cli]' ({error})") from error
+    raise ImportError(f"the command line needs the extra `train`: pip install 'qrm_fast[train]' ({error})") from error
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

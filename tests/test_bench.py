@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import types
@@ -13,13 +14,13 @@ import torch
 
 from bench import __main__ as command
 from bench import bench_heads, harness, render, rivals
-from bench.provenance import provenance
+from bench.provenance import ROOT, provenance
 
 CPU = torch.device("cpu")
 
 
 def case_of(monkeypatch, **parts) -> str:
-    parts = {"providers": {"ours": lambda: None}, "gate": lambda: None, "limit": {"copy": lambda: None}} | parts
+    parts = {"providers": {"ours": lambda: None}, "gate": lambda: None, "baseline": {"copy": lambda: None}} | parts
     monkeypatch.setitem(harness.CASES, "a case", harness.Registered("suite", "cpu", lambda: harness.Case(**parts)))
     return "a case"
 
@@ -51,7 +52,7 @@ def test_a_rival_that_raises_is_absent(monkeypatch):
     providers = {"ours": lambda: 3.0, "theirs": lambda: 5.0, "another": slow}
     name = case_of(monkeypatch, providers=providers, absent={"a third": "no module"}, error=lambda way, x: x - 3)
     record = harness.measure(name)
-    assert record["times"].keys() == {"ours", "theirs", "limit: copy"}
+    assert record["times"].keys() == {"ours", "theirs", "copy"}
     assert record["times"]["ours"]["error"] == 0 and record["times"]["theirs"]["error"] == 2
     table = render.table([record | {"provenance": provenance("cpu")}])
     assert "Absent: a third (no module); another (MemoryError: 64 GiB asked)." in table
@@ -144,19 +145,19 @@ def test_own_work_is_not_other_work():
 
 
 def test_figures_follow_from_the_times(monkeypatch):
-    times = {"ours": 4.0, "limit: slow": 3.0, "limit: fast": 2.0}
+    times = {"ours": 4.0, "slow": 3.0, "fast": 2.0}
     timings = {way: harness.Timing([ms] * 5) for way, ms in times.items()}
     monkeypatch.setattr(harness, "interleaved", lambda *_, **__: (timings, 0.05))
     monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
-    limit = {"slow": lambda: None, "fast": lambda: None}
-    name = case_of(monkeypatch, limit=limit, limits_worth=1.5, bytes=8_000_000, flops=12_000_000)
+    baseline = {"slow": lambda: None, "fast": lambda: None}
+    name = case_of(monkeypatch, baseline=baseline, num_baselines=1.5, bytes=8_000_000, flops=12_000_000)
     rows = harness.measure(name)["times"]
-    assert rows["ours"]["of_limit"] == pytest.approx(1.5 * 2.0 / 4.0)
+    assert rows["ours"]["of_baseline"] == pytest.approx(1.5 * 2.0 / 4.0)
     assert rows["ours"]["gb_per_s"] == pytest.approx(2.0)
     assert rows["ours"]["gflop_per_s"] == pytest.approx(3.0)
     assert rows["ours"]["extra_mib"] == 7.0
-    assert rows["limit: fast"]["of_limit"] == pytest.approx(1.0)
-    assert rows["limit: fast"]["gflop_per_s"] == pytest.approx(4.0)
+    assert rows["fast"]["of_baseline"] == pytest.approx(1.0)
+    assert rows["fast"]["gflop_per_s"] == pytest.approx(4.0)
 
 
 def test_extra_memory_is_what_the_call_adds(monkeypatch):
@@ -178,10 +179,95 @@ def test_a_new_record_replaces_its_own_and_keeps_the_rest(tmp_path):
     }
 
 
-def test_unmeasured_figures_say_so(tmp_path, monkeypatch):
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """What into_docs makes of a README with records of two machines."""
+
+    def record(case, machine, ours, theirs, flops):
+        row = {"p20_ms": 1.0, "p80_ms": 1.0, "extra_mib": 2.0, "of_baseline": 1.25}
+        times = {"qrm_fast": row | {"median_ms": ours}, "qrm_fast, in two": row | {"median_ms": 1.0}}
+        times |= {"slower": row | {"median_ms": theirs + 1}, "theirs": row | {"median_ms": theirs}}
+        times |= {"library": {"p20_ms": 1.0, "p80_ms": 1.0, "median_ms": 0.5, "of_baseline": 1.0}}
+        made = provenance("cpu") | {"hardware": machine, "commit": "0123456789abcdef", "dirty": False}
+        return {"case": case, "device": "cpu", "flops": flops, "times": times, "provenance": made}
+
+    for machine in ("one", "two"):
+        cases = [("product[x=1]", 4.0, 8.0, 100), ("sum[x=1]", 3.0, 6.0, 0)]
+        records = [record(case, machine, *figures) for case, *figures in cases]
+        command.write(tmp_path / f"bench/results/cpu-{machine}.json", {"records": records})
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("before\n<!-- bench: no such case -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(render, "ROOT", tmp_path)
-    render.into_docs()
-    text = "before\n<!-- bench: no such case -->\nnot measured\n<!-- end -->\nafter\n"
-    assert (tmp_path / "README.md").read_text() == text
+
+    def render_it(text):
+        (tmp_path / "README.md").write_text(f"before\n{text}\nold\n<!-- end -->\nafter\n")
+        render.into_docs()
+        return (tmp_path / "README.md").read_text()
+
+    return render_it
+
+
+def test_tables_say_beside_what_a_figure_stands(written):
+    text = written("<!-- bench: product -->")
+    assert text.count("`product[x=1]`") == 2 and "| of the fastest library GEMM |" in text and "of a copy" not in text
+    assert "| qrm_fast | 4 | 125.0% |" in text
+    text = written("<!-- bench: sum -->")
+    assert "| of a copy |" in text and "GEMM" not in text
+
+
+def test_rows_hold_one_machine_and_the_fastest_other_way(written):
+    text = written("<!-- rows: two; product; sum -->")
+    assert "| `product[x=1]` | 4 | theirs | 8 | 2.0 | 2.0 | 125% | commit 0123456789 |" in text
+    assert "| `sum[x=1]` | 3 | theirs | 6 | 2.0 | 2.0 | 125% * | commit 0123456789 |" in text
+    assert text.count("two;") == 2 and "one;" not in text  # the mark and the line below the table
+
+
+@pytest.mark.parametrize("mark", ["<!-- bench: no such case -->", "<!-- rows: two; product; no such case -->"])
+def test_unmeasured_figures_say_so(written, mark):
+    assert written(mark) == f"before\n{mark}\nnot measured\n<!-- end -->\nafter\n"
+
+
+STAND_INS = """
+from bench import conftest, harness  # conftest first: it registers the cases that are taken away here
+
+def case(**parts):
+    return lambda: harness.Case(**{"gate": lambda: None, "baseline": {"copy": lambda: None}} | parts)
+
+def wrong():
+    raise AssertionError("row 3 is off")
+
+def slow():
+    raise MemoryError("64 GiB asked")
+
+harness.CASES.clear()
+harness.CASES.update({
+    "right": harness.Registered("", "cpu", case(
+        providers={"qrm_fast": lambda: None, "slow": slow}, absent={"theirs": "No module named 'theirs'"})),
+    "wrong": harness.Registered("", "cpu", case(providers={"qrm_fast": lambda: None}, gate=wrong)),
+    "elsewhere": harness.Registered("", "cpu", case(providers={}), {"A_SETTING": "0"}),
+    "broken": harness.Registered("", "cpu", slow),
+    "on a GPU": harness.Registered("", "none such", slow),
+})
+"""
+
+
+def test_pytest_benchmark_runs_the_cases(tmp_path):
+    """A group per case, a benchmark per way; skipped where absent, failed where wrong, with no figure."""
+    (tmp_path / "stand_ins.py").write_text(STAND_INS)
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "stand_ins", "--benchmark-only"]
+    command += ["-rsf", "-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'figures.json'}"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # this may be a worker of xdist
+    environment |= {"COLUMNS": "120", "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, f"{done.stdout}\n{done.stderr}"
+    figures = json.loads((tmp_path / "figures.json").read_text())["benchmarks"]
+    assert [(x["group"], x["name"]) for x in figures] == [("right", "qrm_fast"), ("right", "copy")]
+    summary = "\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "SKIPPED")))
+    for line in (
+        "No module named 'theirs'",
+        "needs a process started with A_SETTING=0",
+        "test_case[right] slow - MemoryError: 64 GiB asked",
+        "test_case[wrong] qrm_fast - AssertionError: row 3 is off",
+        "test_case[wrong] copy - AssertionError: row 3 is off",
+        "test_case[broken] - MemoryError: 64 GiB asked",
+    ):
+        assert line in summary

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
+from qrm_fast.ops.checks import Checker
 from qrm_fast.ops.linear_policy_loss import _forward
 
 # One shape beyond each block size of the CPU kernel: rows per block, columns per slab and per split, depth per pass.
@@ -423,3 +424,19 @@ def test_bad_input(change, error, message):
     }
     with pytest.raises(error, match=message):
         linear_policy_loss(**(arguments | change))
+
+
+def test_nothing_is_checked_twice(monkeypatch):
+    checked, check = [], Checker.__call__
+
+    def noted(self, name, *rest, **options):
+        checked.append(name)
+        check(self, name, *rest, **options)
+
+    monkeypatch.setattr(Checker, "__call__", noted)
+    per_row = dict.fromkeys(("old_logprobs", "ref_logprobs", "token_weights"), torch.zeros(4))
+    linear_policy_loss(torch.zeros(4, 3), torch.zeros(5, 3), torch.arange(4), torch.zeros(4), **per_row)
+    assert sorted(checked) == sorted({"hidden", "weight", "targets", "advantages", *per_row})
+    checked.clear()
+    policy_loss(torch.zeros(4), torch.zeros(4), **per_row)
+    assert sorted(checked) == sorted({"logprobs", "advantages", *per_row})

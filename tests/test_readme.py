@@ -1,18 +1,24 @@
-"""The examples of README run as they stand."""
+"""The examples of README run as they stand; the commands of README and docs have the options that they name."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from qrm_fast import pack
+from qrm_fast.cli import main
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.tokenizers import load_tokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
+COMMANDS = sorted(
+    {line for page in PAGES for line in re.findall(r"^qrm-fast .*", page.read_text(), flags=re.MULTILINE)}
+)
 
 
 def example(name):
@@ -67,3 +73,19 @@ def test_padded_batches_at_the_edge():
     last = rewards[1, 2] - values[1, 2]
     torch.testing.assert_close(names["advantages"][1, 2], last)
     assert names["advantages"][0, 2] == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_options_that_are_named(command, capsys):
+    _, name, *arguments = shlex.split(command, comments=True)
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    known = re.findall(r"--[a-z_]+", capsys.readouterr().out)
+    assert {x for x in arguments if x.startswith("--")} <= {*known, "--help"}
+
+
+def test_links_lead_somewhere():
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in target or (page.parent / target).is_file(), f"{page.name} links to {target}"

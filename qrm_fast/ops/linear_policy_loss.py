@@ -67,17 +67,13 @@ def linear_policy_loss(
     check = Checker()
     number, per_row = check_head(check, hidden, weight, targets, bias, temperature, softcap)
     acc = acc_dtype(hidden.dtype)
-    constants = {
-        "advantages": advantages,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "token_weights": token_weights,
-    }
     check("advantages", advantages, "T", (acc,))
-    for name, x in constants.items():
+    optional = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "token_weights": token_weights}
+    for name, x in optional.items():
         if x is not None:
             check(name, x, "T", (acc,))
     check_sequences(check, cu_seqlens, kind)
+    constants = {"advantages": advantages, **optional}
     check_options(constants, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, metrics, logprobs, entropy, *_ = _forward(
