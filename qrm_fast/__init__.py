@@ -52,7 +52,6 @@ if torch.version.cuda:
     from .triton import clip_delta as _clip_delta_triton  # noqa: F401
     from .triton import gather_logprobs as _gather_logprobs_triton  # noqa: F401
     from .triton import group_advantages as _group_advantages_triton  # noqa: F401
-    from .triton import implicit_rewards as _implicit_rewards_triton  # noqa: F401
     from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
     from .triton import linear_logprobs_backward as _linear_logprobs_backward_triton  # noqa: F401
     from .triton import linear_logprobs_partial as _linear_logprobs_partial_triton  # noqa: F401
