@@ -63,7 +63,6 @@ if torch.version.cuda:
     from .triton import moments as _moments_triton  # noqa: F401
     from .triton import pairwise_q_loss as _pairwise_q_loss_triton  # noqa: F401
     from .triton import policy_loss as _policy_loss_triton  # noqa: F401
-    from .triton import prm_rewards as _prm_rewards_triton  # noqa: F401
     from .triton import process_advantages as _process_advantages_triton  # noqa: F401
     from .triton import process_diagnostics as _process_diagnostics_triton  # noqa: F401
     from .triton import progress_rewards as _progress_rewards_triton  # noqa: F401
