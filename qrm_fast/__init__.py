@@ -72,7 +72,6 @@ if torch.version.cuda:
     from .triton import step_rows as _step_rows_triton  # noqa: F401
     from .triton import token_q as _token_q_triton  # noqa: F401
     from .triton import value_loss as _value_loss_triton  # noqa: F401
-    from .triton import whiten as _whiten_triton  # noqa: F401
 
     if not has_cuda_kernels:  # the scans are in both languages
         from .triton import discounted_returns as _discounted_returns_triton
