@@ -58,7 +58,6 @@ if torch.version.cuda:
     from .triton import linear_policy_loss as _linear_policy_loss_triton  # noqa: F401
     from .triton import linear_q_values as _linear_q_values_triton  # noqa: F401
     from .triton import loss_weights as _loss_weights_triton  # noqa: F401
-    from .triton import merge_logprobs as _merge_logprobs_triton  # noqa: F401
     from .triton import min_form_returns as _min_form_returns_triton  # noqa: F401
     from .triton import moments as _moments_triton  # noqa: F401
     from .triton import pairwise_q_loss as _pairwise_q_loss_triton  # noqa: F401
