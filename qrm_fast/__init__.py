@@ -65,7 +65,6 @@ if torch.version.cuda:
     from .triton import process_advantages as _process_advantages_triton  # noqa: F401
     from .triton import process_diagnostics as _process_diagnostics_triton  # noqa: F401
     from .triton import progress_rewards as _progress_rewards_triton  # noqa: F401
-    from .triton import q_advantages as _q_advantages_triton  # noqa: F401
     from .triton import q_head_advantages as _q_head_advantages_triton  # noqa: F401
     from .triton import q_token_rewards as _q_token_rewards_triton  # noqa: F401
     from .triton import step_rows as _step_rows_triton  # noqa: F401
