@@ -67,17 +67,19 @@ def _loss_weights(
     """`total` is the mode's denominator, 0 to count it here."""
     check_boundaries(cu_seqlens, num_tokens)
     of_tokens, per_sequence = mode == "token-mean", mode == "seq-mean-token-mean"
-    counts = _counts(cu_seqlens, mask, num_tokens) if per_sequence or not (total or of_tokens) else None  # [S]
-    if total or (of_tokens and mask is None):
-        denominator = cu_seqlens.new_full((), total or num_tokens, dtype=torch.float64)
-    else:
-        denominator = (mask if of_tokens else counts > 0).sum().double()
-    weight = 1 / (denominator * norm * (counts if per_sequence else 1))
+    denominator = cu_seqlens.new_full((), total or num_tokens, dtype=torch.float64)
+    if per_sequence or not (total or of_tokens):
+        counts = _counts(cu_seqlens, mask, num_tokens)  # [S]
+        denominator = denominator if total else (counts > 0).sum().double()
+        denominator = denominator * counts if per_sequence else denominator
+    elif mask is not None and not total:
+        denominator = mask.sum().double()
+    weight = (1 / (denominator * norm)).float()
     if per_sequence:
         behind = weight.new_full((1,), torch.nan)  # rows behind the last boundary
-        weights = torch.cat([weight, behind]).float().index_select(0, sequence_ids(cu_seqlens, num_tokens))
+        weights = torch.cat([weight, behind]).index_select(0, sequence_ids(cu_seqlens, num_tokens))
     else:
-        weights = weight.float().repeat(num_tokens)
+        weights = weight.repeat(num_tokens)
     return weights if mask is None else weights.where(mask, 0.0)
 
 
