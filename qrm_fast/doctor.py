@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch._library.custom_ops import OPDEFS
 
+from .ops.constant_op import SERVED_BY_REFERENCE
+
 PACKAGE = Path(__file__).parent
 REBUILD = (
     "run `pip install --no-build-isolation .` beside the torch in use, or `python setup.py build_ext --inplace` in a "
@@ -18,7 +20,7 @@ REBUILD = (
 
 
 class Served(NamedTuple):
-    """The files that serve one op; None where a device has no kernel of its own and `fallback` serves it."""
+    """The files that serve one op; None where a device lacks a kernel and `fallback` serves it."""
 
     op: str
     cpu: str | None
@@ -37,7 +39,7 @@ def _served(op: str) -> Served:
 
     def kernel(key: str) -> str | None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
-            return None
+            return str(reference) if op in SERVED_BY_REFERENCE else None
         compiled = re.search(rf"^{key}: registered at \S*?(csrc/\w+/\w+\.\w+)", dump, re.MULTILINE)
         # A kernel registered from Python is Triton's and lies under the op's own stem or its reference's; the dump
         # names only PyTorch's file.

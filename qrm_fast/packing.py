@@ -4,7 +4,6 @@ There are two layouts: one row per model token, and one row per action. `pack` b
 takes the action layout.
 """
 
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from . import _host  # type: ignore[attr-defined]
 from .ops.checks import BOOL, FLOATS, INTS, Checker
 from .ops.dtypes import acc_dtype
+from .ops.segments import check_boundaries
 
 
 class PackedBatch(NamedTuple):
@@ -202,13 +202,6 @@ def _check_boundaries(cu_seqlens: Tensor, num_rows: int, width: int | None = Non
 
 
 def _lengths(cu_seqlens: Tensor, num_rows: int) -> list[int]:
-    cu = cu_seqlens.tolist()
-    if cu[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {cu[0]}")
-    lengths = [eos - bos for bos, eos in pairwise(cu)]
-    if min(lengths, default=0) < 0:
-        s = next(s for s, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"cu_seqlens must not decrease, got {cu[s]} then {cu[s + 1]} at index {s + 1}")
-    if cu[-1] != num_rows:
-        raise ValueError(f"cu_seqlens must end at the number of packed rows, {num_rows}, got {cu[-1]}")
-    return lengths
+    cu_seqlens = cu_seqlens.cpu()
+    check_boundaries(cu_seqlens, num_rows)
+    return cu_seqlens.diff().tolist()

@@ -14,7 +14,6 @@ from test_linear_logprobs import make, naive
 from qrm_fast import LogprobsPartial, linear_logprobs, linear_logprobs_partial, merge_logprobs
 from qrm_fast.ops.linear_logprobs_partial import _linear_logprobs_partial
 from qrm_fast.triton import linear_logprobs_partial as triton_kernels
-from qrm_fast.triton import merge_logprobs as triton_merge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # interpreter
@@ -41,22 +40,18 @@ def sharded(hidden, weight, bias, targets, *, cuts=CUTS, **options):
     "options", [{}, {"bias": True, "temperature": True, "softcap": 5.0}], ids=["plain", "everything"]
 )
 def test_four_shards_merge_to_the_whole(options, dtype):
-    """No further from float64 than log_softmax of float32 logits; one shard alone gives the bits of linear_logprobs."""
+    """No further from float64 than log_softmax of float32 logits; no more is one shard alone."""
     acc = torch.promote_types(dtype, torch.float32)
     runs = []
     for t in 0, 1, 63:
         tensors, rest = make(t, 64, 3000, dtype, **options)
-        parts = sharded(*tensors.values(), **rest)
-        runs.append(
-            [merge_logprobs(stacked(parts)), *(naive(**cast(tensors | rest, to)) for to in (torch.float64, acc))]
-        )
-        alone = merge_logprobs(stacked(sharded(*tensors.values(), **rest, cuts=[0, 3000])))
-        for got, whole in zip(alone, linear_logprobs(**tensors, **rest), strict=True):
-            assert torch.equal(got, whole)
+        merged = (merge_logprobs(stacked(sharded(*tensors.values(), **rest, cuts=cuts))) for cuts in (CUTS, [0, 3000]))
+        runs.append([*merged, *(naive(**cast(tensors | rest, to)) for to in (torch.float64, acc))])
     for i in range(3):
-        got, exact, peer = (torch.cat([run[k][i] for run in runs]) for k in range(3))
-        assert got.dtype == acc and ((got <= 0).all() if i == 0 else True)
-        assert_no_further(got, exact, peer)
+        *results, exact, peer = (torch.cat([run[k][i] for run in runs]) for k in range(4))
+        for got in results:
+            assert got.dtype == acc and ((got <= 0).all() if i == 0 else True)
+            assert_no_further(got, exact, peer)
 
 
 def cast(arguments, dtype):
@@ -208,7 +203,7 @@ def test_triton_four_shards_merge_to_the_whole(triton_device, dtype):
         want.append(_linear_logprobs_partial(*shard, *options))
         for got, expected in zip(parts[-1], want[-1], strict=True):
             torch.testing.assert_close(got.cpu(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
-    got = [x.cpu() for x in triton_merge.forward(*stacked(parts))]
+    got = [x.cpu() for x in merge_logprobs(stacked(parts))]
     arguments = tensors | rest
     exact, peer = (naive(**cast(arguments, to)) for to in (torch.float64, torch.float32))
     for i in range(3):

@@ -9,19 +9,8 @@ from grids import LENGTHS, cu_seqlens
 
 from qrm_fast import loss_weights
 from qrm_fast.ops.loss_weights import MODES, _loss_weights
-from qrm_fast.triton import loss_weights as triton_kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 MODE_AND_NORM = [(mode, 7.0 if mode.endswith("norm") else None) for mode in MODES]
-
-
-@pytest.fixture(params=["kernel", "reference", "triton"])
-def op(request, triton_device):
-    def by_triton(cu_seqlens, mask, *options):
-        mask = mask if mask is None else mask.to(triton_device)
-        return triton_kernels.launch(cu_seqlens.to(triton_device), mask, *options).cpu()
-
-    return {"kernel": _loss_weights, "reference": _loss_weights.reference, "triton": by_triton}[request.param]
 
 
 def padded_loss(losses, lengths, mask, mode, norm):
@@ -45,7 +34,7 @@ def inputs(lengths, device="cpu"):
     return losses.to(device), cu_seqlens(lengths).to(device), mask.to(device)
 
 
-def test_hand_computed(op):
+def test_hand_computed():
     cu = torch.tensor([0, 3, 3, 4, 6])
     mask = torch.tensor([True, False, True, True, False, False])
     expected = {
@@ -56,7 +45,7 @@ def test_hand_computed(op):
     }
     for mode, weights in expected.items():
         norm = 4.0 if mode.endswith("norm") else 1.0
-        assert op(cu, mask, 6, mode, 0.0, norm).tolist() == torch.tensor(weights).tolist()
+        assert _loss_weights(cu, mask, 6, mode, 0.0, norm).tolist() == torch.tensor(weights).tolist()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
@@ -72,30 +61,6 @@ def test_agrees_with_the_definition(lengths, mode, norm, masked, device):
     # each weight is rounded once
     slack = 2**-24 * (weights.double() * losses.abs()).sum().item()
     assert loss == pytest.approx(padded_loss(losses, lengths, counted, mode, norm), rel=1e-12, abs=slack)
-
-
-@pytest.mark.parametrize("op", ["triton"], indirect=True)
-@pytest.mark.parametrize("mode", MODES)
-def test_triton_as_the_cpu_kernel(mode, op, monkeypatch):
-    """Over several blocks; with and without a mask and a given denominator; nothing counted."""
-    monkeypatch.setitem(triton_kernels.ROWS, "BT", 16)
-    monkeypatch.setitem(triton_kernels.SEQUENCES, "BS", 4)
-    norm = 7.0 if mode.endswith("norm") else 1.0
-    for lengths in [3, 0, 1, 40, 16, 7], [], [0]:
-        _, cu, mask = inputs(lengths)
-        for counted, total in (None, 0.0), (mask, 0.0), (mask, 3.0), (mask & False, 0.0):
-            options = counted, sum(lengths), mode, total, norm
-            torch.testing.assert_close(op(cu.long(), *options), _loss_weights(cu, *options), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("op", ["triton"], indirect=True)
-def test_triton_stays_inside_its_tensors(op):
-    """Boundaries that a CPU kernel would refuse."""
-    wide = torch.ones(600, dtype=torch.bool)
-    for bounds in [0, 500, 20], [-50, 4, 90], [9, 3, 40], [1 << 40, 3, -1]:
-        for mask in None, wide[20:40]:
-            weights = op(torch.tensor(bounds), mask, 20, "seq-mean-token-mean", 0.0, 1.0)
-            assert weights.shape == (20,) and weights.min() >= 1 / 40  # at most 2 sequences of 20 rows
 
 
 @pytest.mark.gpu

@@ -15,15 +15,22 @@ from grids import cu_seqlens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import qrm_fast
 from qrm_fast.ops.clip_delta import _clip_delta
 from qrm_fast.ops.group_advantages import KINDS
+from qrm_fast.ops.implicit_rewards import _implicit_rewards
+from qrm_fast.ops.informative_groups import _informative_groups
 from qrm_fast.ops.loss_weights import MODES, _loss_weights
+from qrm_fast.ops.merge_logprobs import _merge_logprobs
 from qrm_fast.ops.min_form_returns import OPERATORS
+from qrm_fast.ops.prm_rewards import _prm_rewards
 from qrm_fast.ops.process_advantages import PRESETS
 from qrm_fast.ops.progress_rewards import _progress_rewards
-from qrm_fast.ops.segments import sequence_sum
+from qrm_fast.ops.q_advantages import _q_advantages
+from qrm_fast.ops.segments import sequence_ids, sequence_sum
+from qrm_fast.ops.whiten import _whiten
 
 ROWS = ("q", "values", "logprobs", "ref_logprobs", "mask", "kl", "hidden", "is_end", "scores", "logits")
 NUMBERS = ("group_ids", "rewards", "outcomes", "start_values")
@@ -225,17 +232,45 @@ def test_broken_boundaries_are_refused(name, message):
 
 
 @pytest.mark.parametrize("bounds", [[-5, 30], [0, 500, 20], [20, 1, 3, 20], [0, 7], [0, 1 << 40], [9]], ids=str)
-def test_references_that_serve_cuda_stay_inside_their_tensors(bounds):
+def test_references_that_serve_cuda_stay_inside_their_tensors(bounds, monkeypatch):
     """Of boundaries that nobody can refuse there: an index out of range would end the process's use of the device."""
-    x, cu, mask = torch.ones(20), torch.tensor(bounds), torch.ones(20, dtype=torch.bool)
-    start = torch.ones(len(bounds) - 1)
-    assert torch.equal(sequence_sum(x.double(), cu), cu.clamp(0, 20).cummax(0).values.diff().double())
-    for result in (
-        *(_loss_weights.reference(cu, m, 20, mode, 0.0, 1.0) for mode in MODES for m in (None, mask)),
-        *(_clip_delta.reference(x, cu, 0.5, True, delta) for delta in (False, True)),
-        _progress_rewards.reference(x, start, cu, 1.0),
-    ):
-        assert result.shape == (20,)
+    monkeypatch.setattr("qrm_fast.ops.segments.at_hand", lambda x: False)
+    wide = torch.full((3, 60), math.nan)
+    wide[:, 20:40] = 1
+    x, cu, mask, start = wide[0, 20:40], torch.tensor(bounds), wide[1, 20:40] > 0, wide[2, 20 : 19 + len(bounds)]
+    sane = cu.clamp(0, 20).cummax(0).values
+    assert torch.equal(sequence_sum(x.double(), cu), sane.diff().double())
+    assert torch.equal(sequence_ids(cu, 20), torch.searchsorted(sane[1:], torch.arange(20), right=True))
+    for mode in MODES:
+        for counted in None, mask:
+            norm = 1.0 if mode.endswith("norm") else None
+            weights = qrm_fast.loss_weights(cu, mask=counted, mode=mode, norm=norm, num_tokens=20)
+            assert weights.shape == (20,) and not (weights < 1 / 40).any()  # at most 2 sequences of 20 rows
+    for delta in False, True:
+        assert set(qrm_fast.clip_delta(x, cu, clip=False, delta=delta).tolist()) <= {0.0, 1.0}
+    assert set(qrm_fast.progress_rewards(x, start, cu).tolist()) <= {0.0, 1.0}
+
+
+def test_references_that_serve_cuda_read_nothing_on_the_host(monkeypatch):
+    """Of tensors without data, any that is asked for raises."""
+    monkeypatch.setattr("qrm_fast.ops.segments.at_hand", lambda x: False)
+    monkeypatch.setattr("qrm_fast.ops.merge_logprobs.at_hand", lambda x: False)
+    with FakeTensorMode():
+        x, mask, cu = torch.empty(20), torch.empty(20, dtype=torch.bool), torch.empty(4, dtype=torch.int32)
+        stats, shards = torch.empty(1, 3, dtype=torch.float64), torch.empty(4, 3, 20)
+        options = [(m, 20, mode, total, 1.0) for m in (None, mask) for mode in MODES for total in (0.0, 5.0)]
+        results = [
+            *(_loss_weights.reference(cu, *some) for some in options),
+            _clip_delta.reference(x, cu, 0.5, True, True),
+            _progress_rewards.reference(x, x[:3], cu, 1.0),
+            _implicit_rewards.reference(x, x, 0.1),
+            _prm_rewards.reference(x.view(10, 2)),
+            _informative_groups.reference(x[:3], cu[:3]),
+            _whiten.reference(x, stats, mask, True, True, 1e-8),
+            *_merge_logprobs.reference(*shards),
+            *_q_advantages.reference(x, x, cu, None, None, mask, 0.01, True, True, True, x, x, 0.1, "k3", 0.0, 1e-8),
+        ]
+    assert all(isinstance(result, FakeTensor) for result in results)
 
 
 def test_ten_million_rows():

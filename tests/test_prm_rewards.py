@@ -9,23 +9,12 @@ from grids import far_apart
 
 from qrm_fast import prm_rewards
 from qrm_fast.ops.prm_rewards import _prm_rewards
-from qrm_fast.triton import prm_rewards as triton_kernels
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 
 
-@pytest.fixture(params=["kernel", "reference", "triton"])
-def op(request, triton_device):
-    def by_triton(logits):
-        return triton_kernels.launch(logits.to(triton_device)).cpu()
-
-    return {"kernel": _prm_rewards, "reference": _prm_rewards.reference, "triton": by_triton}[request.param]
-
-
-def test_literal_values(op):
+def test_literal_values():
     odds = [[0.0, 0.0], [0.0, math.log(3)], [math.log(3), 0.0], [-5.0, 995.0], [math.inf, 0.0]]
-    torch.testing.assert_close(op(torch.tensor(odds)), torch.tensor([0, 0.5, -0.5, 1, -1]))
-    assert op(torch.tensor([[math.inf, math.inf], [math.nan, 0.0]])).isnan().all()
+    torch.testing.assert_close(prm_rewards(torch.tensor(odds)), torch.tensor([0, 0.5, -0.5, 1, -1]))
+    assert prm_rewards(torch.tensor([[math.inf, math.inf], [math.nan, 0.0]])).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -41,19 +30,6 @@ def test_no_further_from_float64_than_the_softmax(num_steps, dtype, device):
     result = prm_rewards(logits)
     assert result.dtype == acc
     assert_as_accurate(result, exact, peer[:, 1] - peer[:, 0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_no_further_from_float64_than_the_softmax(dtype, triton_device):
-    """Strided rows, over several blocks; large, small and tiny differences."""
-    g = torch.Generator().manual_seed(1)
-    for scale in 3.0, 0.1, 1e-6:
-        wide = torch.randn(600, 5, generator=g).mul(scale).to(dtype)
-        logits, z = wide[:, 2:4], wide[:, 2:4].double()
-        peer = logits.float().softmax(1)
-        result = triton_kernels.launch(wide.to(triton_device)[:, 2:4]).cpu()
-        assert_as_accurate(result, torch.tanh((z[:, 1] - z[:, 0]) / 2), peer[:, 1] - peer[:, 0])
-    assert triton_kernels.launch(torch.zeros(0, 2, device=triton_device)).shape == (0,)
 
 
 @pytest.mark.unpoisoned

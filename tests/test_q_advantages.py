@@ -13,20 +13,18 @@ from qrm_fast import q_advantages, q_token_rewards
 from qrm_fast.ops.q_advantages import _q_advantages
 from qrm_fast.ops.q_token_rewards import _q_token_rewards
 from qrm_fast.triton import moments as triton_moments
-from qrm_fast.triton import q_advantages as triton_kernels
 from qrm_fast.triton import q_token_rewards as triton_rows
 
 
 @pytest.fixture(params=["kernel", "reference", "triton"])
 def on(request, monkeypatch, triton_device):
-    """The device of the implementation that the public function now runs."""
+    """The device of the kernels that the public function now builds on."""
     if request.param == "triton":
         monkeypatch.setitem(triton_moments.ROWS, "BT", 32)
         monkeypatch.setitem(triton_rows.LAUNCH, "BT", 32)
         monkeypatch.setattr("qrm_fast.ops.moments._moments", triton_moments.launch)
-        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_advantages", triton_kernels.launch)
+        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_token_rewards", triton_rows.launch)
     elif request.param == "reference":
-        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_advantages", _q_advantages.reference)
         monkeypatch.setattr("qrm_fast.ops.q_advantages._q_token_rewards", _q_token_rewards.reference)
     return triton_device if request.param == "triton" else "cpu"
 
@@ -74,11 +72,13 @@ def test_without_values_or_spread(on):
     torch.testing.assert_close(raw.advantages, raw.returns - 0.5)
 
 
+@pytest.mark.parametrize("value_normalize", [True, False], ids=["normalised", "raw"])
 @pytest.mark.parametrize("scope", ["batch", "sequence", "group"])
-def test_masked_rows_are_never_read(scope, on):
+def test_masked_rows_are_never_read(scope, value_normalize, on):
     q, cu, mask, group_ids, *_ = inputs([5, 9, 40, 3], device=on)
     values = torch.randn_like(q)
     options = {"mask": mask, "scope": scope, "group_ids": group_ids if scope == "group" else None}
+    options["value_normalize"] = value_normalize
     clean, *poisoned = (
         torch.stack(q_advantages(q.where(mask, poison), values.where(mask, poison), cu, **options))
         for poison in (0.0, math.nan, math.inf)

@@ -13,37 +13,11 @@ from qrm_fast import clip_delta, implicit_rewards, progress_rewards
 from qrm_fast.ops.clip_delta import _clip_delta
 from qrm_fast.ops.implicit_rewards import _implicit_rewards
 from qrm_fast.ops.progress_rewards import _progress_rewards
-from qrm_fast.triton import clip_delta as clip_triton
-from qrm_fast.triton import implicit_rewards as implicit_triton
-from qrm_fast.triton import progress_rewards as progress_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 CU = torch.tensor([0, 4, 4, 5, 7])
 
 
-@pytest.fixture(params=["kernel", "reference", "triton"])
-def implementation(request, monkeypatch, triton_device):
-    """What the public functions now run: the CPU kernels, the references, or the Triton kernels with small blocks."""
-
-    def by_triton(kernel):
-        monkeypatch.setitem(kernel.LAUNCH, "BT" if kernel is implicit_triton else "BK", 64)
-        return lambda *arguments: kernel.launch(
-            *(x.to(triton_device) if isinstance(x, torch.Tensor) else x for x in arguments)
-        ).cpu()
-
-    for name, op, kernel in (
-        ("clip_delta", _clip_delta, clip_triton),
-        ("implicit_rewards", _implicit_rewards, implicit_triton),
-        ("progress_rewards", _progress_rewards, progress_triton),
-    ):
-        if request.param != "kernel":
-            other = op.reference if request.param == "reference" else by_triton(kernel)
-            monkeypatch.setattr(f"qrm_fast.ops.{name}._{name}", other)
-    return request.param
-
-
-@pytest.mark.usefixtures("implementation")
 def test_clip_delta_by_hand():
     rewards = torch.tensor([0.5, -1.0, 2.0, -3.0, 0.25, -0.5, 1.0])
     assert clip_delta(rewards, CU, delta=False).tolist() == [0, -1, 0, -3, 0, -0.5, 0]
@@ -53,8 +27,6 @@ def test_clip_delta_by_hand():
     assert clip_delta(rewards, CU, clip=False, delta=False).tolist() == rewards.tolist()
 
 
-@pytest.mark.parametrize("implementation", ["kernel", "reference"], indirect=True)
-@pytest.mark.usefixtures("implementation")
 def test_delta_bounds_the_return_by_a_single_score():
     """What is left from any step on is that step's score: the last step's own score is in nobody's return."""
     rewards = torch.randn(30, dtype=torch.float64)
@@ -64,13 +36,11 @@ def test_delta_bounds_the_return_by_a_single_score():
     assert returns[-1] == 0
 
 
-@pytest.mark.usefixtures("implementation")
 def test_implicit_rewards_by_hand():
     assert implicit_rewards(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]), beta=0.5).tolist() == [1, -0.5]
     torch.testing.assert_close(implicit_rewards(torch.tensor([1.0]), torch.tensor([0.0])), torch.tensor([0.05]))
 
 
-@pytest.mark.usefixtures("implementation")
 def test_progress_rewards_by_hand():
     after, start = torch.tensor([0.5, 0.25, 1.0, 1.0, 0.0, 0.5, 0.75]), torch.tensor([0.25, 9.0, 0.5, 0.0])
     expected = [0.25, -0.25, 0.75, 0, -0.5, 0.5, 0.25]
@@ -80,11 +50,7 @@ def test_progress_rewards_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_agree_with_float64(lengths, dtype, implementation):
-    if implementation == "triton":
-        if dtype == torch.float64:
-            pytest.skip("no float64 on CUDA")
-        lengths = lengths[-20:]  # the interpreter is slow
+def test_agree_with_float64(lengths, dtype):
     g = torch.Generator().manual_seed(len(lengths))
     x, y = torch.randn(2, sum(lengths), generator=g).to(dtype)
     start, cu = torch.randn(len(lengths), generator=g).to(dtype), cu_seqlens(lengths)
@@ -106,7 +72,6 @@ def test_agree_with_float64(lengths, dtype, implementation):
     assert_as_accurate(implicit_rewards(x, y), 0.05 * (x.double() - y.double()), 0.05 * (x.to(acc) - y.to(acc)))
 
 
-@pytest.mark.usefixtures("implementation")
 def test_what_is_not_finite_stays_where_it_is():
     rewards = torch.tensor([0.5, math.nan, -1.0, -3.0, math.nan, -math.inf, 1.0])
     assert clip_delta(rewards, CU).isnan().tolist() == [True, True, False, False, False, False, False]
@@ -115,7 +80,6 @@ def test_what_is_not_finite_stays_where_it_is():
     assert progress.isnan().tolist() == [False, True, True, False, True, False, False]
 
 
-@pytest.mark.usefixtures("implementation")
 def test_log_ratios_that_are_not_finite_stay_in_their_rows():
     result = implicit_rewards(
         torch.tensor([math.nan, math.inf, -math.inf, -math.inf, 1.0]), torch.tensor([0.0, 0, 0, -math.inf, -1])
@@ -134,16 +98,6 @@ def test_bits_depend_on_the_own_sequence_only():
     assert torch.equal(clip_delta(x[bos:eos], alone), whole[0][bos:eos])
     assert torch.equal(progress_rewards(x[bos:eos], start[7:8], alone), whole[1][bos:eos])
     assert torch.equal(implicit_rewards(x[3:50], x[53:100]), implicit_rewards(x[:-50], x[50:])[3:50])
-
-
-def test_triton_stays_inside_its_tensors(triton_device):
-    """Boundaries that a CPU kernel would refuse."""
-    wide = torch.full((2, 60), 7.0, device=triton_device)
-    for bounds in [0, 500, 20], [-50, 4, 90], [9, 3, 40], [1 << 40, 3, -1]:
-        cu = torch.tensor(bounds, device=triton_device)
-        shaped = clip_triton.launch(wide[0, 20:40], cu, 0.0, False, True)
-        progress = progress_triton.launch(wide[0, 20:40], wide[1, 20:22], cu, 1.0)
-        assert set(shaped.tolist()) <= {0.0, 7.0} and not progress[1:].any()
 
 
 @pytest.mark.gpu

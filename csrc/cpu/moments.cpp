@@ -127,8 +127,6 @@ Moments row_moments(const T* x, const bool* mask, int64_t num_rows) {
 
 template Moments row_moments(const float*, const bool*, int64_t);
 template Moments row_moments(const double*, const bool*, int64_t);
-template Moments row_moments(const torch::headeronly::BFloat16*, const bool*, int64_t);
-template Moments row_moments(const torch::headeronly::Half*, const bool*, int64_t);
 
 }  // namespace qrm_fast
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from .checks import FLOATS, INTS, Checker
 from .constant_op import constant_op
 from .dtypes import acc_dtype
-from .segments import sequence_ids
+from .segments import ascending, check_boundaries
 
 
 def clip_delta(
@@ -32,16 +32,18 @@ def clip_delta(
     return _clip_delta(step_rewards, step_cu, float(eta), bool(clip), bool(delta))
 
 
-@constant_op("clip_delta")
+@constant_op("clip_delta", on_every_device=True)
 def _clip_delta(step_rewards: Tensor, step_cu: Tensor, eta: float, clip: bool, delta: bool) -> Tensor:
     num_steps = step_rewards.shape[0]
+    check_boundaries(step_cu, num_steps, "step_cu")
     r = step_rewards.to(acc_dtype(step_rewards.dtype), copy=True)
     if clip:
-        r = (r - eta).clamp(max=0)
-    if delta and num_steps:
-        i_seq = sequence_ids(step_cu, num_steps).clamp(max=step_cu.shape[0] - 2)
-        remaining = step_cu[i_seq + 1] - torch.arange(num_steps, device=r.device)
-        r = (r - r.roll(-1)).where(remaining > 2, r).where(remaining > 1, 0.0)
+        r.sub_(eta).clamp_(max=0)
+    if delta:
+        ends = torch.zeros(num_steps + 1, dtype=torch.bool, device=r.device)
+        last = ends.index_fill_(0, ascending(step_cu, num_steps), True)[1:]  # [K]
+        # The last score is subtracted from nothing, so none crosses to the sequence before either.
+        r = (r - r.masked_fill(last, 0.0).roll(-1)).masked_fill_(last, 0.0)
     return r
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+SERVED_BY_REFERENCE: set[str] = set()  # on every device, as their pages say
 _LIBRARY = torch.library.Library("qrm_fast", "IMPL")
 
 
@@ -32,8 +33,13 @@ class ConstantOp:
         return self._overload(*args)
 
 
-def constant_op(name: str) -> Callable[[Callable], ConstantOp]:
-    """Make the decorated reference the default kernel of the op `qrm_fast::name`, which mutates nothing."""
+def constant_op(name: str, *, on_every_device: bool = False) -> Callable[[Callable], ConstantOp]:
+    """Make the decorated reference the default kernel of the op `qrm_fast::name`, which mutates nothing.
+
+    `on_every_device`: it is the only one, on purpose. Without it a device that has no kernel of its own lacks one.
+    """
+    if on_every_device:
+        SERVED_BY_REFERENCE.add(f"qrm_fast::{name}")
     return lambda reference: ConstantOp(torch.library.custom_op(f"qrm_fast::{name}", reference, mutates_args=()))
 
 

@@ -26,10 +26,10 @@ def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, *, beta: float = 0.
     return _implicit_rewards(logprobs, ref_logprobs, float(beta))
 
 
-@constant_op("implicit_rewards")
+@constant_op("implicit_rewards", on_every_device=True)
 def _implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
     acc = acc_dtype(logprobs.dtype)
-    return beta * (logprobs.to(acc) - ref_logprobs.to(acc))
+    return (logprobs.to(acc) - ref_logprobs.to(acc)).mul_(beta)
 
 
 @_implicit_rewards.register_fake

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .checks import FLOATS, INTS, Checker
 from .constant_op import constant_op
-from .segments import group_max
+from .dtypes import acc_dtype
+from .segments import check_group_ids
 
 
 def informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -25,12 +26,18 @@ def informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return _informative_groups(rewards, group_ids)
 
 
-@constant_op("informative_groups")
+@constant_op("informative_groups", on_every_device=True)
 def _informative_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    finite = rewards.isfinite()
-    highest = group_max(rewards.double().where(finite, -torch.inf), group_ids)
-    lowest = -group_max((-rewards.double()).where(finite, -torch.inf), group_ids)
-    return (lowest < highest) & finite
+    num_sequences = rewards.shape[0]
+    inside = (group_ids >= 0) & (group_ids < num_sequences)
+    check_group_ids(group_ids, inside)
+    ids = group_ids.to(torch.int64).where(inside, 0)
+    counts = rewards.isfinite() & inside
+    # The least and the greatest are the same in whatever order they are found.
+    r = rewards.to(acc_dtype(rewards.dtype))
+    lowest = torch.full_like(r, torch.inf).scatter_reduce_(0, ids, r.where(counts, torch.inf), "amin")
+    highest = torch.full_like(r, -torch.inf).scatter_reduce_(0, ids, r.where(counts, -torch.inf), "amax")
+    return (lowest < highest)[ids] & counts
 
 
 @_informative_groups.register_fake

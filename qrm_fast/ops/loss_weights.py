@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .checks import BOOL, INTS, Checker
 from .constant_op import constant_op
-from .segments import sequence_ids, sequence_sum
+from .segments import ascending, check_boundaries, sequence_ids
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
@@ -60,19 +60,37 @@ def loss_weights(
     return _loss_weights(cu_seqlens, mask, num_tokens, mode, float(total or 0), float(norm or 1))
 
 
-@constant_op("loss_weights")
+@constant_op("loss_weights", on_every_device=True)
 def _loss_weights(
     cu_seqlens: Tensor, mask: Tensor | None, num_tokens: int, mode: str, total: float, norm: float
 ) -> Tensor:
     """`total` is the mode's denominator, 0 to count it here."""
-    counted = cu_seqlens.new_ones(num_tokens, dtype=torch.bool) if mask is None else mask
-    counts = sequence_sum(counted.double(), cu_seqlens)  # [S]
-    i_seq = sequence_ids(cu_seqlens, num_tokens)
-    here = counts.sum() if mode == "token-mean" else (counts > 0).sum()
-    per_row: Tensor | float = 1.0
-    if mode == "seq-mean-token-mean":
-        per_row = torch.cat([counts, counts.new_full((1,), torch.nan)])[i_seq]  # rows behind the last boundary
-    return (1 / ((total or here) * norm * per_row * counted)).where(counted, 0.0).float()
+    check_boundaries(cu_seqlens, num_tokens)
+    of_tokens, per_sequence = mode == "token-mean", mode == "seq-mean-token-mean"
+    denominator = cu_seqlens.new_full((), total or num_tokens, dtype=torch.float64)
+    if per_sequence or not (total or of_tokens):
+        counts = _counts(cu_seqlens, mask, num_tokens)  # [S]
+        denominator = denominator if total else (counts > 0).sum().double()
+        denominator = denominator * counts if per_sequence else denominator
+    elif mask is not None and not total:
+        denominator = mask.sum().double()
+    weight = (1 / (denominator * norm)).float()
+    if per_sequence:
+        behind = weight.new_full((1,), torch.nan)  # rows behind the last boundary
+        weights = torch.cat([weight, behind]).index_select(0, sequence_ids(cu_seqlens, num_tokens))
+    else:
+        weights = weight.repeat(num_tokens)
+    return weights if mask is None else weights.where(mask, 0.0)
+
+
+def _counts(cu_seqlens: Tensor, mask: Tensor | None, num_tokens: int) -> Tensor:
+    """[S] int64: the rows of each sequence, or those where `mask` is True."""
+    bounds = ascending(cu_seqlens, num_tokens)
+    if mask is None:
+        return bounds.diff()
+    before = mask.new_zeros(num_tokens + 1, dtype=torch.int64)  # rows of the mask before each one
+    torch.cumsum(mask, 0, out=before[1:])
+    return before[bounds].diff()
 
 
 @_loss_weights.register_fake

@@ -7,6 +7,7 @@ from .checks import Checker
 from .constant_op import constant_op
 from .linear_logprobs import TokenLogprobs
 from .linear_logprobs_partial import LogprobsPartial
+from .segments import at_hand
 
 
 def merge_logprobs(partials: LogprobsPartial) -> TokenLogprobs:
@@ -35,23 +36,39 @@ def merge_logprobs(partials: LogprobsPartial) -> TokenLogprobs:
     return TokenLogprobs(*_merge_logprobs(*partials))
 
 
-@constant_op("merge_logprobs")
+@constant_op("merge_logprobs", on_every_device=True)
 def _merge_logprobs(
     max: Tensor, sumexp: Tensor, sum_z_exp: Tensor, target_logit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     top = max.amax(0)
-    shift = (max - top).masked_fill(sumexp == 0, 0)
-    scale = shift.exp()
-    total = (scale * sumexp).sum(0)
-    weighted = (scale * (sum_z_exp + shift * sumexp)).sum(0)
+    total, weighted, target = (torch.zeros_like(top) for _ in range(3))
+    holders = torch.zeros_like(top, dtype=torch.int32)
+    # Shard by shard: a sum over the first dimension would be taken in another order for one row than for many.
+    for m, s, w, logit in zip(max, sumexp, sum_z_exp, target_logit, strict=True):
+        shift = (m - top).masked_fill_(s == 0, 0)
+        scale = shift.exp()
+        total.add_(scale * s)
+        weighted.add_(shift.mul_(s).add_(w).mul_(scale))
+        held = logit.isnan().logical_not_()
+        target.add_(logit.where(held, 0))
+        holders.add_(held)
     log_sum = total.log()
-    held = target_logit.isnan().logical_not()
-    target = target_logit.where(held, 0).sum(0)
-    results = (target - top - log_sum).clamp(max=0), (log_sum - weighted / total).clamp(min=0), top + log_sum
-    shards = held.sum(0)
-    nothing = (total == 0) & (shards == 0)
-    logprobs, entropy, lse = (x.masked_fill(shards != 1, torch.nan).masked_fill(nothing, 0) for x in results)
+    results = (target - top).sub_(log_sum).clamp_(max=0), (log_sum - weighted / total).clamp_(min=0), top + log_sum
+    nothing = (total == 0) & (holders == 0)
+    wrong = (holders != 1) & nothing.logical_not()
+    _check_holders(holders, wrong & total.isnan().logical_not_(), max.shape[0])
+    logprobs, entropy, lse = (x.masked_fill_(wrong, torch.nan).masked_fill_(nothing, 0) for x in results)
     return logprobs, entropy, lse
+
+
+def _check_holders(holders: Tensor, wrong: Tensor, num_shards: int) -> None:
+    """Raise ValueError unless one shard holds the target of every row, if that is at hand."""
+    if at_hand(wrong) and wrong.any():
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"the target of every row must lie in one shard, got {holders[row].item()} of {num_shards} shards that "
+            f"hold the target of row {row}"
+        )
 
 
 @_merge_logprobs.register_fake

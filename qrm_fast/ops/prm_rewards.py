@@ -22,10 +22,10 @@ def prm_rewards(logits: Tensor) -> Tensor:
     return _prm_rewards(logits)
 
 
-@constant_op("prm_rewards")
+@constant_op("prm_rewards", on_every_device=True)
 def _prm_rewards(logits: Tensor) -> Tensor:
-    wrong, right = logits.to(acc_dtype(logits.dtype)).unbind(1)
-    return torch.tanh((right - wrong) / 2)
+    wrong, right = logits.double().unbind(1)
+    return torch.tanh((right - wrong) / 2).to(acc_dtype(logits.dtype))
 
 
 @_prm_rewards.register_fake

@@ -6,7 +6,7 @@ from torch import Tensor
 from .checks import FLOATS, INTS, Checker
 from .constant_op import constant_op
 from .dtypes import acc_dtype
-from .segments import sequence_ids
+from .segments import ascending, check_boundaries
 
 
 def progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -31,15 +31,17 @@ def progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tensor
     return _progress_rewards(values_after, start_values, step_cu, float(alpha))
 
 
-@constant_op("progress_rewards")
+@constant_op("progress_rewards", on_every_device=True)
 def _progress_rewards(values_after: Tensor, start_values: Tensor, step_cu: Tensor, alpha: float) -> Tensor:
-    num_steps, num_sequences = values_after.shape[0], start_values.shape[0]
+    num_steps = values_after.shape[0]
+    check_boundaries(step_cu, num_steps, "step_cu")
     after = values_after.to(acc_dtype(values_after.dtype))
-    if num_steps == 0 or num_sequences == 0:
-        return torch.zeros_like(after)
-    i_seq = sequence_ids(step_cu, num_steps).clamp(max=num_sequences - 1)
-    first = torch.arange(num_steps, device=after.device) == step_cu[i_seq]
-    return alpha * (after - start_values[i_seq].to(after.dtype).where(first, after.roll(1)))
+    before = torch.cat([after.new_zeros(1), after])
+    cu = ascending(step_cu, num_steps)
+    # No two sequences with steps start at one row; those without write behind the last, where nobody reads.
+    first = cu[:-1].where(cu[:-1] < cu[1:], num_steps)
+    before.scatter_(0, first, start_values.to(after.dtype))
+    return (after - before[:-1]).mul_(alpha)
 
 
 @_progress_rewards.register_fake

@@ -46,8 +46,7 @@ def q_advantages(
     released code normalises with coefficient 0.01, Algorithm 1 subtracts V with coefficient 1). Both results are [T]
     float32 (float64 for float64). Not differentiable.
 
-    Reads the rows once more than it reads statistics: twice, or once with scope "sequence". Raises as `q_token_rewards`
-    does, and TypeError or ValueError for values of a wrong dtype, shape or device.
+    Raises as `q_token_rewards` does, and TypeError or ValueError for values of a wrong dtype, shape or device.
     """
     check = Checker()
     options: dict[str, Any] = dict(
@@ -87,7 +86,7 @@ def q_advantages(
     )
 
 
-@constant_op("q_advantages")
+@constant_op("q_advantages", on_every_device=True)
 def _q_advantages(
     q: Tensor,
     values: Tensor | None,
@@ -112,12 +111,13 @@ def _q_advantages(
     returns = _q_token_rewards(q, cu_seqlens, stats, mask, center, rescore_last, *penalty, min_std, eps)
     if values is None:
         return returns.clone(), returns
-    v = values.double()
     if value_normalize:
         value_stats = moments(values, mask, cu_seqlens) if value_stats is None else value_stats
-        v = _q_token_rewards(v, cu_seqlens, value_stats, mask, False, False, None, None, 0.0, "abs", 0.0, eps)
-    v = v if mask is None else v.where(mask, 0.0)
-    return (returns - value_coef * v).to(returns.dtype), returns
+        v = _q_token_rewards(values, cu_seqlens, value_stats, mask, False, False, None, None, 0.0, "abs", 0.0, eps)
+    else:
+        v = values.to(returns.dtype, copy=True) if mask is None else values.to(returns.dtype).where(mask, 0.0)
+    v.mul_(value_coef)
+    return torch.sub(returns, v, out=v), returns
 
 
 @_q_advantages.register_fake

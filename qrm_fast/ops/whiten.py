@@ -42,14 +42,16 @@ def whiten(
     return _whiten(x, stats, mask, bool(center), bool(unbiased), float(eps))
 
 
-@constant_op("whiten")
+@constant_op("whiten", on_every_device=True)
 def _whiten(x: Tensor, stats: Tensor, mask: Tensor | None, center: bool, unbiased: bool, eps: float) -> Tensor:
     count, mean, m2 = stats[0].unbind()
     variance = m2 / (count - int(unbiased)).clamp(min=1)
-    y = x.double() - mean if center else x.double()
-    y = (y / (variance + eps).sqrt()).where(variance != 0, 0.0)
-    y = y if mask is None else y.where(mask, 0.0)
-    return y.to(acc_dtype(x.dtype))
+    scale = (variance + eps).sqrt().reciprocal().where(variance != 0, 0.0)
+    y = x.to(torch.float64, copy=True)
+    if center:
+        y.sub_(mean)
+    y = y.mul_(scale).to(acc_dtype(x.dtype))
+    return y if mask is None else y.where(mask, 0.0)
 
 
 @_whiten.register_fake

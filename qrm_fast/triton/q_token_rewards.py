@@ -1,9 +1,8 @@
-"""Triton kernels of q_token_rewards, which q_advantages launches too: every row is read and written once.
+"""Triton kernels of q_token_rewards: every row is read and written once, the penalty in the same launch.
 
-4 + 4 bytes per row in fp32, 8 more with the KL penalty, 8 with a critic's values, 1 with a mask; the penalty, the
-critic's share and the two results are one launch. Re-scoring the last action is a second launch, one program per
-sequence, which reads q once more for the mean and writes one row. In float64, rounded once: free beside memory.
-Block sizes have been compiled, not yet timed on a GPU.
+4 + 4 bytes per row in fp32, 8 more with the KL penalty, 1 with a mask. Re-scoring the last action is a second launch,
+one program per sequence, which reads q once more for the mean and writes one row. In float64, rounded once: free beside
+memory. Block sizes have been compiled, not yet timed on a GPU.
 """
 
 import torch
@@ -55,29 +54,17 @@ def kl_penalty(logprobs, ref_logprobs, o_t, m_t, kl_coef, KL: tl.constexpr):
 
 
 @triton.jit
-def critic_share(values, value_stats, i_set, o_t, m_t, value_coef, eps):
-    b_value = tl.load(values + o_t, m_t, 0.0).to(tl.float64)
-    if value_stats is not None:
-        b_value = normalised(b_value, value_stats + i_set * 3, 0.0, eps, False)
-    return value_coef * b_value
-
-
-@triton.jit
 def reward_rows(
     q,  # [T]
-    values,  # [T] or None: no advantages
     cu_seqlens,  # [S+1]
     stats,  # [1, 3], or [S, 3] if PER_SEQUENCE
-    value_stats,  # the same of the values, or None: they are taken as they are
     mask,  # [T] or None
     logprobs,  # [T] or None: no penalty
     ref_logprobs,  # [T] or None
-    advantages,  # [T] or None
-    returns,  # [T]
+    rewards,  # [T]
     num_rows,
     num_sequences,
     num_halvings,
-    value_coef,
     kl_coef,
     min_std,
     eps,
@@ -97,26 +84,19 @@ def reward_rows(
     b_y = normalised(tl.load(q + o_t, m_kept, 0.0).to(tl.float64), stats + i_set * 3, min_std, eps, CENTER)
     if logprobs is not None:
         b_y -= kl_penalty(logprobs, ref_logprobs, o_t, m_kept, kl_coef, KL)
-    tl.store(returns + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
-    if values is not None:
-        b_y -= critic_share(values, value_stats, i_set, o_t, m_kept, value_coef, eps)
-        tl.store(advantages + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
+    tl.store(rewards + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
 
 
 @triton.jit
 def rescore_last(
     q,
-    values,
     cu_seqlens,
     stats,
-    value_stats,
     mask,
     logprobs,
     ref_logprobs,
-    advantages,
-    returns,
+    rewards,
     num_rows,
-    value_coef,
     kl_coef,
     min_std,
     eps,
@@ -149,44 +129,7 @@ def rescore_last(
     average = tl.sum(b_total, 0) / tl.maximum(tl.sum(b_kept, 0), 1.0)
     if logprobs is not None:
         average -= kl_penalty(logprobs, ref_logprobs, i_last, m_last, kl_coef, KL)
-    tl.store(returns + i_last, average.to(tl.float32), m_last)
-    if values is not None:
-        average -= critic_share(values, value_stats, i_set, i_last, m_last, value_coef, eps)
-        tl.store(advantages + i_last, average.to(tl.float32), m_last)
-
-
-def run(
-    q: Tensor,
-    values: Tensor | None,
-    cu_seqlens: Tensor,
-    stats: Tensor,
-    value_stats: Tensor | None,
-    mask: Tensor | None,
-    value_coef: float,
-    center: bool,
-    rescore: bool,
-    logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    min_std: float,
-    eps: float,
-) -> tuple[Tensor | None, Tensor]:
-    """Advantages (None without values) and returns, [T] float32 each."""
-    num_rows, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
-    returns = torch.empty_like(q, dtype=torch.float32)
-    advantages = None if values is None else torch.empty_like(returns)
-    if num_rows and num_sequences:
-        tensors = q, values, cu_seqlens, stats, value_stats, mask, logprobs, ref_logprobs, advantages, returns
-        scalars = value_coef, kl_coef, min_std, eps
-        options = dict(PER_SEQUENCE=stats.shape[0] > 1, CENTER=center, KL=kl_estimator, **LAUNCH)
-        with torch.cuda.device_of(q):
-            reward_rows[(triton.cdiv(num_rows, LAUNCH["BT"]),)](
-                *tensors, num_rows, num_sequences, (num_sequences - 1).bit_length(), *scalars, **options
-            )
-            if rescore:
-                rescore_last[(num_sequences,)](*tensors, num_rows, *scalars, **options)
-    return advantages, returns
+    tl.store(rewards + i_last, average.to(tl.float32), m_last)
 
 
 def launch(
@@ -203,26 +146,35 @@ def launch(
     min_std: float,
     eps: float,
 ) -> Tensor:
-    penalty = logprobs, ref_logprobs, kl_coef, kl_estimator
-    return run(q, None, cu_seqlens, stats, None, mask, 0.0, center, rescore, *penalty, min_std, eps)[1]
+    num_rows, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
+    rewards = torch.empty_like(q, dtype=torch.float32)
+    if num_rows and num_sequences:
+        tensors = q, cu_seqlens, stats, mask, logprobs, ref_logprobs, rewards
+        scalars = kl_coef, min_std, eps
+        options = dict(PER_SEQUENCE=stats.shape[0] > 1, CENTER=center, KL=kl_estimator, **LAUNCH)
+        with torch.cuda.device_of(q):
+            reward_rows[(triton.cdiv(num_rows, LAUNCH["BT"]),)](
+                *tensors, num_rows, num_sequences, (num_sequences - 1).bit_length(), *scalars, **options
+            )
+            if rescore:
+                rescore_last[(num_sequences,)](*tensors, num_rows, *scalars, **options)
+    return rewards
 
 
 _q_token_rewards.register_kernel("cuda")(launch)
 
 
-def aot(kernel, dtype: str, index: str, **constants) -> tuple:
+def _aot(kernel, dtype: str, index: str, **constants) -> tuple:
     """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
     types = dict.fromkeys(kernel.arg_names, "*fp32")
-    types |= {"q": f"*{dtype}", "values": f"*{dtype}", "cu_seqlens": f"*{index}", "mask": "*i1"}
-    types |= dict.fromkeys(("stats", "value_stats"), "*fp64")
+    types |= {"q": f"*{dtype}", "cu_seqlens": f"*{index}", "stats": "*fp64", "mask": "*i1"}
     types |= dict.fromkeys(("num_rows", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("value_coef", "kl_coef", "min_std", "eps"), "fp32")
+    types |= dict.fromkeys(("kl_coef", "min_std", "eps"), "fp32")
     return kernel, types, {"BT": LAUNCH["BT"], **constants}, LAUNCH["num_warps"], False
 
 
-_ALONE = dict.fromkeys(("values", "value_stats", "advantages"))
 AOT = [
-    aot(kernel, *dtypes, **constants, **_ALONE)
+    _aot(kernel, *dtypes, **constants)
     for kernel in (reward_rows, rescore_last)
     for dtypes, constants in (
         (("bf16", "i32"), dict(PER_SEQUENCE=True, CENTER=True, KL="k3")),
