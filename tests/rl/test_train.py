@@ -239,7 +239,7 @@ def test_bad_input(config, tmp_path):
         train(replace(config, q_rm=config.model))
     with pytest.raises(ValueError, match='expected kl_in "loss" with reward "verifier"'):
         train(replace(config, preset="rloo", kl_coef=0.1, kl_in="reward"))
-    with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, got judge"):
+    with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, math, got judge"):
         train(replace(config, preset="rloo", verifier="judge"))
     with pytest.raises(
         ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 20 tokens, got 17"
