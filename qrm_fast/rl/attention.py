@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ..packing import PackedBatch, pack
 
 try:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_varlen_func
 except ImportError:  # not installed, not built for this machine, or flash-attn-4, whose package has the same name
     flash_attn_varlen_func = None
 

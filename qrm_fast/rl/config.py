@@ -46,7 +46,7 @@ class Config(RunOptions):
     eval_data: str | None = None
     """JSONL file of prompts with labels, on which Pass@1 is measured."""
     verifier: str = "number"
-    """Who judges answers, in evaluation and for the reward "verifier": "number" or "arithmetic"."""
+    """Who judges answers, in evaluation and for the reward "verifier": "number", "math" or "arithmetic"."""
     algorithm: Literal["reinforce", "ppo"] = "reinforce"
 
     reward: Literal["q-rm", "verifier", "random"] = "q-rm"

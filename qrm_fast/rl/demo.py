@@ -18,7 +18,7 @@ from .data import Demonstration, Example, Pair, write_jsonl
 from .models import load_policy
 from .policy import Policy
 from .reward_training import QRMConfig, QRMResult, train_q_rm
-from .rewards import verified
+from .rewards import answer_texts, verified
 from .rollout import TransformersEngine
 from .score import TokenScores, score
 from .sft import SFTConfig, train_sft
@@ -105,7 +105,7 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
 
         examples = arithmetic_examples(SFT.num_steps * SFT.batch_size, split="train", seed=10 * seed)
         slips = Random(seed)
-        rows = [Demonstration(e.instruction, arithmetic_demonstration(e.instruction, slips)) for e in examples]
+        rows = [Demonstration(e.instruction, arithmetic_demonstration(str(e.instruction), slips)) for e in examples]
         write_jsonl(folder / "demonstrations.jsonl", rows)
         write_jsonl(folder / "prompts.jsonl", arithmetic_examples(NUM_RL_PROMPTS, split="train", seed=10 * seed + 1))
         write_jsonl(folder / "report.jsonl", arithmetic_examples(NUM_REPORT_PROMPTS, split="report", seed=seed))
@@ -142,8 +142,9 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
     print_table(runs)
     examples = arithmetic_examples(NUM_REPORT_PROMPTS, split="report", seed=0)
     pair = sample_pairs(f"{out}/seed0/sft", examples[:32], seed=0)[0][0]
-    right, wrong = score(f"{out}/seed0/q_rm", pair.instruction, [pair.chosen, pair.rejected])
-    return DemoResult(out, runs, q_rms, pair.instruction, right, wrong)
+    prompt = str(pair.instruction)
+    right, wrong = score(f"{out}/seed0/q_rm", prompt, [pair.chosen, pair.rejected])
+    return DemoResult(out, runs, q_rms, prompt, right, wrong)
 
 
 def sample_pairs(directory: str, examples: list[Example], seed: int) -> tuple[list[Pair], float]:
@@ -162,11 +163,11 @@ def sample_pairs(directory: str, examples: list[Example], seed: int) -> tuple[li
     asked = [example for example in examples for _ in range(ANSWERS_PER_PROMPT)]
     labels = [example.label for example in asked]
     is_right = verified("arithmetic", tokenizer, rollout.responses, rollout.finished, labels).bool().tolist()
-    texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    texts = answer_texts(tokenizer, rollout.responses, rollout.finished)
     answers: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # prompt: its different wrong and right ones
     for example, text, finished, right in zip(asked, texts, rollout.finished, is_right, strict=True):
         if finished:
-            answers.setdefault(example.instruction, ({}, {}))[right][text] = None
+            answers.setdefault(str(example.instruction), ({}, {}))[right][text] = None
     pairs = []
     for instruction, (wrong, right) in answers.items():
         chosen = next(iter(right), None)

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from .. import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
 from .attention import check_packing
 from .checkpoint import save_checkpoint
-from .data import Pair, fit, read_jsonl
+from .data import Instruction, Pair, Rows, fit_rows, read_rows, texts, unequal_pairs
 from .models import check_context, load_token_model
 from .optimizer import AdamW
 from .ranges import Count, NonNegative, Positive, Share, check_ranges
 from .run_folder import RunFolder
 from .scorer import TokenScorer
 from .steps import StepOptions, take_steps, tokens_per_s
-from .tokenizers import encode_prompt, encode_response, load_tokenizer
+from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -71,15 +71,19 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
-    rows = read_jsonl(config.data, Pair)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, (text for row in rows for text in row))
-    pairs = _token_pairs(rows, tokenizer, config)
+    rows = read_rows(config.data, Pair)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, texts(rows))
+    stop_ids = load_stop_ids(config.model, tokenizer)
+    pairs = _token_pairs(rows, tokenizer, config, stop_ids[0])
+    different = unequal_pairs(pairs, rows.places)
+    instructions, pairs = [rows[i].instruction for i in different], [pairs[i] for i in different]
     _microbatches(pairs, config.max_tokens)  # a pair over the budget is an error now, not in the middle of training
-    train, heldout = _split(rows, pairs, config, order)
+    train, heldout = _split(instructions, pairs, config, order)
     model = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
     longest = max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
     check_context(model, longest)
     check_packing(model, longest)
+    model.config.eos_token_id = stop_ids  # who scores with it ends texts as they were trained on
     q_rm = TokenScorer(model, reads_action=True).train()
 
     batches = []
@@ -137,24 +141,23 @@ def evaluate_pairs(q_rm: TokenScorer, pairs: list[TokenPair], config: QRMConfig)
     return PairMetrics(*(sums / len(pairs)).tolist())
 
 
-def _token_pairs(rows: list[Pair], tokenizer: PreTrainedTokenizerBase, config: QRMConfig) -> list[TokenPair]:
-    token_pairs = []
-    for line, row in enumerate(rows, start=1):
-        prompt = encode_prompt(tokenizer, row.instruction)
-        responses = (encode_response(tokenizer, text) for text in (row.chosen, row.rejected))
-        answers = (fit(prompt, response, config.max_len, f"{config.data}:{line}") for response in responses)
-        token_pairs.append(TokenPair(prompt, *answers))
-    return token_pairs
+def _token_pairs(rows: Rows[Pair], tokenizer: PreTrainedTokenizerBase, config: QRMConfig, end: int) -> list[TokenPair]:
+    prompts = encode_prompts(tokenizer, rows)
+    sides = (
+        fit_rows(prompts, encode_responses(tokenizer, rows, field, end), config.max_len, rows.places)
+        for field in ("chosen", "rejected")
+    )
+    return [TokenPair(*pair) for pair in zip(prompts, *sides, strict=True)]
 
 
 def _split(
-    rows: list[Pair], pairs: list[TokenPair], config: QRMConfig, order: torch.Generator
+    instructions: list[Instruction], pairs: list[TokenPair], config: QRMConfig, order: torch.Generator
 ) -> tuple[list[TokenPair], list[TokenPair]]:
-    prompts = list(dict.fromkeys(row.instruction for row in rows))
+    prompts = list(dict.fromkeys(instructions))
     num_heldout = round(config.heldout * len(prompts))
     kept = {prompts[i] for i in torch.randperm(len(prompts), generator=order)[:num_heldout].tolist()}
-    train = [pair for row, pair in zip(rows, pairs, strict=True) if row.instruction not in kept]
-    heldout = [pair for row, pair in zip(rows, pairs, strict=True) if row.instruction in kept]
+    train = [pair for prompt, pair in zip(instructions, pairs, strict=True) if prompt not in kept]
+    heldout = [pair for prompt, pair in zip(instructions, pairs, strict=True) if prompt in kept]
     if not train or (config.heldout and not heldout):
         raise ValueError(
             f"heldout must leave pairs to train on and to evaluate, got {config.heldout} of {len(prompts)} prompts"

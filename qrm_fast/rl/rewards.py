@@ -148,6 +148,12 @@ def verified(
     Raises ValueError for an unknown verifier.
     """
     is_right = find_verifier(verifier)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    texts = answer_texts(tokenizer, responses, finished)
     rows = zip(texts, finished, labels, strict=True)
     return torch.tensor([float(done and is_right(text, label)) for text, done, label in rows])
+
+
+def answer_texts(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]], finished: list[bool]) -> list[str]:
+    """The texts of responses, without the tokens that ended them."""
+    written = [response[:-1] if done else response for response, done in zip(responses, finished, strict=True)]
+    return tokenizer.batch_decode(written, skip_special_tokens=True)

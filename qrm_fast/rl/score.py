@@ -8,7 +8,7 @@ from .. import pack, q_token_rewards, unpack
 from .attention import check_packing
 from .models import check_context, load_q_rm
 from .scorer import TokenScorer
-from .tokenizers import encode_prompt, encode_response, load_tokenizer
+from .tokenizers import encode_prompt, encode_response, load_stop_ids, load_tokenizer
 
 
 class TokenScores(NamedTuple):
@@ -29,7 +29,8 @@ def score(
     tokenizer = load_tokenizer(q_rm)
     model = load_q_rm(q_rm, tokenizer, device=device, dtype=dtype)
     prompt_ids = encode_prompt(tokenizer, prompt)
-    answers = [encode_response(tokenizer, response) for response in responses]
+    end_id = load_stop_ids(q_rm, tokenizer)[0]
+    answers = [encode_response(tokenizer, response, end_id) for response in responses]
     longest = len(prompt_ids) + max(map(len, answers))
     check_context(model, longest)
     check_packing(model, longest)

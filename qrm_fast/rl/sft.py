@@ -9,14 +9,14 @@ from torch import Tensor
 from .. import pack, plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
-from .data import Demonstration, fit, read_jsonl
+from .data import Demonstration, fit_rows, read_rows, texts
 from .models import check_context, load_policy, num_token_ids
 from .optimizer import AdamW
 from .policy import Policy
 from .ranges import Count, NonNegative, Share, check_ranges
 from .run_folder import RunFolder
 from .steps import StepOptions, take_steps, tokens_per_s
-from .tokenizers import encode_prompt, encode_response, load_tokenizer
+from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -51,13 +51,12 @@ def train_sft(config: SFTConfig) -> SFTResult:
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
-    rows = read_jsonl(config.data, Demonstration)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, (text for row in rows for text in row))
-    prompts = [encode_prompt(tokenizer, row.instruction) for row in rows]
-    sequences = [
-        fit(prompt, encode_response(tokenizer, row.response), config.max_len, f"{config.data}:{i}")
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True), start=1)
-    ]
+    rows = read_rows(config.data, Demonstration)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, texts(rows))
+    end_id = load_stop_ids(config.model, tokenizer)[0]
+    prompts = encode_prompts(tokenizer, rows)
+    responses = encode_responses(tokenizer, rows, "response", end_id)
+    sequences = fit_rows(prompts, responses, config.max_len, rows.places)
     plan_microbatches(list(map(len, sequences)), max_tokens=config.max_tokens)  # over the budget is an error now
     model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
     longest = max(map(len, sequences))

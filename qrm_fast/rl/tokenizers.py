@@ -3,9 +3,17 @@
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from .arithmetic import arithmetic_tokenizer
+from .control_tokens import chat_ids, find_control, text_ids
+from .data import Instruction, Message, Rows, at
 
 BPE_VOCABULARY = 4096
 
@@ -63,21 +71,71 @@ def check_same_vocabulary(policy: PreTrainedTokenizerBase, reward: PreTrainedTok
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
+    """Ids that end a response, the one that ends training texts first.
+
+    These are the tokenizer's EOS and what the model's generation configuration names. Where it names the token that
+    the chat template writes after the assistant's turn, training texts end with that one, as the model's own do.
+    """
+    named = getattr(generation_config, "eos_token_id", None)
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    turn = find_control(tokenizer).turn_end
+    return list(dict.fromkeys([*([turn] if turn in named else []), tokenizer.eos_token_id, *named]))
+
+
+def load_stop_ids(spec: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`stop_ids` of the model at `spec`, as `load_policy` takes it, by its files alone."""
+    if spec.startswith("scratch:"):
+        return stop_ids(tokenizer)
+    try:
+        generation_config = GenerationConfig.from_pretrained(spec)
+    except OSError:  # there is none: transformers then generates by the model's configuration
+        generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(spec))
+    return stop_ids(tokenizer, generation_config)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[list[int]]:
+    """`encode_prompt` of every row. A prompt that is refused is named by its file and line."""
+    prompts = []
+    for row, place in zip(rows, rows.places, strict=True):
+        with at(place):
+            prompts.append(encode_prompt(tokenizer, row.instruction))
+    return prompts
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, field: str, end_id: int | None = None
+) -> list[list[int]]:
+    """`encode_response` of one field of every row. A response that is refused is named by its file and line."""
+    responses = []
+    for row, place in zip(rows, rows.places, strict=True):
+        with at(place):
+            responses.append(encode_response(tokenizer, getattr(row, field), end_id))
+    return responses
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> list[int]:
     """Token ids of a prompt: through the tokenizer's chat template where it has one, else the plain text.
 
-    Raises ValueError for a prompt without tokens, which nothing could be predicted from.
+    What a tokenizer puts before a text (BOS) stays, what it puts after one (EOS) does not: the response comes next.
+    Raises ValueError for a prompt without tokens, which nothing could be predicted from, for messages where there is no
+    chat template, for a prompt that the template refuses and for a text the tokenizer has no tokens for.
     """
-    if tokenizer.chat_template is None:
-        ids = tokenizer(instruction).input_ids
-        if not ids:
-            raise ValueError(f"a prompt must have at least one token, got none for the instruction {instruction!r}")
-        return ids
-    turn = [{"role": "user", "content": instruction}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    if tokenizer.chat_template is not None:
+        turns = (Message("user", instruction),) if isinstance(instruction, str) else instruction
+        return chat_ids(tokenizer, turns)
+    if not isinstance(instruction, str):
+        raise ValueError("a prompt of messages needs a tokenizer with a chat template, got one without")
+    ids = text_ids(tokenizer, instruction, begin=True)
+    if not ids:
+        raise ValueError(f"a prompt must have at least one token, got none for the instruction {instruction!r}")
+    return ids
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Token ids of a response, tokenised on its own and ended by EOS, which is an action like any other."""
-    return [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, end_id: int | None = None) -> list[int]:
+    """Token ids of a response, tokenised on its own, and the token that ends it, which is an action like any other.
+
+    `end_id` is the first of the model's `stop_ids`, None the tokenizer's EOS. Raises ValueError for a text the
+    tokenizer has no tokens for.
+    """
+    return [*text_ids(tokenizer, response), tokenizer.eos_token_id if end_id is None else end_id]

@@ -7,7 +7,6 @@ to recompute them.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import islice
 from random import Random as HostRandom
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from .. import PackedBatch, pack, plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .config import Config, check
-from .data import Example, Prompt, read_jsonl
+from .data import Example, Prompt, Rows, read_rows
 from .metrics import MetricsLog, Phases
 from .models import check_context, load_policy, load_q_rm, load_token_model, num_token_ids
 from .optimizer import AdamW, trapezoid
@@ -29,8 +28,9 @@ from .rewards import QRM, Credit, Packed, Random, Verifier, verified
 from .rollout import Engine, Rollout, TransformersEngine, check_sampling
 from .run_folder import RunFolder
 from .scorer import TokenScorer
-from .tokenizers import check_same_vocabulary, encode_prompt, load_tokenizer
+from .tokenizers import check_same_vocabulary, encode_prompts, load_tokenizer, stop_ids
 from .update import Denominators, MicroBatch, means, update, update_critic
+from .verifiers import read_examples
 
 
 class PassAt1(NamedTuple):
@@ -74,9 +74,9 @@ def train(config: Config) -> TrainResult:
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    examples: Sequence[Prompt | Example]
-    examples = read_jsonl(config.data, Example) if config.reward == "verifier" else read_jsonl(config.data, Prompt)
-    eval_examples = read_jsonl(config.eval_data, Example) if config.eval_data else []
+    labelled = config.reward == "verifier"
+    examples: Rows = read_examples(config.data, config.verifier) if labelled else read_rows(config.data, Prompt)
+    eval_examples = read_examples(config.eval_data, config.verifier) if config.eval_data else Rows[Example]([], [])
     longest, longest_eval = (longest_answer(rows, tokenizer, config) for rows in (examples, eval_examples))
     if longest > config.max_tokens:
         raise ValueError(
@@ -96,8 +96,8 @@ def learn(
     folder: RunFolder,
     parts: Parts,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Prompt | Example],
-    eval_examples: list[Example],
+    examples: Rows,
+    eval_examples: Rows[Example],
 ) -> list[dict[str, float]]:
     """The iterations. Returns the rows of metrics.jsonl."""
     policy, engine, optimizer, credit, reference, critic, critic_optimizer = parts
@@ -120,12 +120,12 @@ def learn(
     if eval_examples and not first:
         log(0, evaluation() | phases.report())
 
+    all_prompts = encode_prompts(tokenizer, examples)
     order = prompt_order(len(examples), config)
     for iteration in range(first, config.num_iterations):
         seed = HostRandom(f"{config.seed} {iteration}").getrandbits(32)
         # ---- rollout: group_size answers to each prompt, with the log-probabilities they were sampled with
-        asked = [examples[i] for i in order[iteration]]
-        prompts = [encode_prompt(tokenizer, example.instruction) for example in asked]
+        prompts = [all_prompts[i] for i in order[iteration]]
         with phases("rollout"):
             rollout = engine.generate(
                 prompts,
@@ -137,7 +137,7 @@ def learn(
         num_answers, num_actions = len(rollout.responses), sum(map(len, rollout.responses))
         phases.count("rollout", num_actions)
         group_ids = torch.arange(num_answers, device=config.device) // config.group_size  # [S]
-        asked = [example for example in asked for _ in range(config.group_size)]
+        asked = [examples[i] for i in order[iteration] for _ in range(config.group_size)]
         prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
 
         # ---- credit of answers: one on which nothing would act is not even packed
@@ -236,24 +236,23 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         if module is not None:
             check_context(module.model, max(longest, longest_eval) if module is policy else longest)
             check_packing(module.model, longest)
-    engine = TransformersEngine(policy, [tokenizer.eos_token_id])
+    engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))
     check_sampling(engine, policy, longest)
     optimizer = AdamW(policy.train().parameters())
     return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer)
 
 
-def longest_answer(rows: Sequence[Prompt | Example], tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
+def longest_answer(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
     """Tokens of the longest prompt with the longest answer that sampling may give."""
-    prompts = (encode_prompt(tokenizer, row.instruction) for row in rows)
-    return max(map(len, prompts), default=0) + config.max_new_tokens
+    return max(map(len, encode_prompts(tokenizer, rows)), default=0) + config.max_new_tokens
 
 
-def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, examples: list[Example], config: Config) -> PassAt1:
+def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, examples: Rows[Example], config: Config) -> PassAt1:
     """Share of right answers over `examples`: greedy, and the mean over `eval_samples` answers at temperature 1.
 
     The samples of one policy are the same at every call: their seed is the run's.
     """
-    prompts = [encode_prompt(tokenizer, example.instruction) for example in examples]
+    prompts = encode_prompts(tokenizer, examples)
 
     def share_right(num_samples: int, temperature: float) -> float:
         rollout = engine.generate(

@@ -1,8 +1,6 @@
-"""The arithmetic task, the readers and the verifiers against hand-written tables."""
+"""The arithmetic task against hand-written tables."""
 
-import json
 from collections import Counter
-from decimal import Decimal
 from random import Random
 
 import pytest
@@ -20,9 +18,7 @@ from qrm_fast.rl.arithmetic import (
     arithmetic_steps,
     arithmetic_tokenizer,
 )
-from qrm_fast.rl.data import Demonstration, Example, Pair, read_jsonl, write_jsonl
-from qrm_fast.rl.tokenizers import encode_prompt, encode_response, load_tokenizer
-from qrm_fast.rl.verifiers import last_number, number_is_right
+from qrm_fast.rl.tokenizers import encode_prompt, encode_response
 
 RIGHT = "07+6=13\n\n13+1=14\n\n14+9=23\n\n#23"
 
@@ -31,6 +27,9 @@ def test_right_demonstration_of_the_table():
     assert arithmetic_demonstration("7+6+1+9:") == RIGHT
     assert arithmetic_is_right(RIGHT, "23") and not arithmetic_is_right(RIGHT, "13")
     assert not arithmetic_is_right("#23\n\n14+9=23", "23")
+    for label in ("7", "#23", "23 ", "", "twenty"):
+        with pytest.raises(ValueError, match="label must be a total of two digits"):
+            arithmetic_is_right(RIGHT, label)
 
 
 @pytest.mark.parametrize(
@@ -88,86 +87,3 @@ def test_tokens_round_trip_and_blank_line_is_one_token():
     assert tokenizer.decode(ids, skip_special_tokens=True) == "07+6=13\n\n#13"
     assert tokenizer.decode([16]) == STEP
     assert encode_prompt(tokenizer, "7+6:") == [9, 12, 8, 15]
-
-
-def test_chat_template_is_used_where_there_is_one():
-    tokenizer = load_tokenizer("bpe", ["hello there"])
-    plain = encode_prompt(tokenizer, "hello")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    )
-    assert tokenizer.decode(plain) == "hello"
-    assert tokenizer.decode(encode_prompt(tokenizer, "hello")) == "<user>hello!"
-
-
-def test_a_prompt_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="a prompt must have at least one token, got none for the instruction ''"):
-        encode_prompt(arithmetic_tokenizer(), "")
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so $1,234,567.50.", "1234567.50"),
-        ("1,234,567", "1234567"),
-        ("18.50", "18.5"),
-        ("Therefore 5 apples. Note 3 left", "3"),
-        ("10-5", "5"),
-        ("it is -7 degrees", "-7"),
-        ("it is \N{MINUS SIGN}7 degrees", "-7"),
-        ("1, 2, 3", "3"),
-        ("1,2,3", "3"),
-        ("1,234, and", "1234"),
-        ("#### 18", "18"),
-        ("about .5", ".5"),
-        ("12,3456", "3456"),
-        ("no number", None),
-        ("", None),
-    ],
-)
-def test_last_number(text, number):
-    assert last_number(text) == (None if number is None else Decimal(number))
-
-
-def test_numbers_are_compared_by_value():
-    assert number_is_right("She pays $18.50.", "18.5")
-    assert number_is_right("1,234,567", "1234567")
-    assert not number_is_right("567", "1,234,567")
-    assert not number_is_right("no idea", "3")
-    with pytest.raises(ValueError, match="label must hold a number, got 'none'"):
-        number_is_right("3", "none")
-
-
-def test_rows_survive_writing_and_reading(tmp_path):
-    for rows in (
-        [Example("1+1:", "02"), Example("ü\n", "x")],
-        [Pair("p", "good", "bad")],
-        [Demonstration("p", "r")],
-    ):
-        write_jsonl(tmp_path / "rows.jsonl", rows)
-        assert read_jsonl(tmp_path / "rows.jsonl", type(rows[0])) == rows
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"instruction": "a", "chosen": "b"', r"pairs.jsonl:2: expected one JSON object per line, got"),
-        ("", r"pairs.jsonl:2: expected one JSON object per line, got"),
-        ('["a"]', r"pairs.jsonl:2: expected a JSON object, got list"),
-        ('{"instruction": "a", "chosen": "b"}', r"pairs.jsonl:2: expected a string field 'rejected', got only \['ch"),
-        ('{"instruction": "a", "chosen": 3, "rejected": "c"}', r":2: expected a string field 'chosen', got int"),
-    ],
-)
-def test_malformed_line_names_file_and_line(tmp_path, line, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(Pair("p", "good", "bad")._asdict()) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_jsonl(path, Pair)
-
-
-def test_empty_and_missing_files(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"empty.jsonl: expected at least one row, got an empty file"):
-        read_jsonl(tmp_path / "empty.jsonl", Example)
-    with pytest.raises(FileNotFoundError, match=r"missing.jsonl"):
-        read_jsonl(tmp_path / "missing.jsonl", Example)

@@ -15,7 +15,7 @@ from qrm_fast.rl.arithmetic import (
     arithmetic_tokenizer,
 )
 from qrm_fast.rl.checkpoint import save_checkpoint
-from qrm_fast.rl.data import Demonstration, Example, Pair, read_jsonl
+from qrm_fast.rl.data import Demonstration, Example, Pair, read_rows
 from qrm_fast.rl.demo import demo, sample_pairs
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.rollout import Rollout
@@ -59,7 +59,7 @@ def test_everything_is_written_printed_and_returned(small, tmp_path, capsys, mon
         ("prompts", Example, "train"),
         ("report", Example, "report"),
     ):
-        rows = read_jsonl(folder / f"{name}.jsonl", row)
+        rows = read_rows(folder / f"{name}.jsonl", row)
         assert {arithmetic_split(x.instruction) for x in rows} == {split}
 
 

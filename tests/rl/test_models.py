@@ -328,24 +328,11 @@ def test_q_rm_starts_from_a_policy_checkpoint_and_keeps_a_trained_head(policy, t
     assert torch.equal(load_token_model(str(tmp_path / "q_rm"), tokenizer).score.weight, q_rm.score.weight)
 
 
-def test_bpe_is_trained_on_the_corpus_and_round_trips():
-    corpus = ["Janet's ducks lay 16 eggs.\n\nSo 16 - 3 = 13."] * 3
-    tokenizer = load_tokenizer("bpe", corpus)
-    ids = tokenizer(corpus[0]).input_ids
-    assert tokenizer.decode(ids) == corpus[0] and len(ids) < 20
-    assert tokenizer.decode(tokenizer("never seen: 猫").input_ids) == "never seen: 猫"
-    assert tokenizer.eos_token_id is not None
-    with pytest.raises(ValueError, match='"bpe" is trained on the texts of the data, got no text'):
-        load_tokenizer("bpe")
-
-
-def test_bad_specs_and_vocabularies(tokenizer, tmp_path):
+def test_bad_specs(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"model must be one of scratch:demo, scratch:small or .* got scratch:tiny"):
         load_policy("scratch:tiny", tokenizer)
     with pytest.raises(OSError, match="missing"):
         load_policy(str(tmp_path / "missing"), tokenizer)
-    with pytest.raises(ValueError, match="scratch:demo has no tokenizer of its own"):
-        load_tokenizer("scratch:demo")
     save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, tmp_path / "small")
     with pytest.raises(ValueError, match=r"small must embed the tokenizer's \d+ tokens, got 17"):
         load_policy(str(tmp_path / "small"), load_tokenizer("bpe", ["1+1"]))
@@ -353,13 +340,3 @@ def test_bad_specs_and_vocabularies(tokenizer, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="must fit the 16 positions of GPT2LMHeadModel, got 17"):
         check_context(load_policy(str(tmp_path / "gpt2"), tokenizer), 17)
-    check_same_vocabulary(tokenizer, load_tokenizer("arithmetic"))
-    other = load_tokenizer("bpe", ["1+1"])
-    with pytest.raises(
-        ValueError, match=r"must share one vocabulary, got 17 and \d+ tokens.* token '\\n\\n' has id 16"
-    ):
-        check_same_vocabulary(tokenizer, other)
-    moved = load_tokenizer("arithmetic")
-    moved.eos_token = "#"
-    with pytest.raises(ValueError, match="EOS ids 1 and 14"):
-        check_same_vocabulary(tokenizer, moved)

@@ -249,7 +249,7 @@ def test_bad_input(config, tmp_path):
         train(replace(config, **{**preset("rloo"), "kl_coef": 0.1, "kl_in": "reward"}))
     with pytest.raises(ValueError, match='value_coef needs token rewards, expected 0 with reward "verifier", got 0'):
         train(replace(config, **{**preset("rloo"), "value_coef": 0.5}))
-    with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, got judge"):
+    with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, math, got judge"):
         train(replace(config, **preset("rloo"), verifier="judge"))
     with pytest.raises(
         ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 20 tokens, got 17"
