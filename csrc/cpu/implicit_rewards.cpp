@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "dtypes.h"
-#include "simd/target_clones.h"
+#include "../dtypes.h"
+#include "simd/instruction_set.h"
 
 namespace qrm_fast {
 namespace {
@@ -11,8 +11,8 @@ namespace {
 using torch::stable::Tensor;
 
 template <typename T>
-QRM_FAST_TARGET_CLONES void scaled_difference(const T* logprobs, const T* ref_logprobs, int64_t begin, int64_t end,
-                                              acc_t<T> beta, acc_t<T>* rewards) {
+QRM_FAST_CLONES void scaled_difference(const T* logprobs, const T* ref_logprobs, int64_t begin, int64_t end,
+                                       acc_t<T> beta, acc_t<T>* rewards) {
   for (int64_t t = begin; t < end; ++t) {
     rewards[t] = beta * (static_cast<acc_t<T>>(logprobs[t]) - static_cast<acc_t<T>>(ref_logprobs[t]));
   }

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/groups.h"
 
 namespace qrm_fast {

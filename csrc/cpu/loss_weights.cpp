@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 
 namespace qrm_fast {

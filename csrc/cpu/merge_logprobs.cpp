@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "head/head.h"
+#include "head/fold.h"
 
 namespace qrm_fast {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace qrm_fast {
 namespace {

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 
 namespace qrm_fast {

@@ -10,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
 #include "q_token_rewards.h"

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
 #include "q_token_rewards.h"

@@ -5,7 +5,6 @@
 #include <optional>
 #include <tuple>
 
-#include "memory.h"
 #include "packed/scan.h"
 
 namespace qrm_fast {
@@ -23,7 +22,7 @@ struct VtraceRule {
 
   double gamma, decay, rho_bar, c_bar;  // decay = gamma lam
 
-  Handed end(double bootstrap) const { return {0, bootstrap}; }
+  Carry end(double bootstrap) const { return {0, bootstrap}; }
   double next(double value) const { return value; }
 
   template <int Bytes>
@@ -72,21 +71,9 @@ struct VtraceRule {
 std::tuple<Tensor, Tensor> vtrace(const Tensor& rewards, const Tensor& values, const Tensor& ratios,
                                   const Tensor& cu_seqlens, double gamma, double lam, double rho_bar, double c_bar,
                                   const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
-  const int64_t num_tokens = rewards.size(0);
-  const CuSeqlens cu(cu_seqlens, num_tokens);
-  Tensor targets = fresh_rows(rewards, num_tokens);
-  Tensor advantages = fresh_rows(rewards, num_tokens);
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using S = acc_t<T>;
-    PackedScan<SameRule<VtraceRule>, T>(
-        cu, num_tokens,
-        {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr()),
-         static_cast<const T*>(ratios.const_data_ptr())},
-        {static_cast<S*>(targets.mutable_data_ptr()), static_cast<S*>(advantages.mutable_data_ptr())},
-        data_or_null<bool>(mask), data_or_null<S>(bootstrap), {{gamma, gamma * lam, rho_bar, c_bar}})
-        .run();
-  });
+  const SameRule<VtraceRule> rules{{gamma, gamma * lam, rho_bar, c_bar}};
+  const auto [targets, advantages] =
+      scan_packed<2>({rewards, values, ratios}, cu_seqlens, bootstrap, mask, [&](auto) { return rules; });
   return {targets, advantages};
 }
 

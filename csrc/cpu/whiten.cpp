@@ -7,8 +7,9 @@
 #include <cmath>
 #include <optional>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "moments.h"
+#include "simd/instruction_set.h"
 
 namespace qrm_fast {
 namespace {
@@ -16,9 +17,8 @@ namespace {
 using torch::stable::Tensor;
 
 template <typename T>
-__attribute__((target_clones("avx512f", "avx2", "default"))) void whiten_rows(const T* x, const bool* mask,
-                                                                              int64_t begin, int64_t end, double shift,
-                                                                              double scale, acc_t<T>* y) {
+QRM_FAST_CLONES void whiten_rows(const T* x, const bool* mask, int64_t begin, int64_t end, double shift, double scale,
+                                 acc_t<T>* y) {
   for (int64_t t = begin; t < end; ++t) y[t] = (static_cast<double>(static_cast<acc_t<T>>(x[t])) - shift) * scale;
   if (mask != nullptr) {
     for (int64_t t = begin; t < end; ++t) y[t] = mask[t] ? y[t] : 0;

@@ -8,52 +8,12 @@
 // of their products, each exact, to the float: twice the rate where the processor has the instruction (AVX512_BF16). It
 // takes bfloat16 and sums below the smallest normal float for 0.
 #pragma once
-#include <sys/mman.h>
-
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <memory>
-#include <new>
 #include <utility>
-#include <vector>
 
-#include "../ceil_div.h"
 #include "../simd/simd.h"
 
 namespace qrm_fast {
-
-// Uninitialised arrays in one allocation, in huge pages where the system has them: the first touch of 4 KiB pages would
-// cost a call several percent, and panels in pages scattered over the sets of L2 do not stay there.
-template <typename S>
-class Scratch {
- public:
-  explicit Scratch(std::initializer_list<int64_t> counts) {
-    int64_t total = 0;
-    for (int64_t count : counts) {
-      starts_.push_back(total);
-      total += round_up(count, kLine / sizeof(S));
-    }
-    const int64_t bytes = std::max<int64_t>(total, 1) * sizeof(S);
-    const bool huge = bytes >= kHuge;
-    data_.reset(static_cast<S*>(::operator new(bytes, std::align_val_t(huge ? kHuge : kLine))));
-    data_.get_deleter().align = std::align_val_t(huge ? kHuge : kLine);
-    if (huge) madvise(data_.get(), bytes / kHuge * kHuge, MADV_HUGEPAGE);  // a hint: nothing to do where it is refused
-  }
-  explicit Scratch(int64_t count) : Scratch({count}) {}
-
-  S* get() const { return data_.get(); }
-  S* operator[](int i) const { return data_.get() + starts_[i]; }
-
- private:
-  static constexpr int64_t kLine = 64, kHuge = 2 << 20;
-  struct Delete {
-    std::align_val_t align{64};
-    void operator()(S* p) const { ::operator delete(p, align); }
-  };
-  std::unique_ptr<S, Delete> data_;
-  std::vector<int64_t> starts_;
-};
 
 // One tile: c[i][j] = (accumulate ? c[i][j] : 0) + sum_k A(i, k) b[k * nr + j] with
 //   A(i, k) = a[i * a_row + k * a_step + k / nr * a_jump]
@@ -76,7 +36,6 @@ struct Tile {
 
 inline constexpr int64_t kDepth = 128;     // steps of K that a tile sums at a time
 inline constexpr int64_t kAheadSteps = 8;  // divides every nr
-inline constexpr int64_t kLineBytes = 64;
 
 // Elements that a tile fetches between two jumps of `ahead`.
 template <typename S>
