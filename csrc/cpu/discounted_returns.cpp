@@ -1,5 +1,6 @@
 // Discounted returns over packed sequences, one reverse scan.
-// Reads rewards once and writes returns once: 8 bytes per token in fp32.
+// Reads rewards once and writes returns once: 8 bytes per token in fp32; nothing else of length T exists. packed/scan.h
+// has the order and its reasons.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

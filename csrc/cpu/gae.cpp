@@ -1,5 +1,6 @@
-// Generalised advantage estimation over packed sequences, one reverse scan.
-// Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32.
+// Generalised advantage estimation over packed sequences: TD errors, the recurrence and the returns in one reverse
+// scan. Reads rewards and values once, writes advantages and returns once: 16 bytes and some 15 FLOP per token in fp32,
+// so it is bound by memory. TD errors are never written. packed/scan.h has the order and its reasons.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -1,5 +1,5 @@
 // Count, mean and sum of squared deviations of the counted (unmasked, finite) rows of each sequence, group or the
-// batch. Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: memory decides the speed. Rows
+// batch. Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: bound by memory. Rows
 // are cut into blocks relative to their sequence's start; a block is held in cache for its two passes, about a value of
 // its own and then about its mean, and blocks, sequences and groups are joined in order. So the bits depend neither on
 // the number of threads nor, per sequence, on the packing, and a constant gives a spread of exactly zero.

@@ -1,8 +1,8 @@
 // The advantage of every step from its return: the group baselines of PURE and of its two codes, and the moments that
 // whitening needs. Reads and writes 8 bytes per step, some 40 times fewer than tokens; rows are read only where they
-// carry a penalty. step_rows then writes the rows. process_rows is all of it, step rewards to rows, in one call, the
-// levels in the place of the returns: memory is touched once per row, by the write. In double; sequences run in
-// parallel, groups and moments are summed in the order of the sequences.
+// carry a penalty. step_rows then writes the rows. process_rows fuses all of it, step rewards to rows; returns and
+// advantages of the steps stay in cache, and each row is written once and never read. In double; sequences run in
+// parallel, groups and moments are summed in the order of the sequences, so no bit depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,5 @@
 // Values of steps spread over the rows of their steps. Reads 8 bytes per step and, with a penalty, 4 per row; writes 4
-// per row in fp32: memory decides the speed. Threads take equal parts of the rows, wherever sequences end, and
+// per row in fp32: bound by memory. Threads take equal parts of the rows, wherever sequences end, and
 // fill them by whole vectors whose excess the next step overwrites.
 #include "step_rows.h"
 

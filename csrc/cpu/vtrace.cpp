@@ -1,5 +1,6 @@
-// V-trace over packed sequences, one reverse scan.
-// Reads rewards, values and ratios once, writes targets and advantages once: 20 bytes per token in fp32.
+// V-trace over packed sequences: clipped ratios, the recurrence, targets and advantages in one reverse scan.
+// Reads rewards, values and ratios once, writes targets and advantages once: 20 bytes per token in fp32. Clipped ratios
+// and TD errors are never written. packed/scan.h has the order and its reasons.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -39,7 +40,7 @@ struct VtraceRule {
         : gamma(rule.gamma), decay(rule.decay), rho_bar(L::broadcast(rule.rho_bar)), c_bar(L::broadcast(rule.c_bar)) {}
 
     QRM_FAST_INLINE Vec rho(const Vec* in) const { return L::minimum(in[2], rho_bar); }
-    // Eight factors of a vector multiply to zero only through a zero: see decay_product.
+    // The product of a vector's eight factors is zero only if one of them is: see decay_product.
     QRM_FAST_INLINE Vec factor(const Vec* in) const {
       const Vec f = decay * L::minimum(in[2], c_bar);
       // max(f, 1e-38), but 0 for 0: f times a large number is at most 1 only where it must be raised.

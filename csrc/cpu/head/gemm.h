@@ -1,12 +1,12 @@
 // Register tiles of C [m, n] += A [m, K] B [K, n], accumulated in float or double.
 //
-// An element of A is broadcast and read where it lies: A is the weight itself, or the logits' gradient itself. A row of
-// B is `nr` contiguous elements of a panel [K][nr]. A tile walks K in order, so an element of C has the same bits
-// whatever m, n, its position and the thread count are: the reason that a vendor GEMM is not used here.
+// A is read in place, element by element, and broadcast: it is the weight or the gradient of the logits. A row of B is
+// `nr` contiguous elements of a panel [K][nr]. A tile sums over K in order, so the bits of an element of C depend on
+// neither m, n, its position nor the number of threads. A vendor GEMM does not promise that.
 //
-// An element of a tile for pairs is two bfloat16 of neighbouring k in the place of a float, and a step of K adds both
-// of their products, each exact, to the float: twice the rate where the processor has the instruction (AVX512_BF16). It
-// takes bfloat16 and sums below the smallest normal float for 0.
+// In a tile of pairs, two bfloat16 of neighbouring k stand in the place of a float, and a step of K adds both products,
+// each exact, to the float: twice the rate, where the processor has AVX512_BF16. The instruction treats bfloat16 and
+// sums below the smallest normal float as 0.
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -17,9 +17,8 @@ namespace qrm_fast {
 
 // One tile: c[i][j] = (accumulate ? c[i][j] : 0) + sum_k A(i, k) b[k * nr + j] with
 //   A(i, k) = a[i * a_row + k * a_step + k / nr * a_jump]
-// where a_jump is for an A that itself is stored in panels. Meanwhile the tile fetches what is read next, on every
-// kAheadSteps steps two cache lines: one from `ahead`, which moves on by `ahead_jump` after nr steps, and one from
-// `soon`.
+// where a_jump is for an A that is stored in panels itself. Every kAheadSteps steps the tile prefetches two cache lines
+// of what the next tiles read: one from `ahead`, which moves by `ahead_jump` after nr steps, and one from `soon`.
 template <typename S>
 struct Tile {
   int64_t depth;

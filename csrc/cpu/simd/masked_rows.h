@@ -1,5 +1,5 @@
-// Rows with holes: the unmasked ones side by side, and back. AVX-512 has instructions for it; elsewhere eight rows at a
-// time are permuted by a table over their mask's bits.
+// Rows with holes: moves the unmasked rows side by side (squeeze), and back (spread). AVX-512 has instructions for
+// both; other sets permute eight rows at a time, by a table indexed by the bits of their mask.
 #pragma once
 #include <cstdint>
 #include <cstring>
