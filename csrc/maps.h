@@ -1,14 +1,9 @@
-// The maps that a reverse scan over rows composes. A row turns what the row after it hands on, x, into what it hands on
-// itself; a run of rows composes to a map of the same form, so that runs are folded independently and joined later.
+// The maps of a reverse scan. A row maps the state x of the row after it to its own state; the rows of a run compose to
+// one map of the same form. So threads compose runs independently, before the state behind a run is known.
 #pragma once
 #include <cmath>
-#include <cstdint>
 
-#if defined(__CUDACC__)
-#define QRM_FAST_HOST_DEVICE __host__ __device__
-#else
-#define QRM_FAST_HOST_DEVICE
-#endif
+#include "indices.h"
 
 namespace qrm_fast {
 
@@ -16,8 +11,8 @@ namespace qrm_fast {
 template <typename A>
 constexpr A kSmallest = static_cast<A>(sizeof(A) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
 
-// a * b that reaches zero only through a zero: a factor that decayed away still hands infinity and NaN on, as a loop
-// over the rows would.
+// a * b, but zero only if a factor is zero: where the product underflows, an infinite or NaN state still comes through,
+// as in a loop over the rows.
 template <typename A>
 QRM_FAST_HOST_DEVICE inline A decay_product(A a, A b) {
   const A p = a * b;
@@ -46,11 +41,12 @@ struct Affine {
 
   QRM_FAST_HOST_DEVICE static Affine identity() { return {A(1), A(0)}; }
   QRM_FAST_HOST_DEVICE A operator()(A x) const { return b + a * x; }
-  // The map of these rows and of the rows after them.
+  // The map of these rows followed by the later ones.
   QRM_FAST_HOST_DEVICE Affine after(const Affine& later) const { return {decay_product(a, later.a), b + a * later.b}; }
 };
 
-// x -> min(m, b + a x), a >= 0. A factor of zero drops its term: a row without a step reward hands on infinity.
+// x -> min(m, b + a x), a >= 0. A factor of zero drops its term, because x may be infinite: a row without a step
+// reward.
 template <typename A>
 struct ClampedAffine {
   A m, a, b;

@@ -29,6 +29,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; `make gpu` runs these")
     config.addinivalue_line("markers", "unpoisoned: runs as users do, without PyTorch's deterministic mode")
+    config.addinivalue_line("markers", "vectors: test_narrower_vectors.py runs it on CPU kernels of narrower vectors")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,11 +1,11 @@
 // Every instruction set's head kernels against plain loops in double: the extension itself only runs the best of them.
 // Prints a line per set that this CPU has; exits with 1 where one is wrong.
-#include "../csrc/cpu/head_tiles.h"
+#include "../csrc/cpu/head/tiles.h"
 
 #include <cstdio>
 #include <vector>
 
-#include "../csrc/cpu/head_panels.h"
+#include "../csrc/cpu/head/panels.h"
 
 using namespace qrm_fast;
 
@@ -218,26 +218,21 @@ void check_panels(const char* set, const PanelKernels<S>& kernels) {
   expect(set, "panel one unmasked, weighted", stats[2 * nr + 1], 0, 0);
 }
 
+template <int Bytes>
+void check_set(const char* set) {
+  check(set, HeadKernels<float>::compiled<Bytes>());
+  check_panels(set, PanelKernels<float>::compiled<Bytes>());
+  check(set, HeadKernels<double>::compiled<Bytes>());
+  check_panels(set, PanelKernels<double>::compiled<Bytes>());
+}
+
 }  // namespace
 
 int main() {
-  check("portable", PortableHead<float>::kernels());
-  check_panels("portable", PortablePanel<float>::kernels());
-  check("portable", PortableHead<double>::kernels());
-  check_panels("portable", PortablePanel<double>::kernels());
+  check_set<16>("portable");
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    check("avx2", Avx2Head<float>::kernels());
-    check_panels("avx2", Avx2Panel<float>::kernels());
-    check("avx2", Avx2Head<double>::kernels());
-    check_panels("avx2", Avx2Panel<double>::kernels());
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-    check("avx512", Avx512Head<float>::kernels());
-    check_panels("avx512", Avx512Panel<float>::kernels());
-    check("avx512", Avx512Head<double>::kernels());
-    check_panels("avx512", Avx512Panel<double>::kernels());
-  }
+  if (__builtin_cpu_supports("x86-64-v3")) check_set<32>("avx2");
+  if (__builtin_cpu_supports("x86-64-v4")) check_set<64>("avx512");
   if (panel_kernels<float>().pair_tile != nullptr) check_pair_tile(panel_kernels<float>());
 #endif
   return failures > 0;

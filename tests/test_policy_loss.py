@@ -151,6 +151,7 @@ def rms(x):
     return x.double().square().mean().sqrt()
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_further_from_float64_than_autograd(dtype, options):
@@ -197,6 +198,7 @@ def through_reference(logprobs, advantages, entropy, *rest):
     return loss + linear - linear.detach(), metrics, dlogprobs, dentropy
 
 
+@pytest.mark.vectors
 def test_table():
     """Six rows by hand: clipped above, clipped below, on the policy, bounded by dual_clip, unclipped, masked."""
     nan = math.nan
@@ -221,6 +223,7 @@ def test_table():
     assert out.metrics.entropy.item() == out.metrics.ref_kl.item() == 0
 
 
+@pytest.mark.vectors
 def test_table_of_cispo():
     """Ratios 2 (clipped to 1.2) and 1/2 (never clipped from below); the scale has no gradient of its own."""
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -234,6 +237,7 @@ def test_table_of_cispo():
     assert out.metrics.ratio_max.item() == pytest.approx(2)
 
 
+@pytest.mark.vectors
 def test_table_of_gspo():
     """Sequences of ratios (4, 1), none and (1/4, masked, 1): s is 2 and 1/2 in every row."""
     nan = math.nan
@@ -257,6 +261,7 @@ def test_table_of_gspo():
     assert out.metrics.approx_kl.item() == pytest.approx(0.5 * (3 - math.log(4)) + 0.25 * (math.log(4) - 0.75))
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize(
     "estimator, kl, slope",
     [("k1", math.log(2), 1), ("k2", math.log(2) ** 2 / 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
@@ -284,6 +289,7 @@ def test_table_of_kl_estimators(estimator, kl, slope):
     torch.testing.assert_close(entropy.grad, torch.tensor([-0.05, -0.05]))
 
 
+@pytest.mark.vectors
 def test_small_log_ratios_keep_their_digits():
     """(r - 1) - log r is d^2 / 2 near the policy; exp(d) - 1 - d in float32 would be rounding noise."""
     d = torch.tensor([1e-4, -1e-4])
@@ -312,6 +318,7 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(loss, (logprobs, entropy))
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
 def test_masked_rows_never_leak(fill):
     assert_masked_rows_never_leak(OPTIONS["ppo-k3"], fill)
@@ -331,6 +338,7 @@ def assert_masked_rows_never_leak(options, fill):
     assert (got[-1][masked] == 0).all() and (got[-2][masked] == 0).all()
 
 
+@pytest.mark.vectors
 def test_nan_in_a_counted_row_is_seen():
     for where in "logprobs", "advantages", "old_logprobs":
         logprobs, advantages, keywords = problem(5, torch.float32, weights=False)
@@ -346,6 +354,7 @@ def test_terms_of_coefficient_zero_cannot_spoil_the_loss():
     assert out.loss.item() == -1
 
 
+@pytest.mark.vectors
 def test_no_rows_and_no_counted_rows():
     for num_tokens in 0, 4:
         rows = torch.full((num_tokens,), math.nan)
@@ -368,6 +377,7 @@ def test_micro_batches_add_up():
         torch.testing.assert_close(combine([getattr(p.metrics, name) for p in parts]), value)
 
 
+@pytest.mark.vectors
 @pytest.mark.unpoisoned
 def test_bits_do_not_depend_on_threads_or_on_other_rows():
     arguments = problem(5000, torch.float32, **OPTIONS["ppo-k3"])

@@ -23,6 +23,7 @@ def assert_close_where_finite(ours, exact, peer, slack=1):
     assert_as_accurate(ours[finite], exact[finite], peer[finite], slack=slack)
 
 
+@pytest.mark.vectors
 @every_scan
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -36,6 +37,7 @@ def test_no_further_from_float64_than_pytorch(name, lengths, decay):
             assert_close_where_finite(*results)
 
 
+@pytest.mark.vectors
 @every_scan
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(name, dtype):
@@ -50,6 +52,7 @@ def test_dtypes(name, dtype):
         assert_close_where_finite(*results, slack=slack)
 
 
+@pytest.mark.vectors
 @every_scan
 def test_masked_rows_are_never_read_and_leave_no_trace(name):
     """NaN and infinity in a hole change no bit; a sequence with holes has the bits of the one without those rows."""
@@ -109,6 +112,7 @@ def test_bits_do_not_depend_on_the_packing(name, lengths, data):
         assert torch.equal(padded[field], result)
 
 
+@pytest.mark.vectors
 @pytest.mark.unpoisoned
 @every_scan
 def test_bits_of_long_sequences_do_not_depend_on_packing_or_threads(name):
@@ -130,6 +134,7 @@ def test_bits_of_long_sequences_do_not_depend_on_packing_or_threads(name):
             assert torch.equal(alone, results[0][:, rows])
 
 
+@pytest.mark.vectors
 @every_scan
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 1.0])
 def test_blocks_of_long_sequences_join(name, decay):
@@ -144,6 +149,7 @@ def test_blocks_of_long_sequences_join(name, decay):
             assert (got[finite] - want[finite]).abs().max() <= 1.2e-7 * want[finite].abs().max()  # a rounding
 
 
+@pytest.mark.vectors
 @every_scan
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

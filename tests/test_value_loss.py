@@ -69,6 +69,7 @@ def assert_as_accurate(function, dtype, options, sizes):
         assert_no_further(got, exact, peer.to(expected))
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_further_from_float64_than_autograd(dtype, options):
@@ -89,11 +90,13 @@ def assert_table(op):
     assert loss == (2.25 + 16 + 16 + 1) / 4 and derivative.tolist() == [0.75, 2, -2, 0.5]
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("op", [_value_loss, _value_loss._init_fn], ids=["kernel", "reference"])
 def test_table(op):
     assert_table(op)
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("op", [_value_loss, _value_loss._init_fn], ids=["kernel", "reference"])
 def test_not_a_number_is_not_dropped(op):
     x = torch.zeros(3, 20)
@@ -103,6 +106,7 @@ def test_not_a_number_is_not_dropped(op):
         assert op(*dirty, None, 0.5)[0].isnan()
 
 
+@pytest.mark.vectors
 def test_no_rows_and_no_counted_rows():
     for n in 0, 5:
         rows = torch.full((n,), math.nan).requires_grad_()
@@ -120,6 +124,7 @@ def test_micro_batches_add_up():
     torch.testing.assert_close(sum(parts), value_loss(values, returns, **keywords))
 
 
+@pytest.mark.vectors
 @pytest.mark.unpoisoned
 def test_bits_do_not_depend_on_threads_or_on_other_rows():
     arguments = problem(30000, torch.float32, **OPTIONS["clip-weights"])

@@ -8,7 +8,7 @@
 
 #include <tuple>
 
-#include "head/head.h"
+#include "head/fold.h"
 #include "memory.h"
 
 namespace qrm_fast {

@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/groups.h"
 
 namespace qrm_fast {

@@ -1,9 +1,9 @@
 // linear_logprobs: log_softmax(hidden @ weight.T) at the targets, and its entropy, without [T, V] logits.
 //
-// Forward: a block of kRows hidden rows stays in L2 while a thread sweeps the weight's rows past it; a chunk of kChunk
-// columns is folded into (max, sum, weighted sum) per row before the next overwrites it. 2 T D V FLOP. V is cut into
-// splits of kSplit columns, from V only, and their statistics are merged in a tree; a row's bits therefore depend on
-// that row, weight and bias alone.
+// Forward: a block of kScoredRows hidden rows stays in L2 while a thread sweeps the weight's rows past it; a chunk of
+// kChunk columns is folded into (max, sum, weighted sum) per row before the next overwrites it. 2 T D V FLOP. V is cut
+// into splits of kSplit columns, from V only, and their statistics are merged in a tree; a row's bits therefore depend
+// on that row, weight and bias alone.
 //
 // Backward: per slab of kBackwardSlab weight rows and block of kRows hidden rows, the logits are computed again, turned
 // into dZ in place, and multiplied twice: dX += dZ W, dW += dZ^T X. 6 T D V FLOP; dZ is the only buffer that is not
@@ -12,7 +12,7 @@
 
 #include <tuple>
 
-#include "head/head.h"
+#include "head/fold.h"
 #include "memory.h"
 
 namespace qrm_fast {
@@ -20,6 +20,7 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int64_t kRows = 256;           // hidden rows of a block of the backward pass
 constexpr int64_t kBackwardSlab = 8064;  // weight rows per step of the backward pass; a multiple of kChunk
 
 template <typename In>
@@ -68,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
   constexpr bool kRounded = !std::is_same_v<In, S>;
   const Scratch<S> memory(
       {panels * head.x_panel(), need_weight ? count * wide : 0, need_hidden ? panels * head.padded_dim() * nr : 0,
-       need_hidden ? head.hidden_gradient_scratch() : 0, need_weight && kRounded ? slab * dim : 0, kRows * slab});
+       need_hidden ? hidden_gradient_scratch(head) : 0, need_weight && kRounded ? slab * dim : 0, kRows * slab});
   S *x = memory[0], *x_by_dim = memory[1], *dx = memory[2], *packed = memory[3], *dw = memory[4], *z = memory[5];
   head.pack_hidden(0, count, x);
   for (int64_t row = 0; row < count && need_weight; row += kRows) {
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
   In* hidden_out = static_cast<In*>(hidden_grad.mutable_data_ptr());
   In* weight_out = static_cast<In*>(weight_grad.mutable_data_ptr());
-  BlockGradient<S> coefficients(most, nr);
+  BlockGradient<In, S> coefficients(head, most);
 
   for (int64_t column = 0; column < vocab && count > 0; column += slab) {
     const int64_t columns = std::min(slab, vocab - column), z_panel = slab * nr;
@@ -91,31 +92,31 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
     if constexpr (!kRounded) dw_slab = weight_out + column * dim;
     for (int64_t row = 0; row < count; row += kRows) {
       const int64_t height = std::min(kRows, count - row), here = ceil_div(height, nr);
-      coefficients.set(head, row, height, gradients.data() + row);
+      coefficients.set(row, height, gradients.data() + row);
       parallel_workers(ceil_div(columns, kChunk), [&](int64_t, auto next) {
         for (int64_t unit; (unit = next()) * kChunk < columns;) {
           const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
           S* chunk = z + j * nr;
-          head.logits(row, here, column + j, width, x + row / nr * head.x_panel(), chunk, z_panel);
+          form_logits(head, row, here, column + j, width, x + row / nr * head.x_panel(), chunk, z_panel);
           for (int64_t p = 0; p < here; ++p) {
-            head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
+            coefficients.apply(p, row + p * nr, column + j, width, chunk + p * z_panel);
           }
           if (need_weight) {
-            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim + row * wide, dw_slab + j * dim, row > 0);
+            add_weight_gradient(head, width, chunk, z_panel, height, x_by_dim + row * wide, dw_slab + j * dim, row > 0);
           }
-          if (need_bias) head.add_bias_gradient(width, chunk, z_panel, height, db.data() + column + j);
+          if (need_bias) add_bias_gradient(width, chunk, z_panel, height, nr, db.data() + column + j);
         }
       });
       if (need_hidden) {
-        head.add_hidden_gradient(column, columns, z, z_panel, here, packed, dx + row * head.padded_dim());
+        add_hidden_gradient(head, column, columns, z, z_panel, here, packed, dx + row * head.padded_dim());
       }
     }
     if (need_weight && kRounded) {
-      parallel(columns, [&](int64_t j) { round_into(weight_out + (column + j) * dim, dw + j * dim, dim); });
+      parallel(columns, [&](int64_t j) { convert(dw + j * dim, dim, weight_out + (column + j) * dim); });
     }
   }
   if (need_hidden) head.unpack_hidden_gradient(0, count, dx, hidden_out);
-  round_into(static_cast<In*>(bias_grad.mutable_data_ptr()), db.data(), db.size());
+  convert(db.data(), db.size(), static_cast<In*>(bias_grad.mutable_data_ptr()));
   return {hidden_grad, weight_grad, bias_grad};
 }
 

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "head/head.h"
+#include "head/fold.h"
 
 namespace qrm_fast {
 namespace {

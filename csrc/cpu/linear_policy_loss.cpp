@@ -13,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-#include "head/head.h"
+#include "head/fold.h"
 #include "memory.h"
 #include "packed/cu_seqlens.h"
 #include "policy_sums.h"
@@ -26,6 +26,7 @@ using torch::stable::Tensor;
 constexpr int64_t kFewestRows = 192;     // fewer, and the traffic of W and dW, once per block of rows, dominates
 constexpr int64_t kMostBlockRows = 960;  // more gain nothing
 constexpr int64_t kBlocks = 8;
+constexpr int64_t kSlab = 16896;  // columns between two barriers of the backward pass; a multiple of kChunk
 
 // Where the selected rows may be cut into blocks: anywhere, so at every `most` rows; for gspo between sequences.
 std::vector<int64_t> cuts(const std::vector<int64_t>& rows, int64_t most, const CuSeqlens* cu) {
@@ -79,11 +80,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   const bool gradients_needed = need_hidden || need_weight || need_bias;
   const Scratch<S> memory({panels * head.x_panel(), need_weight ? rows_per_block * wide : 0,
                            need_hidden ? panels * head.padded_dim() * nr : 0,
-                           need_hidden ? head.hidden_gradient_scratch() : 0, panels * z_panel});
+                           need_hidden ? hidden_gradient_scratch(head) : 0, panels * z_panel});
   S *x = memory[0], *x_by_dim = memory[1], *dx = memory[2], *packed = memory[3], *z = memory[4];
   std::vector<double> db(need_bias ? vocab : 0, 0.0);
   std::vector<RowGradient<S>> gradients(rows_per_block);
-  BlockGradient<S> coefficients(panels, nr);
+  BlockGradient<In, S> coefficients(head, panels);
   PolicySums sums;
 
   std::optional<CuSeqlens> cu;
@@ -99,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     parallel_workers(groups * splits, [&](int64_t, auto next) {
       for (int64_t unit; (unit = next()) < groups * splits;) {
         const int64_t split = unit / groups, first = unit % groups * together;
-        head.fold_split(row + first * nr, std::min(together, here - first), split, x + first * head.x_panel(),
-                        z + first * z_panel, z_panel, true, folded, first);
+        fold_split(head, row + first * nr, std::min(together, here - first), split, x + first * head.x_panel(),
+                   z + first * z_panel, z_panel, true, folded, first);
       }
     });
     folded.merge();
@@ -129,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     if (!gradients_needed) return;
     if (need_weight) head.pack_hidden_by_dim(row, height, x_by_dim);
     const int64_t here = ceil_div(height, nr);
-    coefficients.set(head, row, height, gradients.data());
+    coefficients.set(row, height, gradients.data());
     for (int64_t column = 0; column < vocab; column += kSlab) {
       const int64_t columns = std::min(kSlab, vocab - column);
       S* dz = z + column * nr;
@@ -138,15 +139,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
           const int64_t j = unit * kChunk, width = std::min(kChunk, columns - j);
           S* chunk = dz + j * nr;
           for (int64_t p = 0; p < here; ++p) {
-            head.to_gradient(row + p * nr, column + j, width, chunk + p * z_panel, coefficients.panel(p));
+            coefficients.apply(p, row + p * nr, column + j, width, chunk + p * z_panel);
           }
           if (need_weight) {
-            head.add_weight_gradient(width, chunk, z_panel, height, x_by_dim, weight_out + (column + j) * dim, row > 0);
+            add_weight_gradient(head, width, chunk, z_panel, height, x_by_dim, weight_out + (column + j) * dim,
+                                row > 0);
           }
-          if (need_bias) head.add_bias_gradient(width, chunk, z_panel, height, db.data() + column + j);
+          if (need_bias) add_bias_gradient(width, chunk, z_panel, height, nr, db.data() + column + j);
         }
       });
-      if (need_hidden) head.add_hidden_gradient(column, columns, dz, z_panel, here, packed, dx);
+      if (need_hidden) add_hidden_gradient(head, column, columns, dz, z_panel, here, packed, dx);
     }
     if (need_hidden) head.unpack_hidden_gradient(row, height, dx, hidden_out);
   };
@@ -182,9 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
       differentiate(row, height, results);
     }
   }
-  round_into(static_cast<S*>(bias_grad.mutable_data_ptr()), db.data(), db.size());
+  convert(db.data(), db.size(), static_cast<S*>(bias_grad.mutable_data_ptr()));
   *static_cast<S*>(loss.mutable_data_ptr()) = static_cast<S>(sums.loss);
-  round_into(static_cast<S*>(metrics.mutable_data_ptr()), sums.metrics, kPolicyMetrics);
+  convert(sums.metrics, kPolicyMetrics, static_cast<S*>(metrics.mutable_data_ptr()));
   return {loss, metrics, logprobs, entropy, hidden_grad, weight_grad, bias_grad};
 }
 

@@ -1,16 +1,15 @@
 // linear_q_values: a policy head and a Q head over the same vocabulary, folded together while both are in cache.
 //
-// Both heads' rows stand in panels, as in head.h: a row is a SIMD lane and nothing is reduced across lanes. A thread
-// multiplies a chunk of columns of one weight and then of the other with the rows of a unit, and folds the two blocks,
-// 96 KB, into each row's sums of e^z, z e^z, Q e^z and e^(Q / beta) before the next overwrites them. 2 T (Dp + Dq) V
-// FLOP. V is cut into splits from V only, whose sums are joined in order, in double: a row's bits depend on that row
-// and the weights. Ignored rows are never read.
+// Both heads' rows stand in panels, as in head/inputs.h: a row is a SIMD lane and nothing is reduced across lanes. A
+// thread multiplies a chunk of columns of one weight and then of the other with the rows of a unit, and folds the two
+// blocks, 96 KB, into each row's sums of e^z, z e^z, Q e^z and e^(Q / beta) before the next overwrites them. 2 T (Dp +
+// Dq) V FLOP. V is cut into splits from V only, whose sums are joined in order, in double: a row's bits depend on that
+// row and the weights. Ignored rows are never read.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "head/head.h"
-#include "simd/target_clones.h"
+#include "head/fold.h"
 
 namespace qrm_fast {
 namespace {
@@ -42,7 +41,7 @@ constexpr int kFields = 6;
 // Joins `n` lines of logits z and q, [n][lanes], to the lanes' sums `stats` [kFields][lanes]. q is yet to be divided by
 // beta.
 template <typename S>
-QRM_FAST_TARGET_CLONES void fold(const S* z, const S* q, int64_t n, int64_t lanes, S beta, S* stats) {
+QRM_FAST_CLONES void fold(const S* z, const S* q, int64_t n, int64_t lanes, S beta, S* stats) {
   using V = Simd<S, 64>;
   using Vec = typename V::Vec;
   const S never = -std::numeric_limits<S>::infinity();
@@ -138,8 +137,8 @@ Folded<S> fold_both(const Head<In, S>& policy, const Head<In, S>& critic, S beta
       }
       for (int64_t column = split * kSplitColumns; column < end; column += kChunk) {
         const int64_t width = std::min(kChunk, end - column);
-        policy.logits(first * nr, here, column, width, x + first * policy.x_panel(), z, chunk);
-        critic.logits(first * nr, here, column, width, y + first * critic.x_panel(), q, chunk);
+        form_logits(policy, first * nr, here, column, width, x + first * policy.x_panel(), z, chunk);
+        form_logits(critic, first * nr, here, column, width, y + first * critic.x_panel(), q, chunk);
         for (int64_t p = 0; p < here; ++p) {
           const int64_t row = (first + p) * nr;
           fold(z + p * chunk, q + p * chunk, width, nr, beta, folded.of(split, first + p));

@@ -1,36 +1,46 @@
-// Results of ops bound by memory. The operating system hands out fresh memory page by page, zeroed; with pages of 4 KiB
-// that alone takes longer than the op. Large results ask for huge pages, and threads that would meet in one, and each
-// zero it, first take turns to touch them all.
+// Memory in huge pages. The operating system hands out fresh memory page by page, zeroed; with pages of 4 KiB that
+// alone takes longer than an op that is bound by memory.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "dtypes.h"
+#include "../dtypes.h"
+#include "../indices.h"
+#include "simd/simd.h"
 
 namespace qrm_fast {
 
-// The same tensor, uninitialised before and after, with its memory handed out.
-inline torch::stable::Tensor in_huge_pages(torch::stable::Tensor fresh) {
+inline constexpr int64_t kPageBytes = 4096, kHugePageBytes = 2 << 20;
+
+// A hint, which the system may decline. Whole pages of 4 KiB only.
+inline void ask_for_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
-  constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
-  const int64_t address = reinterpret_cast<int64_t>(fresh.data_ptr());
-  const int64_t begin = (address + kPage - 1) / kPage * kPage;
-  const int64_t num_bytes = (address + fresh.numel() * int64_t(fresh.element_size()) - begin) / kPage * kPage;
-  if (num_bytes >= 2 * kHugePage) {
-    madvise(reinterpret_cast<void*>(begin), num_bytes, MADV_HUGEPAGE);  // a hint, which the system may decline
-    const auto touch = [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePage), 0, __ATOMIC_RELAXED);
-      }
-    };
-    torch::stable::parallel_for(0, (num_bytes + kHugePage - 1) / kHugePage, 1, touch);
-  }
+  madvise(begin, num_bytes, MADV_HUGEPAGE);
 #endif
+}
+
+// The same tensor, uninitialised before and after, with its memory handed out. Threads that meet in a huge page would
+// each zero it, so they first take turns to touch them all.
+inline torch::stable::Tensor in_huge_pages(torch::stable::Tensor fresh) {
+  const int64_t address = reinterpret_cast<int64_t>(fresh.data_ptr()), begin = round_up(address, kPageBytes);
+  const int64_t num_bytes = (address + fresh.numel() * int64_t(fresh.element_size()) - begin) / kPageBytes * kPageBytes;
+  if (num_bytes < 2 * kHugePageBytes) return fresh;
+  ask_for_huge_pages(reinterpret_cast<void*>(begin), num_bytes);
+  torch::stable::parallel_for(0, ceil_div(num_bytes, kHugePageBytes), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePageBytes), 0, __ATOMIC_RELAXED);
+    }
+  });
   return fresh;
 }
 
@@ -46,5 +56,35 @@ inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for ", num_rows, " rows");
   return in_huge_pages(torch::stable::Tensor(rows));
 }
+
+// Uninitialised arrays in one allocation. Panels in pages scattered over the sets of L2 would not stay there.
+template <typename S>
+class Scratch {
+ public:
+  explicit Scratch(std::initializer_list<int64_t> counts) {
+    int64_t total = 0;
+    for (int64_t count : counts) {
+      starts_.push_back(total);
+      total += round_up(count, kLineBytes / sizeof(S));
+    }
+    const int64_t num_bytes = std::max<int64_t>(total, 1) * sizeof(S);
+    const bool huge = num_bytes >= kHugePageBytes;
+    data_.get_deleter().align = std::align_val_t(huge ? kHugePageBytes : kLineBytes);
+    data_.reset(static_cast<S*>(::operator new(num_bytes, data_.get_deleter().align)));
+    if (huge) ask_for_huge_pages(data_.get(), num_bytes / kHugePageBytes * kHugePageBytes);
+  }
+  explicit Scratch(int64_t count) : Scratch({count}) {}
+
+  S* get() const { return data_.get(); }
+  S* operator[](int i) const { return data_.get() + starts_[i]; }
+
+ private:
+  struct Delete {
+    std::align_val_t align{64};
+    void operator()(S* p) const { ::operator delete(p, align); }
+  };
+  std::unique_ptr<S, Delete> data_;
+  std::vector<int64_t> starts_;
+};
 
 }  // namespace qrm_fast

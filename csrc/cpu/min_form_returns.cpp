@@ -12,11 +12,9 @@
 #include <tuple>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 #include "packed/steps.h"
-#include "simd/simd.h"
-#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {
@@ -26,11 +24,9 @@ using torch::stable::Tensor;
 // exp(-excess / temperature) of an excess >= 0 over the minimum: 1 at the minimum for temperature 0, 1 for infinity.
 inline double weight(double excess, double temperature) { return excess == 0 ? 1.0 : std::exp(-excess / temperature); }
 
-using Simd8 = Simd<double, 64>;
-
 // Copies the rewards in double, whole vectors of them; returns the lowest, or NaN where one is not finite. n > 0.
 template <typename T>
-QRM_FAST_TARGET_CLONES double take_rewards(const T* rewards, int64_t n, double* returns) {
+QRM_FAST_CLONES double take_rewards(const T* rewards, int64_t n, double* returns) {
   for (int64_t k = 0; k < n; ++k) returns[k] = static_cast<acc_t<T>>(rewards[k]);
   for (int64_t k = n; k < whole_vectors(n); ++k) returns[k] = returns[0];
   Simd8::Vec low = Simd8::load(returns), zeros = low - low;
@@ -44,7 +40,7 @@ QRM_FAST_TARGET_CLONES double take_rewards(const T* rewards, int64_t n, double* 
 }
 
 // G_t = sum over j >= t of w_j r_j, w = softmax(-r / temperature) over all steps; `returns` holds r at first.
-QRM_FAST_TARGET_CLONES void soft_returns(int64_t n, double minimum, double temperature, double* returns) {
+QRM_FAST_CLONES void soft_returns(int64_t n, double minimum, double temperature, double* returns) {
   const double steepness = 1 / temperature;
   Simd8::Vec totals = {};
   for (int64_t k = 0; k < n; k += Simd8::kLanes) {

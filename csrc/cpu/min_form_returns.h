@@ -3,7 +3,8 @@
 #include <cstdint>
 #include <string>
 
-#include "ceil_div.h"
+#include "../indices.h"
+#include "simd/simd.h"
 
 namespace qrm_fast {
 
@@ -11,8 +12,10 @@ enum class Form { kSoft, kCausalSoft, kSum };
 
 Form form_of(const std::string& name);
 
-// n steps and as many more as fill a vector of 8.
-inline int64_t whole_vectors(int64_t n) { return round_up(n, 8); }
+using Simd8 = Simd<double, 64>;
+
+// n steps and as many more as fill a vector.
+inline int64_t whole_vectors(int64_t n) { return round_up(n, Simd8::kLanes); }
 
 // Of n > 0 steps; `returns` has room for whole_vectors(n), and those behind n are no returns. Returns the lowest
 // reward, or NaN where a reward is not finite: every return is then NaN.

@@ -1,12 +1,12 @@
 // Min-form lambda returns over packed sequences, one reverse scan over maps x -> min(m, b + a x).
-// Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32.
+// Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32; nothing else of length
+// T exists. packed/scan.h has the order and its reasons.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
 #include <optional>
 #include <tuple>
 
-#include "memory.h"
 #include "packed/scan.h"
 
 namespace qrm_fast {
@@ -14,8 +14,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Q_t = min(r_t, (1 - lam) V_{t+1} + lam Q_{t+1}); a row reads (1 - lam) V of its successor. The end of a sequence
-// hands on Q = 0 and (1 - lam) V = bootstrap, so that its last row sees min(r, bootstrap).
+// Q_t = min(r_t, (1 - lam) V_{t+1} + lam Q_{t+1}); a row reads (1 - lam) V of its successor. The carry at the end of a
+// sequence is Q = 0 and (1 - lam) V = bootstrap, so its last row gives min(r, bootstrap).
 struct MinGaeRule {
   using Map = ClampedAffine<double>;
   static constexpr int kInputs = 2, kOutputs = 2, kNext = 1;
@@ -25,7 +25,7 @@ struct MinGaeRule {
   double lam;
   DecayPowers decay;
 
-  Handed end(double bootstrap) const { return {0, bootstrap}; }
+  Carry end(double bootstrap) const { return {0, bootstrap}; }
   double next(double value) const { return (1 - lam) * value; }
 
   template <int Bytes>
@@ -36,15 +36,15 @@ struct MinGaeRule {
       Vec m, b;
     };
     const double lam;
-    const DecayPowers& decay;
+    const SameFactor<Bytes> decay;
 
-    QRM_FAST_INLINE explicit Vectors(const MinGaeRule& rule) : lam(rule.lam), decay(rule.decay) {}
+    QRM_FAST_INLINE explicit Vectors(const MinGaeRule& rule) : lam(rule.lam), decay{rule.decay} {}
 
     template <int K>
     QRM_FAST_INLINE void compose(Maps& maps) const {
       const Vec none = L::broadcast(std::numeric_limits<double>::infinity());
-      maps.m = L::minimum(maps.m, maps.b + decay[K] * L::template later<K>(maps.m, none));
-      maps.b += decay[K] * L::template later<K>(maps.b, Vec{});
+      maps.m = L::minimum(maps.m, maps.b + decay.c[K] * L::template later<K>(maps.m, none));
+      maps.b += decay.c[K] * L::template later<K>(maps.b, Vec{});
     }
 
     QRM_FAST_INLINE Vec next(const Vec* in) const { return (1 - lam) * in[1]; }
@@ -57,10 +57,10 @@ struct MinGaeRule {
       return maps;
     }
     QRM_FAST_INLINE Map map(const Maps& maps, int64_t lane) const {
-      return {maps.m[lane], L::powers(decay)[lane], maps.b[lane]};
+      return {maps.m[lane], decay.powers()[lane], maps.b[lane]};
     }
     QRM_FAST_INLINE Vec apply(const Maps& maps, double x) const {
-      return L::minimum(maps.m, lam == 0 ? maps.b : maps.b + L::powers(decay) * x);
+      return L::minimum(maps.m, lam == 0 ? maps.b : maps.b + decay.powers() * x);
     }
     QRM_FAST_INLINE void results(const Vec* in, Vec, Vec x, Vec, Vec* out) const {
       out[0] = x - in[1];
@@ -71,20 +71,9 @@ struct MinGaeRule {
 
 std::tuple<Tensor, Tensor> min_gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, double lam,
                                    const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
-  const int64_t num_tokens = rewards.size(0);
-  const CuSeqlens cu(cu_seqlens, num_tokens);
-  Tensor advantages = fresh_rows(rewards, num_tokens);
-  Tensor returns = fresh_rows(rewards, num_tokens);
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using S = acc_t<T>;
-    PackedScan<SameRule<MinGaeRule>, T>(
-        cu, num_tokens,
-        {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr())},
-        {static_cast<S*>(advantages.mutable_data_ptr()), static_cast<S*>(returns.mutable_data_ptr())},
-        data_or_null<bool>(mask), data_or_null<S>(bootstrap), {{lam, DecayPowers(lam)}})
-        .run();
-  });
+  const SameRule<MinGaeRule> rules{{lam, DecayPowers(lam)}};
+  const auto [advantages, returns] =
+      scan_packed<2>({rewards, values}, cu_seqlens, bootstrap, mask, [&](auto) { return rules; });
   return {advantages, returns};
 }
 

@@ -1,5 +1,5 @@
 // Count, mean and sum of squared deviations of the counted (unmasked, finite) rows of each sequence, group or the
-// batch. Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: memory decides the speed. Rows
+// batch. Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: bound by memory. Rows
 // are cut into blocks relative to their sequence's start; a block is held in cache for its two passes, about a value of
 // its own and then about its mean, and blocks, sequences and groups are joined in order. So the bits depend neither on
 // the number of threads nor, per sequence, on the packing, and a constant gives a spread of exactly zero.
@@ -12,9 +12,11 @@
 #include <optional>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
+#include "../indices.h"
 #include "packed/cu_seqlens.h"
 #include "packed/groups.h"
+#include "simd/simd.h"
 
 namespace qrm_fast {
 namespace {
@@ -24,16 +26,8 @@ using torch::stable::Tensor;
 constexpr int64_t BT = 1024;  // rows of a block
 constexpr int64_t LANES = 16;
 
-double fold(double* lanes) {
-  for (int64_t width = LANES / 2; width > 0; width /= 2) {
-    for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  }
-  return lanes[0];
-}
-
 template <typename T>
-__attribute__((target_clones("avx512f", "avx2", "default"))) Moments block_moments(const T* x, const bool* mask,
-                                                                                   int64_t num_rows) {
+QRM_FAST_CLONES Moments block_moments(const T* x, const bool* mask, int64_t num_rows) {
   double value[BT], weight[BT];
   for (int64_t t = 0; t < num_rows; ++t) {
     const double v = static_cast<acc_t<T>>(x[t]);
@@ -44,7 +38,7 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) Moments block_momen
   if (mask != nullptr) {
     for (int64_t t = 0; t < num_rows; ++t) weight[t] = mask[t] ? weight[t] : 0;
   }
-  const int64_t padded = (num_rows + LANES - 1) / LANES * LANES;
+  const int64_t padded = round_up(num_rows, LANES);
   std::fill(value + num_rows, value + padded, 0.0);
   std::fill(weight + num_rows, weight + padded, 0.0);
 
@@ -58,15 +52,15 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) Moments block_momen
       sum[l] += weight[t + l] * (value[t + l] - origin);
     }
   }
-  const double n = fold(count);
-  const double mean = origin + fold(sum) / n;
+  const double n = sum_halves(count, LANES);
+  const double mean = origin + sum_halves(sum, LANES) / n;
   for (int64_t t = 0; t < padded; t += LANES) {
     for (int64_t l = 0; l < LANES; ++l) {
       const double deviation = weight[t + l] * (value[t + l] - mean);
       m2[l] += deviation * deviation;
     }
   }
-  return {n, mean, fold(m2)};
+  return {n, mean, sum_halves(m2, LANES)};
 }
 
 Tensor moments(const Tensor& x, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 
 namespace qrm_fast {

@@ -12,11 +12,11 @@
 #include <tuple>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "memory.h"
 #include "packed/cu_seqlens.h"
 #include "policy_sums.h"
-#include "simd/double_lanes.h"
+#include "simd/lanes.h"
 
 namespace qrm_fast {
 namespace {
@@ -24,6 +24,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;
+
 template <typename T>
 struct Rows {
   const T* logprobs;
@@ -58,8 +59,8 @@ std::vector<acc_t<T>> sequence_log_ratios(const Rows<T>& rows, const CuSeqlens& 
 
 // `kDouble`: the rows are double too.
 template <int Bytes, bool kDouble>
-struct Lanes : DoubleLanes<Bytes> {
-  using Base = DoubleLanes<Bytes>;
+struct VectorMath : Lanes<Bytes> {
+  using Base = Lanes<Bytes>;
   using typename Base::Vec;
 
   // Of float rows e^x - 1 has digits enough; of double rows x + x^2 / 2 + ... where it would cancel.
@@ -80,18 +81,22 @@ template <int Bytes, bool kSequence, typename T>
 QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_ratios,
                                        const PolicyOptions<double>& options, double entropy_coef, int64_t begin,
                                        int64_t end) {
-  using L = Lanes<Bytes, std::is_same_v<T, double>>;
+  using L = VectorMath<Bytes, std::is_same_v<T, double>>;
   using V = typename L::Vec;
-  const PolicyOptions<V> o{
-      options.kind,          V{} + options.ratio_low, V{} + options.ratio_high, V{} + options.dual_clip,
-      V{} + options.kl_coef, options.has_kl,          options.kl_estimator};
+  const PolicyOptions<V> o{options.kind,
+                           L::broadcast(options.ratio_low),
+                           L::broadcast(options.ratio_high),
+                           L::broadcast(options.dual_clip),
+                           L::broadcast(options.kl_coef),
+                           options.has_kl,
+                           options.kl_estimator};
   acc_t<T> mean_weights[L::kLanes];
   std::fill_n(mean_weights, L::kLanes, rows.mean_weight);
   V sums[kPolicyMetrics] = {}, top = {};
   const auto add = [&](int64_t t, int64_t count) __attribute__((always_inline)) {
-    const V weight = L::load(rows.token_weights ? rows.token_weights + t : mean_weights, count);
+    const V weight = L::load_first(rows.token_weights ? rows.token_weights + t : mean_weights, count);
     const auto load = [&](const auto* p) __attribute__((always_inline)) {
-      return L::where_equal(weight, V{}, V{}, L::load(p + t, count));
+      return L::where_equal(weight, V{}, V{}, L::load_first(p + t, count));
     };
     const V logprob = load(rows.logprobs), advantage = load(rows.advantages);
     const V old = rows.old_logprobs ? load(rows.old_logprobs) : logprob;
@@ -99,8 +104,8 @@ QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_
     const V ref = rows.ref_logprobs ? load(rows.ref_logprobs) : V{};
     const V entropy = rows.entropy ? load(rows.entropy) : V{};
     const auto x = policy_terms<V, L>(logprob, old, log_ratio, rows.ref_logprobs ? &ref : nullptr, advantage, o);
-    L::store(rows.dlogprobs + t, count, weight * x.dlogprob);
-    if (rows.entropy) L::store(rows.dentropy + t, count, -entropy_coef * weight);
+    L::store_first(rows.dlogprobs + t, count, weight * x.dlogprob);
+    if (rows.entropy) L::store_first(rows.dentropy + t, count, -entropy_coef * weight);
     const V loss = entropy_coef != 0 ? x.loss - entropy_coef * entropy : x.loss;
     const V terms[] = {loss, x.clipped_low, x.clipped_high, x.approx_kl, x.ref_kl, x.ratio, entropy};
     for (int i = 0; i < kPolicyMetrics; ++i) sums[i] += weight * terms[i];
@@ -115,39 +120,6 @@ QRM_FAST_INLINE PolicySums policy_rows(const Rows<T>& rows, const acc_t<T>* log_
   for (int i = 0; i < kPolicyMetrics - 1; ++i) total.metrics[i] = L::sum(sums[i + 1]);
   for (int i = 0; i < L::kLanes; ++i) total.raise(top[i]);
   return total;
-}
-
-template <typename T>
-using BlockOfRows = PolicySums (*)(const Rows<T>&, const acc_t<T>*, const PolicyOptions<double>&, double, int64_t,
-                                   int64_t);
-
-#if defined(__x86_64__)
-template <bool kSequence, typename T>
-QRM_FAST_TARGET_AVX512 PolicySums policy_rows_avx512(const Rows<T>& rows, const acc_t<T>* log_ratios,
-                                                     const PolicyOptions<double>& options, double entropy_coef,
-                                                     int64_t begin, int64_t end) {
-  return policy_rows<64, kSequence>(rows, log_ratios, options, entropy_coef, begin, end);
-}
-template <bool kSequence, typename T>
-QRM_FAST_TARGET_AVX2 PolicySums policy_rows_avx2(const Rows<T>& rows, const acc_t<T>* log_ratios,
-                                                 const PolicyOptions<double>& options, double entropy_coef,
-                                                 int64_t begin, int64_t end) {
-  return policy_rows<32, kSequence>(rows, log_ratios, options, entropy_coef, begin, end);
-}
-#endif
-template <bool kSequence, typename T>
-PolicySums policy_rows_portable(const Rows<T>& rows, const acc_t<T>* log_ratios, const PolicyOptions<double>& options,
-                                double entropy_coef, int64_t begin, int64_t end) {
-  return policy_rows<16, kSequence>(rows, log_ratios, options, entropy_coef, begin, end);
-}
-
-template <bool kSequence, typename T>
-BlockOfRows<T> policy_rows_of_this_cpu() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return policy_rows_avx512<kSequence, T>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return policy_rows_avx2<kSequence, T>;
-#endif
-  return policy_rows_portable<kSequence, T>;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
@@ -179,9 +151,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     };
     std::vector<A> log_ratios;
     if (cu_seqlens) log_ratios = sequence_log_ratios(rows, CuSeqlens(*cu_seqlens, num_tokens), num_tokens);
-    const BlockOfRows<T> sum_rows =
-        cu_seqlens ? policy_rows_of_this_cpu<true, T>() : policy_rows_of_this_cpu<false, T>();
-    std::vector<PolicySums> blocks((num_tokens + kBlock - 1) / kBlock);
+    static const auto sum_tokens =
+        widest([](auto bytes) { return Compiled<bytes, policy_rows<bytes, false, T>>::run; });
+    static const auto sum_tokens_of_sequences =
+        widest([](auto bytes) { return Compiled<bytes, policy_rows<bytes, true, T>>::run; });
+    const auto sum_rows = cu_seqlens ? sum_tokens_of_sequences : sum_tokens;
+    std::vector<PolicySums> blocks(ceil_div(num_tokens, kBlock));
     torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         blocks[i] = sum_rows(rows, log_ratios.data(), options, entropy_coef, i * kBlock,

@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <string>
-#include <type_traits>
 
 #include "policy_terms.h"
 
@@ -48,26 +47,18 @@ struct MeanLogRatio {
   double value() const { return count > 0 ? sum / count : 0; }
 };
 
-// V from a number, a vector with the number in every lane.
-template <typename V>
-PolicyOptions<V> policy_options(const std::string& kind, double clip_low, double clip_high, double dual_clip,
+template <typename S>
+PolicyOptions<S> policy_options(const std::string& kind, double clip_low, double clip_high, double dual_clip,
                                 double kl_coef, const std::string& kl_estimator) {
-  const auto all = [](double x) {
-    if constexpr (std::is_arithmetic_v<V>) {
-      return static_cast<V>(x);
-    } else {
-      return V{} + x;
-    }
-  };
   return {
       kind == "ppo"     ? PolicyKind::kPpo
       : kind == "cispo" ? PolicyKind::kCispo
       : kind == "gspo"  ? PolicyKind::kGspo
                         : PolicyKind::kReinforce,
-      all(1 - clip_low),
-      all(1 + clip_high),
-      all(dual_clip),
-      all(kl_coef),
+      static_cast<S>(1 - clip_low),
+      static_cast<S>(1 + clip_high),
+      static_cast<S>(dual_clip),
+      static_cast<S>(kl_coef),
       kl_coef != 0,
       kl_estimator == "k1"   ? KlEstimator::kK1
       : kl_estimator == "k2" ? KlEstimator::kK2

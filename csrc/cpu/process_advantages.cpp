@@ -1,8 +1,8 @@
 // The advantage of every step from its return: the group baselines of PURE and of its two codes, and the moments that
 // whitening needs. Reads and writes 8 bytes per step, some 40 times fewer than tokens; rows are read only where they
-// carry a penalty. step_rows then writes the rows. process_rows is all of it, step rewards to rows, in one call, the
-// levels in the place of the returns: memory is touched once per row, by the write. In double; sequences run in
-// parallel, groups and moments are summed in the order of the sequences.
+// carry a penalty. step_rows then writes the rows. process_rows fuses all of it, step rewards to rows; returns and
+// advantages of the steps stay in cache, and each row is written once and never read. In double; sequences run in
+// parallel, groups and moments are summed in the order of the sequences, so no bit depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,15 +17,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "memory.h"
 #include "min_form_returns.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
 #include "packed/groups.h"
 #include "packed/steps.h"
-#include "simd/simd.h"
-#include "simd/target_clones.h"
 #include "step_rows.h"
 
 namespace qrm_fast {
@@ -67,8 +65,6 @@ std::vector<double> leave_one_out(const Groups& groups, const std::vector<Share>
   return baselines;
 }
 
-using Simd8 = Simd<double, 64>;
-
 // The step ends of one sequence that begins at row bos; with those of the sequences behind it there are `readable`.
 template <typename I>
 struct Ends {
@@ -96,7 +92,7 @@ struct Ends {
 
 // The returns of all rows of a sequence of steps, read in whole vectors.
 template <typename I>
-QRM_FAST_TARGET_CLONES double sum_of_returns(const double* returns, const Ends<I>& x) {
+QRM_FAST_CLONES double sum_of_returns(const double* returns, const Ends<I>& x) {
   Simd8::Vec sums = {};
   for (int64_t k = 1; k < x.num_steps; k += Simd8::kLanes) {
     sums += Simd8::keep_first(Simd8::load(returns + k), x.num_steps - k) * x.lengths_from(k);
@@ -130,7 +126,7 @@ struct Deviations {
 
 // Adds the levels of the steps behind a sequence's first, read in whole vectors.
 template <typename I>
-QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const Ends<I>& ends, bool mask_step_ends, Deviations& x) {
+QRM_FAST_CLONES void add_steps(const double* levels, const Ends<I>& ends, bool mask_step_ends, Deviations& x) {
   int64_t k = 1;
   for (; k < ends.num_steps && x.count == 0; ++k) x.add(levels[k], ends.ends[k] - ends.ends[k - 1] - mask_step_ends);
   const Simd8::Vec origin = Simd8::broadcast(x.origin), fewer = Simd8::broadcast(mask_step_ends);
@@ -154,7 +150,7 @@ QRM_FAST_TARGET_CLONES void add_steps(const double* levels, const Ends<I>& ends,
 }
 
 // What process returns add to the rows of their steps, over `base`.
-QRM_FAST_TARGET_CLONES void set_levels(const double* returns, int64_t n, double coef, double base, double* levels) {
+QRM_FAST_CLONES void set_levels(const double* returns, int64_t n, double coef, double base, double* levels) {
   for (int64_t k = 0; k < n; ++k) levels[k] = coef * returns[k] + base;
 }
 
@@ -375,9 +371,9 @@ Tensor process_rows(const Tensor& step_rewards, const Tensor& step_ends, const T
       sequence_returns(rewards + steps.first(i), steps.count(i), known, temperature, x);
     };
     step_advantages(batch, groups, take_returns, level.get(), bases.data(), sets);
-    const Affine whitening = batch.preset == Preset::openrlhf ? whitening_of(sets, "nonzero")
-                             : batch.preset == Preset::verl   ? whitening_of(sets, "unbiased")
-                                                              : Affine{};
+    const Whitening whitening = batch.preset == Preset::openrlhf ? whitening_of(sets, "nonzero")
+                                : batch.preset == Preset::verl   ? whitening_of(sets, "unbiased")
+                                                                 : Whitening{};
     const StepRows<A> rows{cu, steps, level.get(), bases.data(), rows_of_penalty, whitening, mask_step_ends};
     rows.write(num_tokens, static_cast<A*>(out.mutable_data_ptr()));
   });

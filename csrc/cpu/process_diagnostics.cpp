@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 #include "packed/steps.h"
 

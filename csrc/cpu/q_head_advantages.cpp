@@ -1,5 +1,5 @@
 // Hidden states to advantages: the scalar Q-head of token_q and the per-sequence rewards of q_token_rewards in one
-// call. Reads each hidden row once, 2 D bytes in bf16 for 2 D FLOP: memory decides the speed; q lives in the result's
+// call. Reads each hidden row once, 2 D bytes in bf16 for 2 D FLOP: bound by memory; q lives in the result's
 // memory until it is normalised. The head runs over rows in parallel, the normalisation over sequences, both with the
 // bits of the two ops: a row's bits depend on its sequence only.
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
 #include "q_token_rewards.h"

@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "moments.h"
 
 namespace qrm_fast {

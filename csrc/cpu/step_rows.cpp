@@ -1,5 +1,5 @@
 // Values of steps spread over the rows of their steps. Reads 8 bytes per step and, with a penalty, 4 per row; writes 4
-// per row in fp32: memory decides the speed. Threads take equal parts of the rows, wherever sequences end, and
+// per row in fp32: bound by memory. Threads take equal parts of the rows, wherever sequences end, and
 // fill them by whole vectors whose excess the next step overwrites.
 #include "step_rows.h"
 
@@ -10,23 +10,21 @@
 #include <cmath>
 #include <optional>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 #include "memory.h"
 #include "simd/simd.h"
-#include "simd/target_clones.h"
 
 namespace qrm_fast {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kLine = 64;
 constexpr int64_t kVectors = 4;  // at once: most steps then take one turn of the loop, which predicts well
 
 // Rows [begin, end), and up to so many vectors of rows behind them where these lie before `limit`.
 template <typename A>
 QRM_FAST_INLINE void fill_rows(A value, int64_t begin, int64_t end, int64_t limit, A* rows) {
-  using V = Simd<A, kLine>;
+  using V = Simd<A, kLineBytes>;
   const typename V::Vec all = V::broadcast(value);
   int64_t t = begin;
   for (; t < end && t + kVectors * V::kLanes <= limit; t += kVectors * V::kLanes) {
@@ -38,11 +36,11 @@ QRM_FAST_INLINE void fill_rows(A value, int64_t begin, int64_t end, int64_t limi
 
 // Rows [begin, end), begin before end. I: of the step ends.
 template <typename I, typename A>
-QRM_FAST_TARGET_CLONES void write_rows(const StepRows<A>& x, int64_t begin, int64_t end, A* rows) {
+QRM_FAST_CLONES void write_rows(const StepRows<A>& x, int64_t begin, int64_t end, A* rows) {
   const I* ends = x.steps.template ends<I>();
   const double* values = x.values;
   const A* penalty = x.penalty;
-  const Affine whitening = x.whitening;
+  const Whitening whitening = x.whitening;
   const bool mask_step_ends = x.mask_step_ends;
   const auto fill = [&](double value, int64_t from, int64_t to) __attribute__((always_inline)) {
     if (penalty == nullptr) {
@@ -51,7 +49,7 @@ QRM_FAST_TARGET_CLONES void write_rows(const StepRows<A>& x, int64_t begin, int6
       for (int64_t t = from; t < to; ++t) rows[t] = whitening(value - penalty[t]);
     }
   };
-  int64_t t = begin, i = x.cu.first_ending_after(begin);
+  int64_t t = begin, i = first_ending_after(x.cu, begin);
   int64_t k = std::lower_bound(ends + x.steps.first(i), ends + x.steps.first(i + 1), begin) - ends;
   for (; t < end; ++i) {
     const int64_t first = x.steps.first(i), last = x.steps.first(i + 1);
@@ -74,8 +72,8 @@ Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const 
                  std::string whitening, int64_t num_tokens, bool mask_step_ends, bool wide) {
   const CuSeqlens cu(cu_seqlens, num_tokens);
   const Steps steps(step_ends, cu);
-  const Affine map =
-      stats.has_value() ? whitening_of(static_cast<const Moments*>(stats->const_data_ptr()), whitening) : Affine{};
+  const Whitening map =
+      stats.has_value() ? whitening_of(static_cast<const Moments*>(stats->const_data_ptr()), whitening) : Whitening{};
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
   Tensor out = fresh_rows(torch::stable::new_empty(values, {0}, dtype), num_tokens);
   dispatch_floating(dtype, [&](auto zero) {
@@ -94,7 +92,7 @@ Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const 
 
 }  // namespace
 
-Affine whitening_of(const Moments* sets, const std::string& name) {
+Whitening whitening_of(const Moments* sets, const std::string& name) {
   const Moments& rows = sets[0];
   if (name == "nonzero") {
     const double variance = (rows.m2 + sets[1].count * rows.mean * rows.mean) / std::max(rows.count, 1.0);
@@ -107,7 +105,7 @@ Affine whitening_of(const Moments* sets, const std::string& name) {
 template <typename A>
 void StepRows<A>::write(int64_t num_rows, A* rows) const {
   const auto write_part = steps.wide() ? write_rows<int64_t, A> : write_rows<int32_t, A>;
-  const int64_t num_lines = (num_rows * sizeof(A) + kLine - 1) / kLine, in_line = kLine / sizeof(A);
+  const int64_t num_lines = ceil_div(num_rows * sizeof(A), kLineBytes), in_line = kLineBytes / sizeof(A);
   torch::stable::parallel_for(0, num_lines, 256, [&](int64_t begin, int64_t end) {
     write_part(*this, begin * in_line, std::min(end * in_line, num_rows), rows);
   });

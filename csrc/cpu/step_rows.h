@@ -10,7 +10,7 @@
 namespace qrm_fast {
 
 // y = (x - shift) * scale; an x of exactly 0 stays where `keep_zeros`.
-struct Affine {
+struct Whitening {
   double shift = 0;
   double scale = 1;
   bool keep_zeros = false;
@@ -19,7 +19,7 @@ struct Affine {
 };
 
 // Given the moments of the counted rows and, as the second set, the count of those left at 0; null: no whitening.
-Affine whitening_of(const Moments* sets, const std::string& name);
+Whitening whitening_of(const Moments* sets, const std::string& name);
 
 template <typename A>
 struct StepRows {
@@ -28,7 +28,7 @@ struct StepRows {
   const double* values;  // [K]
   const double* base;    // [S], of the rows after a sequence's last step; null: 0, but NaN where the steps are
   const A* penalty;      // [T] or null
-  Affine whitening;
+  Whitening whitening;
   bool mask_step_ends;
 
   // Writes rows [0, num_rows).

@@ -18,8 +18,9 @@
 #include <vector>
 
 #include "../check.h"
-#include "dtypes.h"
-#include "simd/target_clones.h"
+#include "../dtypes.h"
+#include "../indices.h"
+#include "simd/simd.h"
 
 namespace qrm_fast {
 namespace {
@@ -40,16 +41,8 @@ inline void prefetch(const T* x) {
 }
 
 // A row's sum is split over the lanes by column alone, so its bits depend on nothing but the row.
-template <typename A>
-inline A sum_lanes(A* lanes) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
-}
-
 template <typename T, typename A = acc_t<T>>
-QRM_FAST_TARGET_CLONES A dot(const T* __restrict x, const T* __restrict w, int64_t n) {
+QRM_FAST_CLONES A dot(const T* __restrict x, const T* __restrict w, int64_t n) {
   A lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -57,13 +50,13 @@ QRM_FAST_TARGET_CLONES A dot(const T* __restrict x, const T* __restrict w, int64
     for (int64_t j = 0; j < kLanes; ++j) lanes[j] += static_cast<A>(x[i + j]) * static_cast<A>(w[i + j]);
   }
   for (int64_t j = 0; i + j < n; ++j) lanes[j] += static_cast<A>(x[i + j]) * static_cast<A>(w[i + j]);
-  return sum_lanes(lanes);
+  return sum_halves(lanes, kLanes);
 }
 
 // sum x scale w; the squares' sum goes to `squares`.
 template <typename T, typename A = acc_t<T>>
-QRM_FAST_TARGET_CLONES A scaled_dot(const T* __restrict x, const T* __restrict w, const T* __restrict scale, int64_t n,
-                                    A* squares) {
+QRM_FAST_CLONES A scaled_dot(const T* __restrict x, const T* __restrict w, const T* __restrict scale, int64_t n,
+                             A* squares) {
   A lanes[kLanes] = {}, square_lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -79,20 +72,20 @@ QRM_FAST_TARGET_CLONES A scaled_dot(const T* __restrict x, const T* __restrict w
     lanes[j] += value * (static_cast<A>(scale[i + j]) * static_cast<A>(w[i + j]));
     square_lanes[j] += value * value;
   }
-  *squares = sum_lanes(square_lanes);
-  return sum_lanes(lanes);
+  *squares = sum_halves(square_lanes, kLanes);
+  return sum_halves(lanes, kLanes);
 }
 
 // out = a w
 template <typename T, typename A = acc_t<T>>
-QRM_FAST_TARGET_CLONES void multiple(A a, const T* __restrict w, T* __restrict out, int64_t n) {
+QRM_FAST_CLONES void multiple(A a, const T* __restrict w, T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(a * static_cast<A>(w[i]));
 }
 
 // out = a scale w - b x
 template <typename T, typename A = acc_t<T>>
-QRM_FAST_TARGET_CLONES void normed_gradient(A a, const T* __restrict w, const T* __restrict scale, A b,
-                                            const T* __restrict x, T* __restrict out, int64_t n) {
+QRM_FAST_CLONES void normed_gradient(A a, const T* __restrict w, const T* __restrict scale, A b, const T* __restrict x,
+                                     T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = static_cast<T>(a * (static_cast<A>(scale[i]) * static_cast<A>(w[i])) - b * static_cast<A>(x[i]));
   }
@@ -101,8 +94,7 @@ QRM_FAST_TARGET_CLONES void normed_gradient(A a, const T* __restrict w, const T*
 // sum += a[0] x[0] + ... + a[rows - 1] x[rows - 1], rows <= kRows. Adding several rows at once keeps rounding errors
 // and the traffic of `sum` low.
 template <typename T, typename A = acc_t<T>>
-QRM_FAST_TARGET_CLONES void accumulate(const A* __restrict a, const T* const* x, int64_t rows, A* __restrict sum,
-                                       int64_t n) {
+QRM_FAST_CLONES void accumulate(const A* __restrict a, const T* const* x, int64_t rows, A* __restrict sum, int64_t n) {
   if (rows == kRows) {
     const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
     for (int64_t i = 0; i < n; ++i) {
@@ -121,15 +113,13 @@ QRM_FAST_TARGET_CLONES void accumulate(const A* __restrict a, const T* const* x,
 
 // sum += x w, or x without w
 template <typename T, typename A>
-QRM_FAST_TARGET_CLONES void add_product(const A* __restrict x, const T* __restrict w, double* __restrict sum,
-                                        int64_t n) {
+QRM_FAST_CLONES void add_product(const A* __restrict x, const T* __restrict w, double* __restrict sum, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += w ? static_cast<double>(x[i]) * static_cast<acc_t<T>>(w[i]) : x[i];
 }
 
 // out = scale x, or x without a scale
 template <typename T, typename A>
-QRM_FAST_TARGET_CLONES void round_scaled(const A* __restrict x, const T* __restrict scale, T* __restrict out,
-                                         int64_t n) {
+QRM_FAST_CLONES void round_scaled(const A* __restrict x, const T* __restrict scale, T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = static_cast<T>(static_cast<acc_t<T>>(scale ? x[i] * static_cast<A>(scale[i]) : x[i]));
   }
@@ -381,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_q_backward(const Tensor& grad_q
         backward_block<T>(in, order, g, block, out, scratch.data());
       }
     });
-    torch::stable::parallel_for(0, (dim + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, ceil_div(dim, kColumns), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         combine_columns<T>(in, order, out, i * kColumns, std::min(kColumns, dim - i * kColumns));
       }

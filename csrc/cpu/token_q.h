@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace qrm_fast {
 

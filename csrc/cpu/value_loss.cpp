@@ -9,9 +9,10 @@
 #include <tuple>
 #include <vector>
 
-#include "dtypes.h"
+#include "../dtypes.h"
+#include "../indices.h"
 #include "memory.h"
-#include "simd/double_lanes.h"
+#include "simd/lanes.h"
 
 namespace qrm_fast {
 namespace {
@@ -34,58 +35,31 @@ struct Rows {
 // Sum over the rows [begin, end).
 template <int Bytes, typename T>
 QRM_FAST_INLINE double value_rows(const Rows<T>& rows, int64_t begin, int64_t end) {
-  using L = DoubleLanes<Bytes>;
+  using L = Lanes<Bytes>;
   using V = typename L::Vec;
   acc_t<T> mean_weights[L::kLanes];
   std::fill_n(mean_weights, L::kLanes, rows.mean_weight);
   V sum = {};
   const auto add = [&](int64_t t, int64_t count) __attribute__((always_inline)) {
-    const V weight = L::load(rows.token_weights ? rows.token_weights + t : mean_weights, count);
-    const V value = L::load(rows.values + t, count), target = L::load(rows.returns + t, count);
+    const V weight = L::load_first(rows.token_weights ? rows.token_weights + t : mean_weights, count);
+    const V value = L::load_first(rows.values + t, count), target = L::load_first(rows.returns + t, count);
     const V error = value - target;
     V loss = error * error, slope = 2 * error;
     if (rows.old_values) {
-      const V old = L::load(rows.old_values + t, count), low = old - rows.clip, high = old + rows.clip;
+      const V old = L::load_first(rows.old_values + t, count), low = old - rows.clip, high = old + rows.clip;
       // where one is NaN it stays
       const V clipped = L::where_less(low, value, L::where_less(high, value, high, value), low) - target;
       const V clipped_loss = clipped * clipped, larger = L::where_less(loss, clipped_loss, clipped_loss, loss);
       slope = L::where_less(loss, clipped_loss, V{}, slope);
       loss = L::where_equal(clipped_loss, clipped_loss, larger, clipped_loss);
     }
-    L::store(rows.derivative + t, count, L::where_equal(weight, V{}, V{}, weight * slope));
+    L::store_first(rows.derivative + t, count, L::where_equal(weight, V{}, V{}, weight * slope));
     sum += L::where_equal(weight, V{}, V{}, weight * loss);
   };
   int64_t t = begin;
   for (; t + L::kLanes <= end; t += L::kLanes) add(t, L::kLanes);  // whose loads have a fixed size
   if (t < end) add(t, end - t);
   return L::sum(sum);
-}
-
-template <typename T>
-using BlockOfRows = double (*)(const Rows<T>&, int64_t, int64_t);
-
-#if defined(__x86_64__)
-template <typename T>
-QRM_FAST_TARGET_AVX512 double value_rows_avx512(const Rows<T>& rows, int64_t begin, int64_t end) {
-  return value_rows<64>(rows, begin, end);
-}
-template <typename T>
-QRM_FAST_TARGET_AVX2 double value_rows_avx2(const Rows<T>& rows, int64_t begin, int64_t end) {
-  return value_rows<32>(rows, begin, end);
-}
-#endif
-template <typename T>
-double value_rows_portable(const Rows<T>& rows, int64_t begin, int64_t end) {
-  return value_rows<16>(rows, begin, end);
-}
-
-template <typename T>
-BlockOfRows<T> value_rows_of_this_cpu() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return value_rows_avx512<T>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return value_rows_avx2<T>;
-#endif
-  return value_rows_portable<T>;
 }
 
 std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& returns,
@@ -106,8 +80,8 @@ std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& return
         clip,
         static_cast<A*>(derivative.mutable_data_ptr()),
     };
-    const BlockOfRows<T> sum_rows = value_rows_of_this_cpu<T>();
-    std::vector<double> blocks((num_tokens + kBlock - 1) / kBlock);
+    static const auto sum_rows = widest([](auto bytes) { return Compiled<bytes, value_rows<bytes, T>>::run; });
+    std::vector<double> blocks(ceil_div(num_tokens, kBlock));
     torch::stable::parallel_for(0, blocks.size(), 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         blocks[i] = sum_rows(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens));

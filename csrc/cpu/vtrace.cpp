@@ -1,11 +1,11 @@
-// V-trace over packed sequences, one reverse scan.
-// Reads rewards, values and ratios once, writes targets and advantages once: 20 bytes per token in fp32.
+// V-trace over packed sequences: clipped ratios, the recurrence, targets and advantages in one reverse scan.
+// Reads rewards, values and ratios once, writes targets and advantages once: 20 bytes per token in fp32. Clipped ratios
+// and TD errors are never written. packed/scan.h has the order and its reasons.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 
-#include "memory.h"
 #include "packed/scan.h"
 
 namespace qrm_fast {
@@ -23,7 +23,7 @@ struct VtraceRule {
 
   double gamma, decay, rho_bar, c_bar;  // decay = gamma lam
 
-  Handed end(double bootstrap) const { return {0, bootstrap}; }
+  Carry end(double bootstrap) const { return {0, bootstrap}; }
   double next(double value) const { return value; }
 
   template <int Bytes>
@@ -40,7 +40,7 @@ struct VtraceRule {
         : gamma(rule.gamma), decay(rule.decay), rho_bar(L::broadcast(rule.rho_bar)), c_bar(L::broadcast(rule.c_bar)) {}
 
     QRM_FAST_INLINE Vec rho(const Vec* in) const { return L::minimum(in[2], rho_bar); }
-    // Eight factors of a vector multiply to zero only through a zero: see decay_product.
+    // The product of a vector's eight factors is zero only if one of them is: see decay_product.
     QRM_FAST_INLINE Vec factor(const Vec* in) const {
       const Vec f = decay * L::minimum(in[2], c_bar);
       // max(f, 1e-38), but 0 for 0: f times a large number is at most 1 only where it must be raised.
@@ -72,21 +72,9 @@ struct VtraceRule {
 std::tuple<Tensor, Tensor> vtrace(const Tensor& rewards, const Tensor& values, const Tensor& ratios,
                                   const Tensor& cu_seqlens, double gamma, double lam, double rho_bar, double c_bar,
                                   const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
-  const int64_t num_tokens = rewards.size(0);
-  const CuSeqlens cu(cu_seqlens, num_tokens);
-  Tensor targets = fresh_rows(rewards, num_tokens);
-  Tensor advantages = fresh_rows(rewards, num_tokens);
-  dispatch_floating(rewards.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using S = acc_t<T>;
-    PackedScan<SameRule<VtraceRule>, T>(
-        cu, num_tokens,
-        {static_cast<const T*>(rewards.const_data_ptr()), static_cast<const T*>(values.const_data_ptr()),
-         static_cast<const T*>(ratios.const_data_ptr())},
-        {static_cast<S*>(targets.mutable_data_ptr()), static_cast<S*>(advantages.mutable_data_ptr())},
-        data_or_null<bool>(mask), data_or_null<S>(bootstrap), {{gamma, gamma * lam, rho_bar, c_bar}})
-        .run();
-  });
+  const SameRule<VtraceRule> rules{{gamma, gamma * lam, rho_bar, c_bar}};
+  const auto [targets, advantages] =
+      scan_packed<2>({rewards, values, ratios}, cu_seqlens, bootstrap, mask, [&](auto) { return rules; });
   return {targets, advantages};
 }
 

@@ -1,6 +1,6 @@
 // Launches a scan over packed sequences: a setup kernel that finds where each unit starts and checks the boundaries,
-// then the scan. Nothing is read back, and the workspace depends on the number of rows alone: CUDA graphs
-// capture both.
+// then the scan (scan_unit.h). The host reads nothing back, and the size of the workspace depends on the number of rows
+// alone, so CUDA graphs capture both launches.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -10,16 +10,16 @@
 
 #include <algorithm>
 
+#include "../dtypes.h"
 #include "device_cu_seqlens.h"
-#include "dtypes.h"
 #include "scan_unit.h"
 
 namespace qrm_fast {
 
 constexpr int SETUP_BLOCKS = 64;
 
-// Rows of any floating dtype, read as they are and made floats when they have arrived. The branch is the same for all
-// threads and waits for memory anyway: a kernel per dtype would be no faster.
+// Rows of any floating dtype, loaded as bits and converted afterwards, so that all loads are in flight at once. The
+// branch on the dtype is uniform; a kernel per dtype would be no faster.
 class FloatingColumn {
  public:
   using Bits = uint32_t;
@@ -61,7 +61,7 @@ struct ScanWorkspace {
   Published<Map>*blocks, *groups;  // [units]
   UnitStart* starts;               // [units]
   int64_t* ticket;
-  int64_t* broken;  // [SETUP_BLOCKS], whether the boundaries that each saw are not those of packed sequences
+  int64_t* broken;  // [SETUP_BLOCKS], whether a block of the setup saw an invalid boundary
 
   static int64_t num_bytes(int64_t num_units) {
     return num_units * (2 * sizeof(Published<Map>) + sizeof(UnitStart)) + 8 * (1 + SETUP_BLOCKS) + 16;
@@ -90,8 +90,7 @@ __global__ void scan_setup(DeviceCuSeqlens cu, int64_t num_tokens, int64_t num_u
   if (index == 0) *w.ticket = 0;
 }
 
-// Blocks that share an SM: shared memory would hold about as many on sm_90; the compiler spills before it gives up
-// more.
+// Blocks per SM: about as many as shared memory holds on sm_90. With more, registers spill.
 template <typename Rows>
 constexpr int BLOCKS_PER_SM = Rows::kInputs < 3 ? 6 : 4;
 
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<typename Rules::Rows>)
   __shared__ int64_t taken;
   if (threadIdx.x == 0) taken = atomicAdd(reinterpret_cast<unsigned long long*>(w.ticket), 1ull);
   const bool broken = __syncthreads_or(threadIdx.x < SETUP_BLOCKS && w.broken[threadIdx.x] != 0);
-  const int64_t u = num_units - 1 - taken;  // from the end: a unit waits only for units behind it
+  const int64_t u = num_units - 1 - taken;  // the last unit first: a unit waits only for units behind it
   if (broken) {
     for (int64_t t = u * BLOCK + threadIdx.x; t < min((u + 1) * BLOCK, scan.num_tokens); t += THREADS) {
       for (float* rows : scan.out) rows[t] = NAN;
@@ -119,7 +118,7 @@ void scan_packed(const torch::stable::Tensor (&in)[kInputs], const torch::stable
                  const torch::stable::Tensor& cu_seqlens, const std::optional<torch::stable::Tensor>& bootstrap,
                  const std::optional<torch::stable::Tensor>& mask, const Rules& rules) {
   using Map = typename Rules::Rows::Map;
-  const int64_t num_tokens = in[0].size(0), num_units = (num_tokens + BLOCK - 1) / BLOCK;
+  const int64_t num_tokens = in[0].size(0), num_units = ceil_div(num_tokens, BLOCK);
   if (num_tokens == 0) return;
   const auto device = in[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

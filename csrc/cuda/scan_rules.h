@@ -1,9 +1,9 @@
-// The estimators as row rules. A row receives a state from its successor, gives results and hands a state on; the state
-// needs nothing of other rows, so a masked row is the identity and runs of rows compose to maps of the state.
-//   Map, State, kInputs, kOutputs       results take the place of the first inputs
-//   end(bootstrap), end()               the state behind the last row
-//   step(in, state, out)                one row; returns the state it hands on
-//   map(in)                             the same state as a map of the one received
+// The recurrence of each op, for one row. A row takes the state of the row after it and gives its results and its own
+// state. All that a row needs of later rows is in the state, so a masked row is the identity.
+//   Map, State, kInputs, kOutputs       results overwrite the first inputs in shared memory
+//   end(bootstrap), end()               the state after a sequence's last row
+//   step(in, state, out)                one row: writes its results, returns its state
+//   map(in)                             the map from the later state to that state, without results
 #pragma once
 #include "../maps.h"
 

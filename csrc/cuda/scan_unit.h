@@ -1,13 +1,21 @@
-// What one block of threads does in a scan over packed sequences, for device and host: a test runs it on the CPU.
+// What one block of threads computes in a scan over packed sequences. Written for device and host: a test runs it on
+// the CPU.
 //
-// Rows are read once and results written once, both coalesced, through shared memory. Sequences are cut from their
-// *end* into blocks of BLOCK rows and blocks into pieces of PIECE rows; a unit serves the blocks whose last row lies in
-// its BLOCK packed rows: whole short sequences, and of a longer one exactly one block. A thread takes a piece row by
-// row. The maps of a block's pieces are composed by doubling distances (a piece reaches only towards the end of its own
-// block, so the order of every product depends on the distance to that end alone). A long sequence's blocks publish
-// their maps, GROUP consecutive ones are composed once more, and every block composes the groups and then the blocks
-// behind it pair by pair: a tree whose shape is given by their number, whatever the packing and the timing. A unit
-// waits only for units with more distant rows, which take their tickets earlier.
+// Rows are read once and results written once, both coalesced, through shared memory. Nothing else is written to global
+// memory but one map per BLOCK rows. One read and one write per row is the least a scan can move, so memory limits it.
+//
+// Cuts. A sequence is cut into blocks of BLOCK rows and these into pieces of PIECE rows, both counted from the
+// sequence's *end*. The packed rows are cut into units of BLOCK rows, one per thread block. A unit computes the blocks
+// whose last row lies in it: whole short sequences, and at most one block of a longer sequence.
+//
+// Inside a unit. A thread walks a piece row by row, once for its map (maps.h) and once for its results. In between, the
+// maps of a block's pieces are composed by doubling distances. A piece reaches only towards the end of its own block,
+// so the order of every product depends on the distance to that end alone.
+//
+// Between units. A block with rows in front of it publishes its map; every GROUP-th block also publishes the map of its
+// group. A block's carry is composed from the groups and then the blocks behind it, in a tree whose shape depends on
+// their number alone. So the bits depend neither on the packing nor on timing. A unit waits only for units behind it,
+// which take their tickets earlier.
 #pragma once
 #include <cstdint>
 
@@ -57,25 +65,25 @@ QRM_FAST_HOST_DEVICE inline void max_shared(int* x, int value) {
 #endif
 }
 
-// A map on its way between units.
+// A map that one unit publishes and others wait for.
 template <typename Map>
 struct Published {
   Map map;
   int ready;
 
-  QRM_FAST_HOST_DEVICE void give(const Map& given) {
-    map = given;
+  QRM_FAST_HOST_DEVICE void publish(const Map& value) {
+    map = value;
 #if defined(__CUDA_ARCH__)
     asm volatile("st.release.gpu.s32 [%0], 1;" ::"l"(&ready) : "memory");
 #else
     ready = 1;
 #endif
   }
-  QRM_FAST_HOST_DEVICE Map take() const {
+  QRM_FAST_HOST_DEVICE Map wait() const {
 #if defined(__CUDA_ARCH__)
-    for (int given = 0;;) {
-      asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(given) : "l"(&ready) : "memory");
-      if (given) break;
+    for (int published = 0;;) {
+      asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(published) : "l"(&ready) : "memory");
+      if (published) break;
       __nanosleep(20);
     }
 #endif
@@ -89,26 +97,11 @@ struct BlockRows {
   int64_t index;  // 0 for the block at the sequence's end
 
   QRM_FAST_HOST_DEVICE static BlockRows of(int64_t bos, int64_t eos, int64_t high) {
-    const int64_t index = eos <= high ? 0 : (eos - high + BLOCK - 1) / BLOCK;
+    const int64_t index = eos <= high ? 0 : ceil_div(eos - high, BLOCK);
     const int64_t end = eos - index * BLOCK, begin = end - BLOCK > bos ? end - BLOCK : bos;
     return {begin, end > begin ? end : begin, index};
   }
 };
-
-// The first sequence with a row at or after t.
-template <typename Cu>
-QRM_FAST_HOST_DEVICE inline int64_t first_ending_after(const Cu& cu, int64_t t) {
-  int64_t low = 0, high = cu.num_sequences();
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (cu[middle + 1] > t) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
 
 template <typename Rows>
 struct UnitMemory {
@@ -118,7 +111,7 @@ struct UnitMemory {
     int64_t sequence;
     int end, num_rows;  // rows [end - num_rows, end) of the unit
     int distance;       // pieces between this one and the end of its block
-    bool receives;      // its block has a block behind it
+    bool has_carry;     // its block has a block behind it
   };
 
   float columns[Rows::kInputs][MAX_ROWS + MAX_ROWS / PIECE];
@@ -126,13 +119,14 @@ struct UnitMemory {
   Piece pieces[MAX_PIECES];
   Map maps[2][MAX_PIECES];
   Map gathered[THREADS];
-  typename Rows::State received;
+  typename Rows::State carry;
   int num_pieces, most_pieces, end;
-  int giver;  // last piece of the block with rows in front of it, or -1
-  int64_t giver_index, receiver_index, receiver;
+  int front;                          // the last piece of the block that has rows in front of it, or -1
+  int64_t front_index;                // that block's index
+  int64_t back_sequence, back_index;  // of the block that has a block behind it: its sequence, or -1, and index
 };
 
-// What the setup finds for a unit: the sequence of its first row, and the first row that it reads.
+// Found by the setup for each unit: the sequence of its first row, and the first row that it reads.
 struct UnitStart {
   int64_t sequence, row;
 
@@ -163,7 +157,7 @@ struct UnitScan {
   Published<Map>* blocks;  // [units], the map of the block that has rows in front of it
   Published<Map>* groups;  // [units], of the GROUP blocks up to that one
 
-  // One word is left free after each piece's worth of rows: threads that walk pieces side by side meet no bank twice.
+  // A padding word after each PIECE rows: threads that walk neighbouring pieces have no bank conflicts.
   QRM_FAST_HOST_DEVICE static int skewed(int row) { return row + row / PIECE; }
 
   QRM_FAST_HOST_DEVICE State end(const Rows& rows, int64_t s) const {
@@ -228,7 +222,7 @@ struct UnitScan {
     return map;
   }
 
-  // Composes the first `count` gathered maps, of which map k is of the rows behind those of map k + 1, to the first.
+  // Composes the first `count` gathered maps into the first one. Map k covers the rows behind those of map k + 1.
   QRM_FAST_HOST_DEVICE void compose_gathered(Memory& m, int count) const {
     for (int step = 1; step < count; step *= 2) {
       on_all_threads([&](int thread) {
@@ -239,17 +233,18 @@ struct UnitScan {
     }
   }
 
-  // Applies maps [first, last) of a sequence's blocks or groups to the state. `behind(i)` is where map i is published.
+  // Applies the maps [first, last) of a sequence's blocks or groups to the carry. `behind(i)` is where map i is
+  // published.
   template <typename Behind>
-  QRM_FAST_HOST_DEVICE void receive(Memory& m, int64_t first, int64_t last, Behind behind) const {
+  QRM_FAST_HOST_DEVICE void apply_published(Memory& m, int64_t first, int64_t last, Behind behind) const {
     for (int64_t i = first; i < last; i += THREADS) {
       const int count = last - i < THREADS ? static_cast<int>(last - i) : THREADS;
       on_all_threads([&](int thread) {
-        if (thread < count) m.gathered[thread] = behind(i + thread)->take();
+        if (thread < count) m.gathered[thread] = behind(i + thread)->wait();
       });
       compose_gathered(m, count);
       on_all_threads([&](int thread) {
-        if (thread == 0) m.received = m.gathered[0](m.received);
+        if (thread == 0) m.carry = m.gathered[0](m.carry);
       });
     }
   }
@@ -262,11 +257,12 @@ struct UnitScan {
       stage(m, begin, static_cast<int>(high - begin), thread);
       if (thread == 0) {
         m.num_pieces = m.most_pieces = m.end = 0;
-        m.giver = m.receiver = -1;
+        m.front = m.back_sequence = -1;
       }
     });
 
-    // Sequences of one piece are finished here; the pieces of the others are listed in any order of the sequences.
+    // Sequences of one piece are finished here. The pieces of the others are listed; the order of sequences is
+    // arbitrary.
     on_all_threads([&](int thread) {
       for (int64_t s = first + thread; s < cu.num_sequences() && cu[s] < high; s += THREADS) {
         const int64_t bos = cu[s], eos = cu[s + 1];
@@ -274,25 +270,25 @@ struct UnitScan {
         const int num_rows = static_cast<int>(block.end - block.begin), end = static_cast<int>(block.end - begin);
         if (num_rows == 0) continue;
         max_shared(&m.end, end);
-        const bool gives = block.begin > bos, receives = block.index > 0;
-        if (num_rows <= PIECE && !receives) {
+        const bool has_front = block.begin > bos, has_carry = block.index > 0;
+        if (num_rows <= PIECE && !has_carry) {
           const Rows rows = rules(s);
           walk(m, rows, end, num_rows, this->end(rows, s));
           continue;
         }
-        const int count = (num_rows + PIECE - 1) / PIECE, base = add_shared(&m.num_pieces, count);
+        const int count = static_cast<int>(ceil_div(num_rows, PIECE)), base = add_shared(&m.num_pieces, count);
         max_shared(&m.most_pieces, count);
         for (int k = 0; k < count; ++k) {
           const int rest = num_rows - k * PIECE;
-          m.pieces[base + k] = {s, end - k * PIECE, rest < PIECE ? rest : PIECE, k, receives};
+          m.pieces[base + k] = {s, end - k * PIECE, rest < PIECE ? rest : PIECE, k, has_carry};
         }
-        if (gives) {
-          m.giver = base + count - 1;
-          m.giver_index = block.index;
+        if (has_front) {
+          m.front = base + count - 1;
+          m.front_index = block.index;
         }
-        if (receives) {
-          m.receiver = s;
-          m.receiver_index = block.index;
+        if (has_carry) {
+          m.back_sequence = s;
+          m.back_index = block.index;
         }
       }
     });
@@ -313,20 +309,20 @@ struct UnitScan {
           }
         });
       }
-      if (m.giver >= 0) give(m, u, m.maps[now][m.giver]);
-      if (m.receiver >= 0) {
-        const int64_t j = m.receiver_index;
+      if (m.front >= 0) publish(m, u, m.maps[now][m.front]);
+      if (m.back_sequence >= 0) {
+        const int64_t j = m.back_index;
         on_all_threads([&](int thread) {
-          if (thread == 0) m.received = end(rules(m.receiver), m.receiver);
+          if (thread == 0) m.carry = end(rules(m.back_sequence), m.back_sequence);
         });
-        receive(m, 0, j / GROUP, [&](int64_t g) { return groups + u + j - (g * GROUP + GROUP - 1); });
-        receive(m, j / GROUP * GROUP, j, [&](int64_t i) { return blocks + u + j - i; });
+        apply_published(m, 0, j / GROUP, [&](int64_t g) { return groups + u + j - (g * GROUP + GROUP - 1); });
+        apply_published(m, j / GROUP * GROUP, j, [&](int64_t i) { return blocks + u + j - i; });
       }
       on_all_threads([&](int thread) {
         for (int i = thread; i < m.num_pieces; i += THREADS) {
           const auto& piece = m.pieces[i];
           const Rows rows = rules(piece.sequence);
-          State state = piece.receives ? m.received : end(rows, piece.sequence);
+          State state = piece.has_carry ? m.carry : end(rows, piece.sequence);
           if (piece.distance > 0) state = m.maps[now][i - 1](state);
           walk(m, rows, piece.end, piece.num_rows, state);
         }
@@ -340,17 +336,17 @@ struct UnitScan {
     });
   }
 
-  // Publishes the block's map and, of the last block of a group, the group's.
-  QRM_FAST_HOST_DEVICE void give(Memory& m, int64_t u, const Map& map) const {
-    const bool completes = m.giver_index % GROUP == GROUP - 1;
+  // Publishes the block's map and, if it is the last block of a group, the group's.
+  QRM_FAST_HOST_DEVICE void publish(Memory& m, int64_t u, const Map& map) const {
+    const bool completes = m.front_index % GROUP == GROUP - 1;
     on_all_threads([&](int thread) {
-      if (thread == 0) blocks[u].give(map);
-      if (completes) m.gathered[thread] = thread == GROUP - 1 ? map : blocks[u + GROUP - 1 - thread].take();
+      if (thread == 0) blocks[u].publish(map);
+      if (completes) m.gathered[thread] = thread == GROUP - 1 ? map : blocks[u + GROUP - 1 - thread].wait();
     });
     if (!completes) return;
     compose_gathered(m, GROUP);
     on_all_threads([&](int thread) {
-      if (thread == 0) groups[u].give(m.gathered[0]);
+      if (thread == 0) groups[u].publish(m.gathered[0]);
     });
   }
 };

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../indices.h"
 
 namespace py = pybind11;
 
@@ -220,7 +221,7 @@ Partition partition(const std::vector<Sequence>& sequences, int64_t max_tokens, 
     total_cost += sequence.cost;
   }
   const int64_t capacity = max_tokens * num_ranks;
-  int64_t num_micro = std::max<int64_t>(1, (num_tokens + capacity - 1) / capacity);
+  int64_t num_micro = std::max<int64_t>(1, ceil_div(num_tokens, capacity));
   const auto try_place = [&](double max_cost, const auto& key) {
     return place(sequences, max_tokens, max_cost, num_micro, num_ranks, key);
   };

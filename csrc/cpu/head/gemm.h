@@ -1,65 +1,24 @@
 // Register tiles of C [m, n] += A [m, K] B [K, n], accumulated in float or double.
 //
-// An element of A is broadcast and read where it lies: A is the weight itself, or the logits' gradient itself. A row of
-// B is `nr` contiguous elements of a panel [K][nr]. A tile walks K in order, so an element of C has the same bits
-// whatever m, n, its position and the thread count are: the reason that a vendor GEMM is not used here.
+// A is read in place, element by element, and broadcast: it is the weight or the gradient of the logits. A row of B is
+// `nr` contiguous elements of a panel [K][nr]. A tile sums over K in order, so the bits of an element of C depend on
+// neither m, n, its position nor the number of threads. A vendor GEMM does not promise that.
 //
-// An element of a tile for pairs is two bfloat16 of neighbouring k in the place of a float, and a step of K adds both
-// of their products, each exact, to the float: twice the rate where the processor has the instruction (AVX512_BF16). It
-// takes bfloat16 and sums below the smallest normal float for 0.
+// In a tile of pairs, two bfloat16 of neighbouring k stand in the place of a float, and a step of K adds both products,
+// each exact, to the float: twice the rate, where the processor has AVX512_BF16. The instruction treats bfloat16 and
+// sums below the smallest normal float as 0.
 #pragma once
-#include <sys/mman.h>
-
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <memory>
-#include <new>
 #include <utility>
-#include <vector>
 
-#include "../ceil_div.h"
 #include "../simd/simd.h"
 
 namespace qrm_fast {
 
-// Uninitialised arrays in one allocation, in huge pages where the system has them: the first touch of 4 KiB pages would
-// cost a call several percent, and panels in pages scattered over the sets of L2 do not stay there.
-template <typename S>
-class Scratch {
- public:
-  explicit Scratch(std::initializer_list<int64_t> counts) {
-    int64_t total = 0;
-    for (int64_t count : counts) {
-      starts_.push_back(total);
-      total += round_up(count, kLine / sizeof(S));
-    }
-    const int64_t bytes = std::max<int64_t>(total, 1) * sizeof(S);
-    const bool huge = bytes >= kHuge;
-    data_.reset(static_cast<S*>(::operator new(bytes, std::align_val_t(huge ? kHuge : kLine))));
-    data_.get_deleter().align = std::align_val_t(huge ? kHuge : kLine);
-    if (huge) madvise(data_.get(), bytes / kHuge * kHuge, MADV_HUGEPAGE);  // a hint: nothing to do where it is refused
-  }
-  explicit Scratch(int64_t count) : Scratch({count}) {}
-
-  S* get() const { return data_.get(); }
-  S* operator[](int i) const { return data_.get() + starts_[i]; }
-
- private:
-  static constexpr int64_t kLine = 64, kHuge = 2 << 20;
-  struct Delete {
-    std::align_val_t align{64};
-    void operator()(S* p) const { ::operator delete(p, align); }
-  };
-  std::unique_ptr<S, Delete> data_;
-  std::vector<int64_t> starts_;
-};
-
 // One tile: c[i][j] = (accumulate ? c[i][j] : 0) + sum_k A(i, k) b[k * nr + j] with
 //   A(i, k) = a[i * a_row + k * a_step + k / nr * a_jump]
-// where a_jump is for an A that itself is stored in panels. Meanwhile the tile fetches what is read next, on every
-// kAheadSteps steps two cache lines: one from `ahead`, which moves on by `ahead_jump` after nr steps, and one from
-// `soon`.
+// where a_jump is for an A that is stored in panels itself. Every kAheadSteps steps the tile prefetches two cache lines
+// of what the next tiles read: one from `ahead`, which moves by `ahead_jump` after nr steps, and one from `soon`.
 template <typename S>
 struct Tile {
   int64_t depth;
@@ -76,7 +35,6 @@ struct Tile {
 
 inline constexpr int64_t kDepth = 128;     // steps of K that a tile sums at a time
 inline constexpr int64_t kAheadSteps = 8;  // divides every nr
-inline constexpr int64_t kLineBytes = 64;
 
 // Elements that a tile fetches between two jumps of `ahead`.
 template <typename S>

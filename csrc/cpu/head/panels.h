@@ -92,16 +92,12 @@ struct PanelTile {
 
   // Finished logits -> gradients with respect to the product, without the targets' own terms.
   QRM_FAST_INLINE static void gradient(S* z, int64_t n, const PanelGradient<S>& g) {
-    if (g.softcap == S(0)) {
-      gradient<false>(z, n, g);
-    } else {
-      gradient<true>(z, n, g);
-    }
+    g.softcap == S(0) ? capped_gradient<false>(z, n, g) : capped_gradient<true>(z, n, g);
   }
 
  private:
   template <bool Capped>
-  QRM_FAST_INLINE static void gradient(S* z, int64_t n, const PanelGradient<S>& g) {
+  QRM_FAST_INLINE static void capped_gradient(S* z, int64_t n, const PanelGradient<S>& g) {
     for (int64_t i = 0; i < n; ++i) {
       for (int j = 0; j < kWidth; j += V::kLanes) {
         const Vec x = V::load(z + i * kWidth + j);
@@ -126,47 +122,30 @@ struct PanelKernels {
   void (*fold)(const S* z, int64_t n, S* stats);
   void (*merge)(S* stats, const S* more);
   void (*gradient)(S* z, int64_t n, const PanelGradient<S>& g);
+
+  // The tile fills the set's registers: 16 of 16 or 32 bytes, or 32 of 64.
+  template <int Bytes>
+  static PanelKernels compiled() {
+    constexpr int kTileRows = Bytes == 16 ? 3 : 6, kVectors = Bytes == 32 ? 2 : 4;
+    using Panel = PanelTile<S, Bytes, kVectors>;
+    PanelKernels kernels{{kTileRows, Panel::kWidth, Compiled<Bytes, register_tile<S, Bytes, kTileRows, kVectors>>::run},
+                         nullptr,
+                         Compiled<Bytes, Panel::finish>::run,
+                         Compiled<Bytes, Panel::fold>::run,
+                         Compiled<Bytes, Panel::merge>::run,
+                         Compiled<Bytes, Panel::gradient>::run};
+    if constexpr (Bytes == 64 && sizeof(S) == 4) {
+      if (__builtin_cpu_supports("avx512bf16")) {
+        kernels.pair_tile = Compiled<Bytes, register_tile<S, Bytes, kTileRows, kVectors, true>>::run_bf16;
+      }
+    }
+    return kernels;
+  }
 };
-
-#define QRM_FAST_PANEL_KERNELS(NAME, TARGET, BYTES, ROWS, VECTORS)                                        \
-  template <typename S>                                                                                   \
-  struct NAME {                                                                                           \
-    using Panel = PanelTile<S, BYTES, VECTORS>;                                                           \
-    TARGET static void tile(const Tile<S>& t) { register_tile<S, BYTES, ROWS, VECTORS>(t); }              \
-    TARGET static void finish(S* z, int64_t n, const PanelTransform<S>& t) { Panel::finish(z, n, t); }    \
-    TARGET static void fold(const S* z, int64_t n, S* stats) { Panel::fold(z, n, stats); }                \
-    TARGET static void merge(S* stats, const S* more) { Panel::merge(stats, more); }                      \
-    TARGET static void gradient(S* z, int64_t n, const PanelGradient<S>& g) { Panel::gradient(z, n, g); } \
-    static constexpr PanelKernels<S> kernels() {                                                          \
-      return {{ROWS, Panel::kWidth, tile}, nullptr, finish, fold, merge, gradient};                       \
-    }                                                                                                     \
-  };
-
-QRM_FAST_PANEL_KERNELS(PortablePanel, , 16, 3, 4)
-#if defined(__x86_64__)
-QRM_FAST_PANEL_KERNELS(Avx2Panel, QRM_FAST_TARGET_AVX2, 32, 6, 2)
-QRM_FAST_PANEL_KERNELS(Avx512Panel, QRM_FAST_TARGET_AVX512, 64, 6, 4)
-
-QRM_FAST_TARGET_AVX512_BF16 inline void avx512_pair_tile(const Tile<float>& t) {
-  register_tile<float, 64, 6, 4, true>(t);
-}
-#endif
 
 template <typename S>
 const PanelKernels<S>& panel_kernels() {
-  static const PanelKernels<S> best = [] {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-      PanelKernels<S> kernels = Avx512Panel<S>::kernels();
-      if constexpr (sizeof(S) == 4) {
-        if (__builtin_cpu_supports("avx512bf16")) kernels.pair_tile = avx512_pair_tile;
-      }
-      return kernels;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2Panel<S>::kernels();
-#endif
-    return PortablePanel<S>::kernels();
-  }();
+  static const auto best = widest([](auto bytes) { return PanelKernels<S>::template compiled<bytes>(); });
   return best;
 }
 

@@ -102,40 +102,22 @@ struct HeadTile {
   }
 };
 
-// The kernels of one instruction set, for float or double.
 template <typename S>
 struct HeadKernels {
   void (*finish)(S* z, int64_t n, const LogitTransform<S>& t);
   SoftmaxStats<S> (*fold)(const S* z, int64_t n);
   void (*gradient)(S* z, int64_t n, const LogitTransform<S>& t, const RowGradient<S>& g);
+
+  template <int Bytes>
+  static HeadKernels compiled() {
+    using Tile = HeadTile<S, Bytes>;
+    return {Compiled<Bytes, Tile::finish>::run, Compiled<Bytes, Tile::fold>::run, Compiled<Bytes, Tile::gradient>::run};
+  }
 };
-
-#define QRM_FAST_HEAD_KERNELS(NAME, TARGET, BYTES)                                                                  \
-  template <typename S>                                                                                             \
-  struct NAME {                                                                                                     \
-    TARGET static void finish(S* z, int64_t n, const LogitTransform<S>& t) { HeadTile<S, BYTES>::finish(z, n, t); } \
-    TARGET static SoftmaxStats<S> fold(const S* z, int64_t n) { return HeadTile<S, BYTES>::fold(z, n); }            \
-    TARGET static void gradient(S* z, int64_t n, const LogitTransform<S>& t, const RowGradient<S>& g) {             \
-      HeadTile<S, BYTES>::gradient(z, n, t, g);                                                                     \
-    }                                                                                                               \
-    static constexpr HeadKernels<S> kernels() { return {finish, fold, gradient}; }                                  \
-  };
-
-QRM_FAST_HEAD_KERNELS(PortableHead, , 16)
-#if defined(__x86_64__)
-QRM_FAST_HEAD_KERNELS(Avx2Head, QRM_FAST_TARGET_AVX2, 32)
-QRM_FAST_HEAD_KERNELS(Avx512Head, QRM_FAST_TARGET_AVX512, 64)
-#endif
 
 template <typename S>
 const HeadKernels<S>& head_kernels() {
-  static const HeadKernels<S> best = [] {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return Avx512Head<S>::kernels();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2Head<S>::kernels();
-#endif
-    return PortableHead<S>::kernels();
-  }();
+  static const auto best = widest([](auto bytes) { return HeadKernels<S>::template compiled<bytes>(); });
   return best;
 }
 

@@ -7,12 +7,13 @@
 #include <cstdint>
 
 #include "../../check.h"
-#include "../simd/target_clones.h"
+#include "../../indices.h"
+#include "../simd/instruction_set.h"
 
 namespace qrm_fast {
 
 template <typename I>
-QRM_FAST_TARGET_CLONES static bool never_decreases(const I* x, int64_t begin, int64_t end) {
+QRM_FAST_CLONES static bool never_decreases(const I* x, int64_t begin, int64_t end) {
   I decreases = 0;
   for (int64_t i = begin; i < end; ++i) decreases |= x[i] > x[i + 1] ? 1 : 0;
   return decreases == 0;
@@ -50,19 +51,6 @@ class CuSeqlens {
     return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
   }
   int64_t num_sequences() const { return num_sequences_; }
-  // The first sequence that has a row at or after t.
-  int64_t first_ending_after(int64_t t) const {
-    int64_t low = 0, high = num_sequences_;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if ((*this)[middle + 1] > t) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    return low;
-  }
 
  private:
   const void* data_;

@@ -10,14 +10,14 @@
 #include <vector>
 
 #include "../../check.h"
-#include "../simd/target_clones.h"
+#include "../simd/instruction_set.h"
 #include "cu_seqlens.h"
 
 namespace qrm_fast {
 
 // x[begin - 1] < x[begin] < ... < x[end - 1]
 template <typename I>
-QRM_FAST_TARGET_CLONES static bool ascends(const I* x, int64_t begin, int64_t end) {
+QRM_FAST_CLONES static bool ascends(const I* x, int64_t begin, int64_t end) {
   I stalls = 0;
   for (int64_t k = begin; k < end; ++k) stalls |= x[k - 1] >= x[k] ? 1 : 0;
   return stalls == 0;

@@ -1,5 +1,5 @@
-// Rows with holes: the unmasked ones side by side, and back. AVX-512 has instructions for it; elsewhere eight rows at a
-// time are permuted by a table over their mask's bits.
+// Rows with holes: moves the unmasked rows side by side (squeeze), and back (spread). AVX-512 has instructions for
+// both; other sets permute eight rows at a time, by a table indexed by the bits of their mask.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -107,12 +107,6 @@ struct FewRows<S, 64> : Simd<S, 64> {
 };
 #endif
 
-template <typename T, typename S>
-QRM_FAST_INLINE int64_t convert(const T* x, int64_t num_rows, S* rows) {
-  for (int64_t t = 0; t < num_rows; ++t) rows[t] = x[t];
-  return num_rows;
-}
-
 // Returns how many rows are unmasked. Like spread, it touches no row beyond num_rows.
 template <int Bytes, typename T, typename S>
 QRM_FAST_INLINE int64_t squeeze(const T* x, const bool* mask, int64_t num_rows, S* rows) {
@@ -125,7 +119,7 @@ QRM_FAST_INLINE int64_t squeeze(const T* x, const bool* mask, int64_t num_rows, 
       few = V::load(x + t);
     } else {
       S converted[V::kRows];
-      convert(x + t, V::kRows, converted);
+      for (int64_t i = 0; i < V::kRows; ++i) converted[i] = x[t + i];
       few = V::load(converted);
     }
     V::store(rows + n, V::squeezed(few, bits));

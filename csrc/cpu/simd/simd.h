@@ -1,5 +1,5 @@
 // Vectors of any width, written once with the compiler's vector extension. Everything here is inlined into a function
-// that names its instruction set (QRM_FAST_TARGET_*), which then compiles to that set's registers.
+// that is compiled for an instruction set (instruction_set.h).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -7,15 +7,24 @@
 #include <limits>
 #include <type_traits>
 
+#include "instruction_set.h"
+
 namespace qrm_fast {
 
-#define QRM_FAST_INLINE [[gnu::always_inline]] inline
+inline constexpr int64_t kLineBytes = 64;  // of a cache line
 
-#if defined(__x86_64__)
-#define QRM_FAST_TARGET_AVX512 [[gnu::target("avx512f,avx512dq,avx2,fma")]]
-#define QRM_FAST_TARGET_AVX512_BF16 [[gnu::target("avx512f,avx512dq,avx512bf16,avx2,fma")]]
-#define QRM_FAST_TARGET_AVX2 [[gnu::target("avx2,fma")]]
-#endif
+// Reduces n values, a power of two, by folding halves onto each other: a fixed order that vectorises.
+template <typename S, typename Op>
+QRM_FAST_INLINE S fold_halves(S* x, int64_t n, Op op) {
+  for (int64_t half = n / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) x[i] = op(x[i], x[i + half]);
+  }
+  return x[0];
+}
+template <typename S>
+QRM_FAST_INLINE S sum_halves(S* x, int64_t n) {
+  return fold_halves(x, n, [](S a, S b) { return a + b; });
+}
 
 template <typename S, int Bytes>
 struct Simd {
@@ -54,15 +63,11 @@ struct Simd {
   // A NaN in `a` is dropped: callers see it again in the sums.
   QRM_FAST_INLINE static Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-  // Fixed order: halves are folded onto each other.
   template <typename Op>
   QRM_FAST_INLINE static S reduce(Vec v, Op op) {
     S lanes[kLanes];
     std::memcpy(lanes, &v, Bytes);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
-    }
-    return lanes[0];
+    return fold_halves(lanes, kLanes, op);
   }
   QRM_FAST_INLINE static S sum(Vec v) {
     return reduce(v, [](S a, S b) { return a + b; });

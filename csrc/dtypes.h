@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <optional>
 #include <type_traits>
 
 namespace qrm_fast {
