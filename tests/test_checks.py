@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+import qrm_fast
 from qrm_fast.ops.checks import BOOL, FLOATS, INT64, INTS, Checker
 
 T4 = torch.zeros(4)
@@ -83,3 +85,24 @@ def test_one_column_is_dense_whatever_its_stride():
 def test_float64_is_refused_on_cuda():
     with refuses(TypeError, "x must not be float64 on CUDA: the kernels accumulate in float32 there"):
         Checker()("x", T4.double().cuda(), "T", FLOATS)
+
+
+TANGENTS = {
+    "linear_logprobs": lambda x: (
+        qrm_fast.linear_logprobs(x, torch.ones(9, 4), torch.zeros(4, dtype=torch.int64)).logprobs
+    ),
+    "policy_loss": lambda x: qrm_fast.policy_loss(x[:, 0].contiguous(), torch.ones(4)).loss,
+    "gae": lambda x: qrm_fast.gae(x[:, 0].contiguous(), torch.zeros(4), torch.tensor([0, 4])).advantages,
+    "whiten": lambda x: qrm_fast.whiten(x[:, 0].contiguous()),
+}
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_forward_mode_is_refused_where_it_would_be_dropped(name):
+    x = torch.randn(4, 4)
+    with pytest.raises(NotImplementedError, match="must have no forward-mode tangent, which would be dropped"):
+        torch.func.jvp(TANGENTS[name], (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        TANGENTS[name](x)
+        with pytest.raises(NotImplementedError, match="must have no forward-mode tangent"):
+            TANGENTS[name](forward_ad.make_dual(x, torch.ones_like(x)))

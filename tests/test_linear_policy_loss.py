@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+import qrm_fast
 from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
 from qrm_fast.ops.checks import Checker
 from qrm_fast.ops.linear_policy_loss import _forward
@@ -440,3 +442,47 @@ def test_nothing_is_checked_twice(monkeypatch):
     checked.clear()
     policy_loss(torch.zeros(4), torch.zeros(4), **per_row)
     assert sorted(checked) == sorted({"logprobs", "advantages", *per_row})
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo"])
+@pytest.mark.parametrize("old", [-130.0, 130.0])
+def test_an_advantage_of_zero_gives_zero_whatever_the_ratio(kind, old):
+    hidden, weight = torch.zeros(4, 8, requires_grad=True), torch.zeros(50, 8, requires_grad=True)  # a uniform head
+    options = dict(old_logprobs=torch.full((4,), old), kind=kind)
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 1, 4])
+    out = linear_policy_loss(hidden, weight, torch.arange(4), torch.zeros(4), **options)
+    gradients = torch.autograd.grad(out.loss, (hidden, weight))
+    assert out.loss == 0 and all((x == 0).all() for x in gradients)
+    assert all(x.isfinite() for x in out.metrics)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_activation_checkpointing(use_reentrant):
+    """The op is computed again in the backward pass: the same gradients."""
+    inputs, constants, options = make(20, 8, 30, torch.float32)
+    constants = {k: x.float() for k, x in constants.items()}
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+
+    def loss(*leaves):
+        return linear_policy_loss(**dict(zip(inputs, leaves, strict=True)), **constants, **options).loss
+
+    plain = torch.autograd.grad(loss(*leaves), leaves)
+    checkpoint(loss, *leaves, use_reentrant=use_reentrant).backward()
+    assert all(torch.equal(x.grad, y) for x, y in zip(leaves, plain, strict=True))
+
+
+@pytest.mark.parametrize("op", ["linear_logprobs", "gather_logprobs", "policy_loss", "token_q", "value_loss"])
+def test_other_ops_under_activation_checkpointing(op):
+    x = torch.randn(5, 8, requires_grad=True)
+    targets = torch.arange(5)
+    run = {
+        "linear_logprobs": lambda x: qrm_fast.linear_logprobs(x, torch.eye(8), targets).logprobs.sum(),
+        "gather_logprobs": lambda x: qrm_fast.gather_logprobs(x, targets).logprobs.sum(),
+        "policy_loss": lambda x: qrm_fast.policy_loss(x[:, 0].contiguous(), torch.ones(5)).loss,
+        "token_q": lambda x: qrm_fast.token_q(x, torch.ones(8)).sum(),
+        "value_loss": lambda x: qrm_fast.value_loss(x[:, 0].contiguous(), torch.ones(5)),
+    }[op]
+    (plain,) = torch.autograd.grad(run(x), x)
+    checkpoint(run, x, use_reentrant=False).backward()
+    assert torch.equal(x.grad, plain)

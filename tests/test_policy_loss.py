@@ -59,7 +59,7 @@ def oracle(
     ref_logprobs=None,
     token_weights=None,
     kind="ppo",
-    clip_low=0.2,
+    clip_low=None,
     clip_high=0.2,
     dual_clip=None,
     kl_coef=0.0,
@@ -68,6 +68,7 @@ def oracle(
 ):
     """The loss as PyTorch users write it, for autograd, and the metrics; rows of weight 0 are dropped."""
     w = torch.ones_like(logprobs) / max(len(logprobs), 1) if token_weights is None else token_weights
+    clip_low = clip_low if clip_low is not None else 1.0 if kind == "cispo" else 0.2
     rows = w != 0
     w, logp, a = w[rows], logprobs[rows], advantages[rows]
     old = logp.detach() if old_logprobs is None else old_logprobs[rows]
@@ -85,7 +86,7 @@ def oracle(
         if dual_clip is not None:
             loss = torch.where(a < 0, torch.min(loss, -a * dual_clip), loss)
     elif kind == "cispo":
-        loss = -ratio.clamp(max=1 + clip_high).detach() * a * logp
+        loss = -ratio.clamp(1 - clip_low, 1 + clip_high).detach() * a * logp
     else:
         loss = -a * logp
     kl = torch.zeros_like(logp)
@@ -233,7 +234,7 @@ def test_table_of_cispo():
     assert out.loss.item() == pytest.approx(0.1)
     out.loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([-0.6, 0.25]))
-    assert out.metrics.clip_low.item() == out.metrics.clip_high.item() == 0.5
+    assert (out.metrics.clip_low.item(), out.metrics.clip_high.item()) == (0.0, 0.5)
     assert out.metrics.ratio_max.item() == pytest.approx(2)
 
 
@@ -492,3 +493,86 @@ def test_bad_input():
     ]:
         with pytest.raises(error, match=sentence):
             qrm_fast.policy_loss(**{**good, **change})
+
+
+def test_a_ratio_that_would_overflow_counts_as_twenty():
+    """By hand: e^20 = 4.8517e8 and e^-20 = 2.0612e-9 are the ratios; beyond them they have no gradient."""
+    advantages = torch.tensor([0.0, 1.0, -1.0])
+    kinds = [("ppo", {}), ("ppo", {"dual_clip": 3.0}), ("cispo", {}), ("gspo", {}), ("reinforce", {})]
+    for (kind, options), old in itertools.product(kinds, (-130.0, -30.0, -22.5, 30.0, 130.0)):
+        logprobs = torch.full((3,), -2.0, requires_grad=True)
+        ratio = 4.8517e8 if old < -2 else 2.0612e-9
+        scale = min(ratio, 1.2)
+        losses = {
+            "ppo": [0.0, -scale, min(max(ratio, 0.8), options.get("dual_clip", math.inf))],
+            "gspo": [0.0, -scale, max(ratio, 0.8)],
+            "cispo": [0.0, 2 * scale, -2 * scale],
+            "reinforce": [0.0, 2.0, -2.0],
+        }
+        slopes = {"cispo": [0.0, -scale, scale], "reinforce": [0.0, -1.0, 1.0]}
+        if kind == "gspo":
+            options = options | {"cu_seqlens": torch.tensor([0, 1, 2, 3])}
+        for i in range(3):
+            weights = torch.zeros(3)
+            weights[i] = 1.0
+            loss, _, _, metrics = qrm_fast.policy_loss(
+                logprobs, advantages, old_logprobs=torch.full((3,), old), token_weights=weights, kind=kind, **options
+            )
+            assert loss.item() == pytest.approx(losses[kind][i], rel=1e-3, abs=1e-12)
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            assert gradient[i].item() == pytest.approx(slopes.get(kind, [0.0, 0.0, 0.0])[i], rel=1e-3)
+            assert all(x.isfinite() for x in metrics)
+            assert metrics.ratio_max.item() == pytest.approx(ratio, rel=1e-3)
+
+
+def test_k3_stays_finite_far_from_the_reference():
+    for distance in (-120.0, -30.0, 120.0):
+        logprobs = torch.full((2,), -1.0, requires_grad=True)
+        options = dict(token_weights=torch.tensor([0.5, 0.5]), kl_coef=0.5, kl_estimator="k3")
+        ref = torch.full((2,), -1.0 - distance)
+        loss = qrm_fast.policy_loss(logprobs, torch.zeros(2), ref_logprobs=ref, **options).loss
+        grown = 4.8517e8 - 1 if distance < 0 else -1.0
+        assert loss.item() == pytest.approx(0.5 * (grown + distance), rel=1e-3)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        assert gradient.tolist() == pytest.approx(2 * [-0.25 * grown], rel=1e-3)
+
+
+def test_cispo_clips_below_where_it_is_asked_to():
+    """ratio 0.5, A = 1: no lower bound by default, 1 - 0.2 with clip_low 0.2."""
+    logprobs = torch.full((2,), -2.0, requires_grad=True)
+    options = dict(old_logprobs=logprobs.detach() - math.log(0.5), token_weights=torch.ones(2), kind="cispo")
+    for clip_low, scale in ((None, 0.5), (1.0, 0.5), (0.2, 0.8), (0.6, 0.5)):
+        loss = qrm_fast.policy_loss(logprobs, torch.ones(2), clip_low=clip_low, **options).loss
+        assert loss.item() == pytest.approx(4 * scale, rel=1e-4)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        assert gradient.tolist() == pytest.approx([-scale, -scale], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo"])
+@pytest.mark.parametrize("clip_low", [0.2, 1.0])
+def test_far_ratios_are_those_of_the_reference(kind, clip_low):
+    generator = torch.Generator().manual_seed(0)
+    num_rows = 1000
+    logprobs, old, ref = (60 * torch.randn(num_rows, generator=generator) for _ in range(3))
+    advantages = torch.randint(-1, 2, (num_rows,), generator=generator).float()
+    cu_seqlens = torch.arange(0, num_rows + 1, 4) if kind == "gspo" else None
+    weights = torch.rand(num_rows, generator=generator)
+    arguments = [
+        logprobs,
+        advantages,
+        None,
+        old,
+        ref,
+        weights,
+        cu_seqlens,
+        kind,
+        clip_low,
+        0.2,
+        math.inf,
+        0.1,
+        "k3",
+        0.0,
+    ]
+    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+    for x, y in zip(_policy_loss(*arguments), _policy_loss._init_fn(*exact), strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-6)

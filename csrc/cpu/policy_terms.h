@@ -41,16 +41,22 @@ struct ScalarMath {
 };
 
 // `log_ratio`: of the ratio that the loss uses, logprob - old or, for gspo, its mean over the sequence. `ref` is null
-// without a reference policy. Comparisons are written so that a NaN reaches both loss and derivative.
+// without a reference policy. Beyond +-20 a log-ratio counts as 20 in every exponential, and the ratio has no gradient
+// there: an overflow would make 0 * infinity of an advantage of 0. Comparisons are written so that a NaN reaches both
+// loss and derivative.
 template <typename V, typename Math = ScalarMath<V>>
 QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const V* ref, V advantage,
                                             const PolicyOptions<V>& o) {
-  const V zero{}, one = zero + 1;
-  PolicyTerms<V> out;
-  out.ratio = Math::exp(log_ratio);
-  out.approx_kl = Math::expm1(logprob - old) - (logprob - old);
+  const V zero{}, one = zero + 1, limit = zero + 20;
   const auto where_less = [](V a, V b, V then, V otherwise)
                               __attribute__((always_inline)) { return Math::where_less(a, b, then, otherwise); };
+  const auto bounded = [&](V x) __attribute__((always_inline)) {
+    return where_less(limit, x, limit, where_less(x, -limit, -limit, x));
+  };
+  PolicyTerms<V> out;
+  out.ratio = Math::exp(bounded(log_ratio));
+  const V own = bounded(logprob - old);
+  out.approx_kl = Math::expm1(own) - own;
   out.clipped_low = where_less(out.ratio, o.ratio_low, where_less(advantage, zero, one, zero), zero);
   out.clipped_high = where_less(o.ratio_high, out.ratio, where_less(zero, advantage, one, zero), zero);
   if (o.kind == PolicyKind::kPpo || o.kind == PolicyKind::kGspo) {
@@ -60,12 +66,14 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
     const V below = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
     const V clipped = -advantage * where_less(out.ratio, o.ratio_low, o.ratio_low, below);
     const V loss = where_less(surrogate, clipped, clipped, surrogate);
-    const V slope = where_less(surrogate, clipped, zero, surrogate);
+    const V moving = where_less(limit, log_ratio, zero, where_less(log_ratio, -limit, zero, surrogate));
+    const V slope = where_less(surrogate, clipped, zero, moving);
     out.loss = where_less(advantage, zero, where_less(bound, loss, bound, loss), loss);
     out.dlogprob = where_less(advantage, zero, where_less(bound, loss, zero, slope), slope);
   } else {
-    // -scale A logp: the scale is 1, or cispo's min(r, 1 + high) without a gradient of its own
-    const V capped = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
+    // -scale A logp: the scale is 1, or cispo's clip(r, 1 - low, 1 + high) without a gradient of its own
+    const V below = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
+    const V capped = where_less(out.ratio, o.ratio_low, o.ratio_low, below);
     out.dlogprob = -(o.kind == PolicyKind::kCispo ? capped : one) * advantage;
     out.loss = out.dlogprob * logprob;
   }
@@ -79,7 +87,7 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
     } else if (o.kl_estimator == KlEstimator::kK2) {
       out.ref_kl = d * d / 2, slope = d;
     } else {
-      slope = -Math::expm1(-d);
+      slope = -Math::expm1(where_less(limit, -d, limit, -d));
       out.ref_kl = d - slope;
     }
     if (o.has_kl) {

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
@@ -47,6 +48,8 @@ class Checker:
             self.device = x.device
         elif x.device != self.device:
             raise ValueError(f"{name} must be on {self.device} like the other arguments, got {x.device}")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name} must have no forward-mode tangent, which would be dropped: go backward")
         if x.dtype == torch.float64 and x.is_cuda:
             raise TypeError(f"{name} must not be float64 on CUDA: the kernels accumulate in float32 there")
         if x.is_contiguous():

@@ -11,7 +11,7 @@ from .dtypes import acc_dtype
 from .linear_logprobs import _backward as linear_logprobs_backward
 from .linear_logprobs import _forward as linear_logprobs_forward
 from .linear_logprobs import check_head
-from .policy_loss import PolicyLoss, PolicyMetrics, check_options, check_sequences, scaled_derivative
+from .policy_loss import PolicyLoss, PolicyMetrics, check_options, check_sequences, default_clip_low, scaled_derivative
 from .policy_loss import _policy_loss as policy_loss_forward
 
 
@@ -30,7 +30,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     kind: str = "ppo",
-    clip_low: float = 0.2,
+    clip_low: float | None = None,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     kl_coef: float = 0.0,
@@ -73,6 +73,7 @@ def linear_policy_loss(
         if x is not None:
             check(name, x, "T", (acc,))
     check_sequences(check, cu_seqlens, kind)
+    clip_low = default_clip_low(kind) if clip_low is None else clip_low
     constants = {"advantages": advantages, **optional}
     check_options(constants, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -185,7 +186,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_loss, *_):
-    inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
+    inputs, gradients = saved[:3], saved[3:]
     grads = [None] * ctx.num_inputs
     for place, x, gradient in zip((0, 1, 8), inputs, gradients, strict=True):
         if grad_loss is not None and ctx.needs_input_grad[place]:

@@ -12,6 +12,7 @@ from .segments import sequence_ids, sequence_sum
 
 KINDS = ("ppo", "reinforce", "cispo", "gspo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+MAX_LOG_RATIO = 20.0
 
 
 class PolicyMetrics(NamedTuple):
@@ -43,7 +44,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
     kind: str = "ppo",
-    clip_low: float = 0.2,
+    clip_low: float | None = None,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     kl_coef: float = 0.0,
@@ -60,13 +61,16 @@ def policy_loss(
         ppo:        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),
                     at most -A_t dual_clip where A_t < 0
         reinforce:  l_t = -A_t logp_t
-        cispo:      l_t = -sg(min(r_t, 1 + clip_high)) A_t logp_t
+        cispo:      l_t = -sg(clip(r_t, 1 - clip_low, 1 + clip_high)) A_t logp_t
         gspo:       as ppo with sg(s) exp(logp_t - sg(logp_t)) for r_t,  s = exp(mean logp - old over the sequence)
         KL_t, d = logp_t - ref_t:        k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d
 
     sg stops the gradient. (PPO: Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729,
-    eq. 5; CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4, without a lower bound; GSPO: Zheng et al., arXiv 2507.18071,
-    eq. 13, the token form; KL estimators: Schulman, "Approximating KL Divergence", 2020, differentiated as they stand.)
+    eq. 5; CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4; GSPO: Zheng et al., arXiv 2507.18071, eq. 13, the token form; KL
+    estimators: Schulman, "Approximating KL Divergence", 2020, differentiated as they stand.)
+    `clip_low` None: 0.2, and 1 for cispo, which is no lower bound, as its authors train. A log-ratio beyond +-20 counts
+    as 20 in r, s and in the exponential of k3, and r and s have no gradient there: no ratio overflows, and an
+    advantage of 0 gives 0.
     `token_weights` None: the mean over all T rows, 0 where T = 0. Weight 0 masks a row: whatever it holds, NaN
     included, reaches neither loss nor metrics nor its sequence's mean, and its gradients are 0. `old_logprobs` None:
     on-policy, the ratio is 1 and carries the gradient A_t; reinforce uses them in the metrics only.
@@ -91,6 +95,7 @@ def policy_loss(
         if x is not None:
             check(name, x, "T", (dtype,))
     check_sequences(check, cu_seqlens, kind)
+    clip_low = default_clip_low(kind) if clip_low is None else clip_low
     constants = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     check_options(
         {**constants, "token_weights": token_weights}, kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator
@@ -114,6 +119,10 @@ def policy_loss(
         float(entropy_coef),
     )
     return PolicyLoss(loss, logprobs, entropy, PolicyMetrics(*metrics.unbind()))
+
+
+def default_clip_low(kind: str) -> float:
+    return 1.0 if kind == "cispo" else 0.2
 
 
 def check_sequences(check: Checker, cu_seqlens: Tensor | None, kind: str) -> None:
@@ -171,27 +180,29 @@ def _policy_loss(
     logp, adv = logprobs.to(acc), advantages
     weight = torch.full_like(logp, 1 / max(len(logp), 1)) if token_weights is None else token_weights
     keep = weight != 0
-    log_ratio = logp - (logp if old_logprobs is None else old_logprobs.to(acc))
-    ratio = log_ratio.exp()
+    own = log_ratio = logp - (logp if old_logprobs is None else old_logprobs.to(acc))
     if cu_seqlens is not None:
-        sums, counts = (sequence_sum(x.double(), cu_seqlens) for x in (log_ratio.where(keep, 0), keep))
-        ratio = (sums / counts)[sequence_ids(cu_seqlens, len(logp))].exp().to(acc)
+        sums, counts = (sequence_sum(x.double(), cu_seqlens) for x in (own.where(keep, 0), keep))
+        log_ratio = (sums / counts)[sequence_ids(cu_seqlens, len(logp))]
+    own = own.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().to(acc)
     if kind in ("ppo", "gspo"):
         surrogate, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
         loss = torch.maximum(surrogate, clipped)
         bounded = (adv < 0) & (loss > -adv * dual_clip)
-        dlogp = surrogate.masked_fill((surrogate < clipped) | bounded, 0)
+        dlogp = surrogate.masked_fill((surrogate < clipped) | bounded | (log_ratio.abs() > MAX_LOG_RATIO), 0)
         loss = torch.where(bounded, -adv * dual_clip, loss)
     else:
-        scale = ratio.clamp(max=1 + clip_high) if kind == "cispo" else torch.ones_like(ratio)
+        scale = ratio.clamp(1 - clip_low, 1 + clip_high) if kind == "cispo" else torch.ones_like(ratio)
         loss, dlogp = -scale * adv * logp, -scale * adv
     ref_kl = torch.zeros_like(logp)
     if ref_logprobs is not None:
         d = logp - ref_logprobs.to(acc)
+        grown = torch.expm1((-d).clamp(max=MAX_LOG_RATIO))
         ref_kl, dkl = {
             "k1": (d, torch.ones_like(d)),
             "k2": (d * d / 2, d),
-            "k3": (torch.expm1(-d) + d, -torch.expm1(-d)),
+            "k3": (grown + d, -grown),
         }[kl_estimator]
         if kl_coef != 0:
             loss, dlogp = loss + kl_coef * ref_kl, dlogp + kl_coef * dkl
@@ -203,7 +214,7 @@ def _policy_loss(
             loss,
             ((ratio < 1 - clip_low) & (adv < 0)).to(acc),
             ((ratio > 1 + clip_high) & (adv > 0)).to(acc),
-            torch.expm1(log_ratio) - log_ratio,
+            torch.expm1(own) - own,
             ref_kl,
             ratio,
             ent,

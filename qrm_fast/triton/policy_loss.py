@@ -23,6 +23,12 @@ SCALED = {"BT": 4096, "num_warps": 4}
 
 
 @triton.jit
+def bounded(b_x):
+    """A log-ratio as the exponentials take it: beyond +-20 it counts as 20; NaN stays."""
+    return tl.where(b_x > 20.0, 20.0, tl.where(b_x < -20.0, -20.0, b_x))
+
+
+@triton.jit
 def policy_terms(
     b_logp,
     b_old,
@@ -40,7 +46,8 @@ def policy_terms(
 
     Comparisons are such that a NaN reaches both loss and derivative.
     """
-    b_ratio = tl.exp(b_log_ratio)
+    m_still = (b_log_ratio < -20.0) | (b_log_ratio > 20.0)
+    b_ratio = tl.exp(bounded(b_log_ratio))
     m_below, m_above = b_ratio < ratio_low, b_ratio > ratio_high
     if KIND == "ppo" or KIND == "gspo":
         # max(-A r, -A clip(r, 1 - low, 1 + high)); where A < 0, at most -A dual_clip. Of gspo's s exp(logp - sg logp)
@@ -49,15 +56,15 @@ def policy_terms(
         b_clipped = -b_advantage * tl.where(m_below, ratio_low, tl.where(m_above, ratio_high, b_ratio))
         b_loss = tl.where(b_slope < b_clipped, b_clipped, b_slope)
         m_bounded = (b_advantage < 0) & (b_loss > -b_advantage * dual_clip)
-        b_slope = tl.where((b_slope < b_clipped) | m_bounded, 0.0, b_slope)
+        b_slope = tl.where((b_slope < b_clipped) | m_bounded | m_still, 0.0, b_slope)
         b_loss = tl.where(m_bounded, -b_advantage * dual_clip, b_loss)
     else:
-        # -scale A logp with cispo's scale min(r, 1 + high), which has no gradient of its own
+        # -scale A logp with cispo's scale clip(r, 1 - low, 1 + high), which has no gradient of its own
         b_slope = -b_advantage
         if KIND == "cispo":
-            b_slope *= tl.where(m_above, ratio_high, b_ratio)
+            b_slope *= tl.where(m_below, ratio_low, tl.where(m_above, ratio_high, b_ratio))
         b_loss = b_slope * b_logp
-    b_own = b_logp - b_old
+    b_own = bounded(b_logp - b_old)
     b_approx_kl = tl.exp(b_own) - 1 - b_own
     b_ref_kl = tl.zeros_like(b_logp)
     if b_ref is not None:
@@ -69,7 +76,7 @@ def policy_terms(
             b_ref_kl = b_d * b_d / 2
             b_kl_slope = b_d
         else:
-            b_kl_slope = 1 - tl.exp(-b_d)
+            b_kl_slope = 1 - tl.exp(tl.where(b_d < -20.0, 20.0, -b_d))
             b_ref_kl = b_d - b_kl_slope
         b_loss += tl.where(kl_coef != 0, kl_coef * b_ref_kl, 0.0)
         b_slope += tl.where(kl_coef != 0, kl_coef * b_kl_slope, 0.0)
