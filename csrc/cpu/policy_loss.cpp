@@ -63,9 +63,11 @@ struct VectorMath : Lanes<Bytes> {
   using Base = Lanes<Bytes>;
   using typename Base::Vec;
 
+  QRM_FAST_INLINE static Vec exp_bounded(Vec x) { return Base::where_equal(x, x, Base::exp_in_range(x), x); }
+
   // Of float rows e^x - 1 has digits enough; of double rows x + x^2 / 2 + ... where it would cancel.
-  QRM_FAST_INLINE static Vec expm1(Vec x) {
-    const Vec far = Base::exp(x) - 1;
+  QRM_FAST_INLINE static Vec expm1(Vec x, Vec exp_x) {
+    const Vec far = exp_x - 1;
     if constexpr (!kDouble) return far;
     Vec series = {};
 #pragma GCC unroll 12

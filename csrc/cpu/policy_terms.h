@@ -35,7 +35,8 @@ struct PolicyTerms {
 template <typename T>
 struct ScalarMath {
   static T exp(T x) { return std::exp(x); }
-  static T expm1(T x) { return std::expm1(x); }
+  static T exp_bounded(T x) { return std::exp(x); }  // of |x| <= 20
+  static T expm1(T x, T) { return std::expm1(x); }   // beside exp(x)
   // `then` where a < b, so not where one is NaN.
   static T where_less(T a, T b, T then, T otherwise) { return a < b ? then : otherwise; }
 };
@@ -54,9 +55,9 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
     return where_less(limit, x, limit, where_less(x, -limit, -limit, x));
   };
   PolicyTerms<V> out;
-  out.ratio = Math::exp(bounded(log_ratio));
-  const V own = bounded(logprob - old);
-  out.approx_kl = Math::expm1(own) - own;
+  const V used = bounded(log_ratio), own = bounded(logprob - old), beyond = log_ratio - used;
+  out.ratio = Math::exp_bounded(used);
+  out.approx_kl = Math::expm1(own, Math::exp_bounded(own)) - own;
   out.clipped_low = where_less(out.ratio, o.ratio_low, where_less(advantage, zero, one, zero), zero);
   out.clipped_high = where_less(o.ratio_high, out.ratio, where_less(zero, advantage, one, zero), zero);
   if (o.kind == PolicyKind::kPpo || o.kind == PolicyKind::kGspo) {
@@ -66,7 +67,7 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
     const V below = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
     const V clipped = -advantage * where_less(out.ratio, o.ratio_low, o.ratio_low, below);
     const V loss = where_less(surrogate, clipped, clipped, surrogate);
-    const V moving = where_less(limit, log_ratio, zero, where_less(log_ratio, -limit, zero, surrogate));
+    const V moving = where_less(zero, beyond * beyond, zero, surrogate);
     const V slope = where_less(surrogate, clipped, zero, moving);
     out.loss = where_less(advantage, zero, where_less(bound, loss, bound, loss), loss);
     out.dlogprob = where_less(advantage, zero, where_less(bound, loss, zero, slope), slope);
@@ -87,7 +88,8 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
     } else if (o.kl_estimator == KlEstimator::kK2) {
       out.ref_kl = d * d / 2, slope = d;
     } else {
-      slope = -Math::expm1(where_less(limit, -d, limit, -d));
+      const V x = where_less(limit, -d, limit, -d);
+      slope = -Math::expm1(x, Math::exp(x));
       out.ref_kl = d - slope;
     }
     if (o.has_kl) {
