@@ -57,13 +57,3 @@ def launch(step_rewards: Tensor, step_cu: Tensor, eta: float, clip: bool, delta:
 
 
 _clip_delta.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, clip: bool, delta: bool) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"step_rewards": f"*{dtype}", "step_cu": f"*{index}", "shaped": "*fp32", "eta": "fp64"}
-    types |= dict.fromkeys(("num_steps", "num_sequences", "num_halvings"), "i32")
-    return clip_delta, types, {"CLIP": clip, "DELTA": delta, "BK": LAUNCH["BK"]}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32", "i64", True, True), _aot("bf16", "i32", False, True), _aot("fp16", "i64", True, False)]

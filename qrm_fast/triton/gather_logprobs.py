@@ -213,20 +213,3 @@ def backward(
 
 _gather_logprobs.register_kernel("cuda")(forward)
 _gather_logprobs_backward.register_kernel("cuda")(backward)
-
-
-def _aot(kernel, launch: dict[str, int], dtype: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(("logits", "grad_logits"), f"*{dtype}")
-    types |= {"targets": "*i64", "stride_logits": "i64", "vocab": "i32", "ignore_index": "i32", "softcap": "fp32"}
-    blocks = {name: size for name, size in launch.items() if name != "num_warps"}
-    return kernel, types, {**blocks, **constants}, launch["num_warps"], False
-
-
-PLAIN = {"temperatures": None, "softcap": None}
-AOT = [
-    _aot(gather_logprobs_fold, FOLD, "bf16", **PLAIN),
-    _aot(gather_logprobs_fold, FOLD, "fp32"),
-    _aot(gather_logprobs_gradient, GRADIENT, "bf16", **PLAIN),
-    _aot(gather_logprobs_gradient, GRADIENT, "fp32"),
-]

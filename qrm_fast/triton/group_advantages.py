@@ -172,20 +172,3 @@ def launch(
 
 
 _group_advantages.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, kind: str, **none) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"rewards": f"*{dtype}", "ids": f"*{index}", "order": "*i64", "lengths": "*i64", "baseline": f"*{dtype}"}
-    types |= {"advantages": "*fp32", "num_sequences": "i32", "eps": "fp64"}
-    none |= {name: None for name, its_kind in (("lengths", "opo"), ("baseline", "remax")) if kind != its_kind}
-    return group_advantages, types, {"BS": LAUNCH["BS"], "KIND": kind, **none}, LAUNCH["num_warps"], False
-
-
-AOT = [
-    _aot("fp32", "i64", "rloo", order=None),
-    _aot("bf16", "i32", "grpo"),
-    _aot("fp32", "i64", "opo"),
-    _aot("fp32", "i32", "pass_at_k", order=None),
-    _aot("fp16", "i64", "remax"),
-]

@@ -37,12 +37,3 @@ def launch(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
 
 
 _implicit_rewards.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"logprobs": f"*{dtype}", "ref_logprobs": f"*{dtype}", "rewards": "*fp32", "num_rows": "i32"}
-    return implicit_rewards, types | {"beta": "fp64"}, {"BT": LAUNCH["BT"]}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32"), _aot("bf16")]

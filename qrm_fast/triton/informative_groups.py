@@ -53,12 +53,3 @@ def launch(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 _informative_groups.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, **none) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"rewards": f"*{dtype}", "ids": f"*{index}", "order": "*i64", "informative": "*i1", "num_sequences": "i32"}
-    return informative_groups, types, {"BS": LAUNCH["BS"], **none}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32", "i64", order=None), _aot("bf16", "i32")]

@@ -19,10 +19,7 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import _forward
 from .product import (
-    AOT_DTYPES,
     GROUP,
-    aot_entry,
-    aot_type,
     blocks,
     capability,
     describable,
@@ -358,35 +355,3 @@ def forward(
 
 
 _forward.register_kernel("cuda")(forward)
-
-
-def _aot(dtype: str, capability: int, described=True, capped=False, kept=False) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = fold_blocks(AOT_DTYPES[dtype], capability // 10, described, capped, kept)
-    types = dict.fromkeys(linear_logprobs_fold.arg_names, "*fp32") | {"targets": "*i64", "softcap": "fp32"}
-    types |= {"bias": f"*{dtype}", "num_rows": "i32", "vocab": "i32", "stride_statistics": "i32"}
-    types |= {
-        "hidden": aot_type(dtype, described, launch["BT"], launch["BD"]),
-        "weight": aot_type(dtype, described, launch["BV"], launch["BD"]),
-        "kept": aot_type("fp32" if dtype == "fp32" else "fp16", described, launch["BT"], launch["BV"]),
-    }
-    types |= dict.fromkeys(("stride_hidden", "stride_weight", "stride_kept", "dim"), "i32:16")
-    constants = {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP} | ({} if capped else {"softcap": None})
-    constants |= {} if kept else {"kept": None, "tops": None}
-    return aot_entry(linear_logprobs_fold, types, constants, launch, dtype, capability)
-
-
-def _aot_rows(kernel) -> tuple:
-    """A kernel that finishes rows, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"targets": "*i64"}
-    numbers = "stride_statistics", "num_rows", "vocab", "num_splits", "ignore_index"
-    return kernel, types | dict.fromkeys(numbers, "i32"), {"BT": MERGE["BT"]}, MERGE["num_warps"], False
-
-
-AOT = [
-    _aot("bf16", 80, described=False),
-    _aot("bf16", 90),
-    _aot("bf16", 100),
-    _aot("fp32", 90, described=False, capped=True),
-    _aot_rows(linear_logprobs_merge),
-]

@@ -64,8 +64,3 @@ def forward(
 
 
 _linear_logprobs_partial.register_kernel("cuda")(forward)
-
-
-TYPES = dict.fromkeys(linear_logprobs_join.arg_names, "*fp32") | {"targets": "*i64"}
-TYPES |= dict.fromkeys(("stride_statistics", "num_rows", "num_splits", "ignore_index"), "i32")
-AOT = [(linear_logprobs_join, TYPES, {"BT": MERGE["BT"]}, MERGE["num_warps"], False)]

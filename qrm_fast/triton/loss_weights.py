@@ -112,22 +112,3 @@ def launch(cu_seqlens: Tensor, mask: Tensor | None, num_tokens: int, mode: str, 
 
 
 _loss_weights.register_kernel("cuda")(launch)
-
-
-def _aot(kernel, launch: dict[str, int], index: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(("counts", "total"), "*fp64") | {"cu_seqlens": f"*{index}", "mask": "*i1"}
-    types |= dict.fromkeys(("num_rows", "num_sequences", "num_halvings"), "i32")
-    types |= {"weights": "*fp32", "denominator": "fp64"}
-    blocks = {name: size for name, size in launch.items() if name != "num_warps"}
-    return kernel, types, {**blocks, **constants}, launch["num_warps"], False
-
-
-AOT = [
-    _aot(count_rows, ROWS, "i32"),
-    _aot(count_rows, ROWS, "i64", mask=None),
-    _aot(add_counts, SEQUENCES, "i64", TOKENS=True),
-    _aot(add_counts, SEQUENCES, "i64", TOKENS=False),
-    _aot(weigh_rows, ROWS, "i32"),
-    _aot(weigh_rows, ROWS, "i64", mask=None, counts=None, total=None),
-]

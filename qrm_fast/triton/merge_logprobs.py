@@ -72,8 +72,3 @@ def forward(max: Tensor, sumexp: Tensor, sum_z_exp: Tensor, target_logit: Tensor
 
 
 _merge_logprobs.register_kernel("cuda")(forward)
-
-
-TYPES = {name: "i64" if name.startswith("stride") else "*fp32" for name in merge_logprobs.arg_names}
-TYPES |= {"num_rows": "i32", "num_shards": "i32"}
-AOT = [(merge_logprobs, TYPES, {"BT": MERGE["BT"]}, MERGE["num_warps"], False)]

@@ -161,13 +161,3 @@ def launch(
 
 
 _min_form_returns.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, form: str) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"step_rewards": f"*{dtype}", "step_ends": f"*{index}", "cu_seqlens": "*i32", "returns": "*fp64"}
-    types |= {"outcome": "*fp32", "worst_step": "*i64", "num_steps": "i32", "temperature": "fp64"}
-    return min_form_returns, types, {"BK": LAUNCH["BK"], "FORM": form}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32", "i64", "soft"), _aot("bf16", "i32", "causal_soft"), _aot("fp32", "i64", "sum")]

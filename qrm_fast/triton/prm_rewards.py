@@ -36,12 +36,3 @@ def launch(logits: Tensor) -> Tensor:
 
 
 _prm_rewards.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"logits": f"*{dtype}", "rewards": "*fp32", "stride": "i64", "num_steps": "i32"}
-    return prm_rewards, types, {"BK": LAUNCH["BK"]}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32"), _aot("bf16")]

@@ -407,29 +407,3 @@ def launch_rows(
 
 _process_advantages.register_kernel("cuda")(launch)
 _process_rows.register_kernel("cuda")(launch_rows)
-
-
-def _aot(kernel, preset: str, index: str, penalised: bool, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    launch = GROUP if kernel is process_baselines else ROWS if penalised else STEPS | {"BT": 1}
-    types = dict.fromkeys(kernel.arg_names, "*fp64") | dict.fromkeys(("step_ends", "cu_seqlens", "ids"), f"*{index}")
-    types |= {"outcome_rewards": "*fp32", "has_answer": "*i1", "penalty": "*fp32", "order": "*i64"}
-    types |= dict.fromkeys(("num_steps", "num_tokens", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("max_gen_len", "process_coef", "outcome_coef"), "fp64")
-    constants = {"PRESET": preset, "SPLITS": ROW_SPLITS if penalised else 1, **launch, **constants}
-    constants |= {} if penalised else {"penalty": None}
-    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    return kernel, types, constants, launch["num_warps"], False
-
-
-AOT = [
-    *(_aot(process_sums, preset, "i64", False) for preset in ("paper", "paper-step")),
-    _aot(process_sums, "verl", "i32", True),
-    _aot(process_baselines, "paper", "i64", False, outcome_rewards=None, has_answer=None, order=None),
-    _aot(process_baselines, "openrlhf", "i32", False, order=None),
-    _aot(process_baselines, "verl", "i64", True),
-    _aot(process_levels, "paper-step", "i64", False, WHITENED=False, MASK_STEP_ENDS=False),
-    _aot(process_levels, "openrlhf", "i64", False, WHITENED=True, MASK_STEP_ENDS=True),
-    _aot(process_levels, "openrlhf", "i32", True, WHITENED=True, MASK_STEP_ENDS=True),
-    _aot(process_levels, "verl", "i64", True, WHITENED=True, MASK_STEP_ENDS=False),
-]

@@ -47,13 +47,3 @@ def launch(values_after: Tensor, start_values: Tensor, step_cu: Tensor, alpha: f
 
 
 _progress_rewards.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"values_after": f"*{dtype}", "start_values": f"*{dtype}", "step_cu": f"*{index}", "rewards": "*fp32"}
-    types |= dict.fromkeys(("num_steps", "num_sequences", "num_halvings"), "i32") | {"alpha": "fp64"}
-    return progress_rewards, types, {"BK": LAUNCH["BK"]}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32", "i64"), _aot("bf16", "i32")]

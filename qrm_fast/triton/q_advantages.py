@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..ops.moments import moments
 from ..ops.q_advantages import _q_advantages
-from .q_token_rewards import aot, rescore_last, reward_rows, run
+from .q_token_rewards import run
 
 
 def launch(
@@ -37,6 +37,3 @@ def launch(
 
 
 _q_advantages.register_kernel("cuda")(launch)
-
-_OPTIONS = dict(PER_SEQUENCE=True, CENTER=True, KL="k3")
-AOT = [aot(reward_rows, "bf16", "i32", **_OPTIONS), aot(rescore_last, "fp32", "i64", **_OPTIONS)]

@@ -208,27 +208,3 @@ def launch(
 
 
 _q_token_rewards.register_kernel("cuda")(launch)
-
-
-def aot(kernel, dtype: str, index: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32")
-    types |= {"q": f"*{dtype}", "values": f"*{dtype}", "cu_seqlens": f"*{index}", "mask": "*i1"}
-    types |= dict.fromkeys(("stats", "value_stats"), "*fp64")
-    types |= dict.fromkeys(("num_rows", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("value_coef", "kl_coef", "min_std", "eps"), "fp32")
-    return kernel, types, {"BT": LAUNCH["BT"], **constants}, LAUNCH["num_warps"], False
-
-
-_ALONE = dict.fromkeys(("values", "value_stats", "advantages"))
-AOT = [
-    aot(kernel, *dtypes, **constants, **_ALONE)
-    for kernel in (reward_rows, rescore_last)
-    for dtypes, constants in (
-        (("bf16", "i32"), dict(PER_SEQUENCE=True, CENTER=True, KL="k3")),
-        (
-            ("fp32", "i64"),
-            dict(PER_SEQUENCE=False, CENTER=False, KL="abs", mask=None, logprobs=None, ref_logprobs=None),
-        ),
-    )
-]

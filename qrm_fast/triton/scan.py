@@ -14,8 +14,6 @@ Grids come from shapes. Boundaries that a CPU kernel would refuse are clamped an
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
-import itertools
-
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -496,40 +494,3 @@ def launch(
         )
         scan_rows[(programs,)](*of_rows, rule, PARTS[rule], True, **rows)
     return results
-
-
-def _aot(capability: int, kernel, rule: str, dtype: str = "fp32", index: str = "i64", **more) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    types = dict.fromkeys(("rewards", "values", "ratios"), f"*{dtype}") | {"cu_seqlens": f"*{index}", "mask": "*i1"}
-    types |= dict.fromkeys(("bootstrap", "lam_per_sequence", "result", "more", "maps", "states"), "*fp32")
-    types |= dict.fromkeys(("firsts", "broken", "piece_firsts", "group_firsts"), "*i64")
-    types |= dict.fromkeys(("gamma", "decay", "rho_bar", "c_bar"), "fp32")
-    rows = ROWS | {"num_warps": WARPS[rule]}
-    launch = {"scan_setup": SETUP, "scan_rows": rows, "scan_groups": GROUPS, "scan_states": STATES}[kernel.__name__]
-    options = {name: launch[name] for name in ("num_warps", "enable_fp_fusion") if name in launch}
-    sizes = {"PIECE": PIECE, "GROUP": GROUP, "PIECES": ROWS["BP"], "GROUPS": GROUPS["BP"]}
-    sizes |= {"RULE": rule, "PARTS": PARTS[rule], "SETUP_PROGRAMS": SETUP_PROGRAMS}
-    unused = {"gae": ("ratios",), "min_gae": ("ratios", "lam_per_sequence"), "vtrace": ("lam_per_sequence",)}.get(
-        rule, ("values", "ratios", "lam_per_sequence", "more")
-    )
-    every = sizes | dict.fromkeys(unused) | launch | more
-    constants = {name: x for name, x in every.items() if name in kernel.arg_names}
-    types = {name: types.get(name, "i32") for name in kernel.arg_names}
-    return kernel, types, constants, options, False, capability
-
-
-# A row map is met in every dtype and on every architecture, and every dtype on every architecture, but not all three in
-# every combination: their product takes three times as long and differs in the loads alone.
-_TARGETS = ((80, "bf16", "i32"), (90, "fp16", "i64"), (100, "fp32", "i64"))
-AOT = [
-    *(_aot(capability, scan_setup, "gae", index=index) for capability, _, index in _TARGETS),
-    *(
-        _aot(_TARGETS[(i + j) % 3][0], scan_rows, rule, *_TARGETS[j][1:], JOINING=joining)
-        for i, (rule, joining) in enumerate(itertools.product(PARTS, (False, True)))
-        for j in range(3)
-    ),
-    _aot(100, scan_rows, "gae", JOINING=False, mask=None, bootstrap=None, lam_per_sequence=None),
-    *(_aot(_TARGETS[i % 3][0], scan_groups, rule) for i, rule in enumerate(PARTS)),
-    *(_aot(_TARGETS[(i + 1) % 3][0], scan_states, rule) for i, rule in enumerate(PARTS)),
-    _aot(80, scan_states, "min_gae", bootstrap=None),
-]

@@ -116,23 +116,3 @@ def launch(
 
 
 step_rows.register_kernel("cuda")(launch)
-
-
-def _aot(index: str, rows: str, whitening: str, **none) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(("values", "base", "stats"), "*fp64") | dict.fromkeys(
-        ("step_ends", "cu_seqlens"), f"*{index}"
-    )
-    types |= {"penalty": "*fp32", "rows": rows}
-    sizes = ("num_rows", "num_steps", "num_sequences", "step_halvings", "sequence_halvings")
-    types |= dict.fromkeys(sizes, "i32")
-    constants = {"BT": LAUNCH["BT"], "WHITENING": whitening, "MASK_STEP_ENDS": whitening == "nonzero"}
-    return rows_of_steps, types, {**constants, **none}, LAUNCH["num_warps"], False
-
-
-AOT = [
-    _aot("i64", "*fp32", "nonzero"),
-    _aot("i32", "*fp32", "unbiased", penalty=None),
-    _aot("i64", "*fp32", "", base=None, penalty=None, stats=None),
-    _aot("i64", "*fp64", "unbiased"),
-]

@@ -49,13 +49,3 @@ def launch(x: Tensor, stats: Tensor, mask: Tensor | None, center: bool, unbiased
 
 
 _whiten.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"x": f"*{dtype}", "stats": "*fp64", "mask": "*i1", "whitened": "*fp32"}
-    types |= {"num_rows": "i32", "ddof": "i32", "eps": "fp32"}
-    return whiten, types, {"BT": LAUNCH["BT"], **constants}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("bf16", CENTER=True), _aot("fp32", CENTER=False, mask=None)]
