@@ -8,7 +8,7 @@ from cuda_graph import replayed
 
 from qrm_fast import group_advantages, informative_groups
 from qrm_fast.ops.informative_groups import _informative_groups
-from qrm_fast.triton import group_advantages as triton_groups
+from qrm_fast.triton import groups as triton_groups
 from qrm_fast.triton import informative_groups as triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter

@@ -6,7 +6,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.clip_delta import _clip_delta
-from .q_token_rewards import sequence_of
+from .search import sequence_of
 
 LAUNCH = {"BK": 256, "num_warps": 2}
 

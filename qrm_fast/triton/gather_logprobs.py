@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.gather_logprobs import _gather_logprobs, _gather_logprobs_backward
-from .linear_logprobs import per_row, tanh
+from .logits import per_row, rescale, tanh
 
 FOLD = {"LANES": 1024, "DEPTH": 8, "num_warps": 4}
 GRADIENT = {"BV": 4096, "num_warps": 8}
@@ -34,8 +34,7 @@ def finished(b_z, softcap, b_temperature):
 @triton.jit
 def rescaled(b_max, b_sum, b_weighted, b_top):
     """sum e^(z - max) and sum (z - max) e^(z - max) about another maximum; a sum of 0 is no column."""
-    b_shift = tl.where(b_sum == 0, 0.0, b_max - b_top)
-    b_scale = tl.exp(b_shift)
+    b_scale, b_shift = rescale(b_max, b_sum, b_top)
     return b_scale * b_sum, b_scale * (b_weighted + b_shift * b_sum)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.informative_groups import _informative_groups
-from .group_advantages import LAUNCH, by_group, led_group, members
+from .groups import LAUNCH, by_group, led_group, members
 
 
 @triton.jit

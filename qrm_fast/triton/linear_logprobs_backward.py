@@ -14,8 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs import _backward
-from .linear_logprobs import MERGE, SPLIT, Head, load_temperature, logits, per_row, store_block, target_column
-from .product import GROUP, blocks, capability, describable, grouped, multiply, operand
+from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, target_column
+from .product import GROUP, blocks, capability, describable, grouped, multiply, operand, store_block
 
 ROWS, COLUMNS = 16384, 8192  # of dZ that are held at a time: 268 MB in 16 bits
 SCALE = {"BT": 4, "BD": 512, "num_warps": 4}

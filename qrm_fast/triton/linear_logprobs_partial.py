@@ -10,7 +10,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs_partial import _linear_logprobs_partial
-from .linear_logprobs import MERGE, Head, fold, merged_splits, per_row
+from .linear_logprobs import fold, merged_splits
+from .logits import MERGE, Head, per_row
 
 
 @triton.jit

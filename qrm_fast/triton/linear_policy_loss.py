@@ -21,9 +21,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_policy_loss import _forward
-from .linear_logprobs import MERGE, Head, finished_rows, fold, fold_blocks, load_temperature, merge, per_row
+from .linear_logprobs import finished_rows, fold, fold_blocks, merge
 from .linear_logprobs import forward as linear_logprobs
 from .linear_logprobs_backward import gradient, gradients, load_factors, new_factors, scaled_hidden, store_factors
+from .logits import MERGE, Head, load_temperature, per_row
 from .policy_loss import NUM_SUMS, load_row, policy_terms, sequence_log_ratios, store_sums, totals
 from .policy_loss import forward as policy_loss
 from .product import capability, describable, multiply

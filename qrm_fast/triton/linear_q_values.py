@@ -14,15 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_q_values import _linear_q_values
-from .linear_logprobs import MERGE, SPLIT, load_temperature, logits, per_row, picked, target_column
+from .logits import MERGE, SPLIT, load_temperature, logits, per_row, picked, rescale, target_column
 from .product import GROUP, blocks, capability, describable, grouped, operand
-
-
-@triton.jit
-def rescale(b_max, b_sum, b_top):
-    """e^(max - top) and max - top; a sum of 0 is no column."""
-    b_shift = tl.where(b_sum == 0, 0.0, b_max - b_top)
-    return tl.exp(b_shift), b_shift
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.loss_weights import _loss_weights
-from .q_token_rewards import sequence_of
+from .search import sequence_of
 
 ROWS = {"BT": 1024, "num_warps": 4}
 SEQUENCES = {"BS": 1024, "num_warps": 4}

@@ -9,7 +9,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.merge_logprobs import _merge_logprobs
-from .linear_logprobs import MERGE, merged
+from .linear_logprobs import merged
+from .logits import MERGE
 
 
 @triton.jit

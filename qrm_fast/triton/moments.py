@@ -13,8 +13,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.moments import _moments
-from .group_advantages import LAUNCH as GROUP
-from .group_advantages import by_group, led_group, members
+from .groups import LAUNCH as GROUP
+from .groups import by_group, led_group, members
 
 ROWS = {"BT": 1024, "num_warps": 4}
 BATCH_SPLITS = 1024  # programs that share one set of all rows

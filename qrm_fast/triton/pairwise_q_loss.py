@@ -12,7 +12,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.pairwise_q_loss import _pairwise_q_loss, _pairwise_q_loss_backward
-from .q_token_rewards import sequence_of
+from .search import sequence_of
 
 ROWS = {"BT": 1024, "num_warps": 4}
 PAIRS = {"BP": 256, "num_warps": 4}

@@ -6,7 +6,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.prm_rewards import _prm_rewards
-from .linear_logprobs import tanh
+from .logits import tanh
 
 LAUNCH = {"BK": 256, "num_warps": 2}
 

@@ -15,24 +15,14 @@ from torch import Tensor
 
 from ..ops.process_advantages import WHITENING, _process_advantages, _process_rows
 from . import min_form_returns, step_rows
-from .group_advantages import LAUNCH as GROUP
-from .group_advantages import by_group, led_group, members
-from .min_form_returns import steps_of
+from .groups import LAUNCH as GROUP
+from .groups import by_group, led_group, members
 from .moments import BATCH_JOIN, BATCH_SPLITS, moments_join, store_moments, with_block
-from .step_rows import count_below
+from .search import count_below, sequence_bounds
 
 STEPS = {"BK": 64, "num_warps": 1}
 ROWS = {"BK": 64, "BT": 1024, "num_warps": 4}  # with a penalty
 ROW_SPLITS = 8  # programs that share the penalties of a sequence
-
-
-@triton.jit
-def sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens):
-    """The rows [bos, eos) of a sequence and its steps [first, last), inside the tensors whatever the boundaries."""
-    begin, end = tl.load(cu_seqlens + i_s).to(tl.int64), tl.load(cu_seqlens + i_s + 1).to(tl.int64)
-    first, last = steps_of(step_ends, num_steps, begin, end)
-    bos = tl.minimum(tl.maximum(begin, 0), num_tokens)
-    return bos, tl.minimum(tl.maximum(end, bos), num_tokens), first, last
 
 
 @triton.jit

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..ops.process_diagnostics import _process_diagnostics
 from .min_form_returns import lowest_step
-from .process_advantages import ROW_SPLITS, ROWS, STEPS, sequence_bounds
+from .process_advantages import ROW_SPLITS, ROWS, STEPS
+from .search import sequence_bounds
 
 SEQUENCES = {"BS": 512, "num_warps": 4}
 

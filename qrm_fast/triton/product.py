@@ -66,6 +66,19 @@ def load_block(matrix, i_r, i_c, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: 
 
 
 @triton.jit
+def store_block(matrix, i_r, i_c, b, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Block b [BR, BC] to rows from i_r and columns i_c on, in the matrix's dtype; what lies outside is left out."""
+    x, stride, num_rows, num_columns = matrix
+    if DESCRIBED:
+        x.store([i_r, i_c], b.to(x.dtype))
+    else:
+        o_r = i_r + tl.arange(0, BR)
+        o_c = i_c + tl.arange(0, BC)
+        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+        tl.store(p, b.to(x.dtype.element_ty), (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :])
+
+
+@triton.jit
 def grouped(i_p, num_blocks, num_columns, GROUP: tl.constexpr):
     """Block of rows and block of columns of program i_p."""
     i_group = i_p // (GROUP * num_columns)

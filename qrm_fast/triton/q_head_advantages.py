@@ -17,7 +17,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.q_head_advantages import _q_head_advantages
-from .scan import boundary, sequence_at
+from .search import boundary, sequence_at
 
 LAUNCH = {"ROWS": 64, "BT": 16, "BD": 512, "BR": 512, "num_warps": 8}
 

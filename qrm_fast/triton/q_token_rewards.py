@@ -12,21 +12,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.q_token_rewards import _q_token_rewards
+from .search import sequence_of
 
 LAUNCH = {"BT": 1024, "num_warps": 4}
-
-
-@triton.jit
-def sequence_of(cu_seqlens, o_t, num_sequences, num_halvings):
-    """The first sequence that ends after each row: a binary search that stays in [0, S) whatever the boundaries."""
-    o_low = tl.zeros_like(o_t)
-    o_high = o_low + (num_sequences - 1)
-    for _ in range(num_halvings):
-        o_middle = (o_low + o_high) // 2
-        m_later = tl.load(cu_seqlens + o_middle + 1) <= o_t
-        o_low = tl.where(m_later, tl.minimum(o_middle + 1, num_sequences - 1), o_low)
-        o_high = tl.where(m_later, o_high, o_middle)
-    return o_low
 
 
 @triton.jit

@@ -19,6 +19,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from .search import boundary, sequence_at
+
 PIECE, GROUP = 32, 64  # rows, pieces
 SETUP_PROGRAMS = 64
 SETUP = {"BS": 512, "num_warps": 4}
@@ -195,31 +197,6 @@ def end_state(bootstrap, i_s, m_s, gamma, RULE: tl.constexpr):
     elif RULE == "min_gae":
         b_x += float("inf")
     return b_x, b_x
-
-
-@triton.jit
-def boundary(cu_seqlens, i_s, m_s, num_tokens):
-    """cu_seqlens[i_s], clamped into [0, T]."""
-    t = tl.load(cu_seqlens + i_s, m_s, 0).to(tl.int64)
-    return tl.minimum(tl.maximum(t, 0), num_tokens)
-
-
-@triton.jit
-def sequence_at(cu_seqlens, o, b_low, b_high, num_halvings, num_tokens, ROWS: tl.constexpr):
-    """The sequence in [b_low, b_high] that has row `o` (ROWS = 0), or that has slot `o` for ROWS of its rows.
-
-    A sequence's last ROWS rows have slot s + cu_seqlens[s] // ROWS, those before them the next: no two share one.
-    """
-    for _ in range(0, num_halvings):
-        m_open = b_low < b_high
-        i_next = (b_low + b_high) // 2 + 1
-        b_first = boundary(cu_seqlens, i_next, m_open, num_tokens)
-        if ROWS > 0:
-            b_first = i_next + b_first // ROWS
-        m_below = m_open & (b_first <= o)
-        b_low = tl.where(m_below, i_next, b_low)
-        b_high = tl.where(m_open & ~m_below, i_next - 1, b_high)
-    return b_low
 
 
 @triton.jit
