@@ -19,6 +19,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from .. import has_cuda_kernels
 from .search import boundary, sequence_at
 
 PIECE, GROUP = 32, 64  # rows, pieces
@@ -471,3 +472,9 @@ def launch(
         )
         scan_rows[(programs,)](*of_rows, rule, PARTS[rule], True, **rows)
     return results
+
+
+def register(op, launch) -> None:
+    """For CUDA, where the CUDA extension is not there to serve the op, as it does faster."""
+    if not has_cuda_kernels:
+        op.register_kernel("cuda")(launch)
