@@ -48,34 +48,7 @@ except ImportError as error:
     ) from error
 
 if torch.version.cuda:
-    # the Triton kernels register themselves for CUDA
-    from .triton import gather_logprobs as _gather_logprobs_triton  # noqa: F401
-    from .triton import group_advantages as _group_advantages_triton  # noqa: F401
-    from .triton import linear_logprobs as _linear_logprobs_triton  # noqa: F401
-    from .triton import linear_logprobs_backward as _linear_logprobs_backward_triton  # noqa: F401
-    from .triton import linear_logprobs_partial as _linear_logprobs_partial_triton  # noqa: F401
-    from .triton import linear_policy_loss as _linear_policy_loss_triton  # noqa: F401
-    from .triton import linear_q_values as _linear_q_values_triton  # noqa: F401
-    from .triton import min_form_returns as _min_form_returns_triton  # noqa: F401
-    from .triton import moments as _moments_triton  # noqa: F401
-    from .triton import pairwise_q_loss as _pairwise_q_loss_triton  # noqa: F401
-    from .triton import policy_loss as _policy_loss_triton  # noqa: F401
-    from .triton import process_advantages as _process_advantages_triton  # noqa: F401
-    from .triton import process_diagnostics as _process_diagnostics_triton  # noqa: F401
-    from .triton import q_head_advantages as _q_head_advantages_triton  # noqa: F401
-    from .triton import q_token_rewards as _q_token_rewards_triton  # noqa: F401
-    from .triton import step_rows as _step_rows_triton  # noqa: F401
-    from .triton import token_q as _token_q_triton  # noqa: F401
-    from .triton import value_loss as _value_loss_triton  # noqa: F401
-
-    if not has_cuda_kernels:  # the scans are in both languages
-        from .triton import discounted_returns as _discounted_returns_triton
-        from .triton import gae as _gae_triton
-        from .triton import min_gae as _min_gae_triton
-        from .triton import vtrace as _vtrace_triton
-
-        for _scan in _discounted_returns_triton, _gae_triton, _min_gae_triton, _vtrace_triton:
-            _scan.register()
+    from . import triton as _triton  # noqa: F401  its files register themselves for CUDA
 
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 

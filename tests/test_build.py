@@ -37,6 +37,7 @@ def run(*command, **options) -> str:
 
 STEMS = sorted(p.stem for p in PACKAGE.glob("triton/*.py") if "@triton.jit" in p.read_text())
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block can have
+GRID = 2**31 - 1, 65535, 65535
 
 
 def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:
@@ -47,12 +48,14 @@ def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:
 
 
 def check_triton(module: str, report: dict) -> None:
-    assert not report["unlisted"], f"AOT of {module} does not list {report['unlisted']}"
-    assert report["kernels"], f"AOT of {module} is empty"
+    assert not report["error"], f"launches of {module} raise {report['error']}"
+    assert not report["unlaunched"], f"no launch reaches {report['unlaunched']} of {module}"
     for kernel in report["kernels"]:
         assert "raised" not in kernel, f"does not compile: {kernel}"
         assert kernel["local_bytes"] == 0, f"spills: {kernel}"
         assert kernel["shared_bytes"] <= SHARED_BYTES[kernel["sm"]], f"more shared memory than there is: {kernel}"
+        grid = kernel["grid"]
+        assert all(x <= most for x, most in zip(grid, GRID, strict=True)), f"larger grid than there is: {kernel}"
         assert not kernel["wants_dot"] or kernel["tensor_cores"] > 0, f"no tensor-core instruction: {kernel}"
     assert not report["refused"], f"does not compile with sizes of one: {report['refused']}"
 
@@ -72,6 +75,7 @@ def test_triton_kernels_compile_without_spills(stem, reports):
 
 
 PRELUDE = """
+    import torch
     import triton
     import triton.language as tl
 
@@ -88,42 +92,76 @@ PRELUDE = """
         tl.store(out + o_t, double(b_x) / tl.sum(b_x))
 
     @triton.jit
-    def product(x, out, BT: tl.constexpr):
+    def product(x, out, depth, WIDE: tl.constexpr, BT: tl.constexpr):
         o_t = tl.arange(0, BT)
-        b_x = tl.load(x + o_t[:, None] * BT + o_t)
-        tl.store(out + o_t[:, None] * BT + o_t, tl.dot(b_x, b_x, input_precision="ieee"))
+        b_sum = tl.zeros([BT, BT], tl.float32)
+        for i_d in range(0, depth, BT):
+            b_x = tl.load(x + o_t[:, None] * depth + i_d + o_t[None, :])
+            if WIDE:
+                b_x = b_x.to(tl.float32)
+            b_sum = tl.dot(b_x, b_x, b_sum, input_precision="ieee")
+        tl.store(out + o_t[:, None] * BT + o_t[None, :], b_sum)
 
-    def normalise_entry(block, wide=False):
-        types = {"x": "*fp32", "out": "*fp32", "num_rows": "i32"}
-        return normalise, types, {"WIDE": wide, "BT": block}, 1, False
+    def normalised(block, wide=False, num_rows=1000, grid=(1,)):
+        x = torch.empty(num_rows)
+        normalise[grid](x, x, num_rows, wide, block, num_warps=1)
 
-    def product_entry(dtype):
-        return product, {"x": dtype, "out": "*fp32"}, {"BT": 64 if dtype == "*bf16" else 32}, 4, True
+    def multiplied(dtype=torch.bfloat16, wide=False, num_stages=3):
+        block = 32 if wide or dtype == torch.float32 else 64
+        x, out = torch.empty(block, 1024, dtype=dtype), torch.empty(block, block)
+        product[(1,)](x, out, 1024, wide, block, num_stages=num_stages)
 """
 
 
-PROOFS = {  # AOT of a module, and what is wrong with it
-    "good": ("normalise_entry(128), product_entry('*bf16')", None),
-    "unlisted": ("normalise_entry(128)", r"does not list \['product'\]"),
-    "raises": ("normalise_entry(100), product_entry('*bf16')", "does not compile: .*power of 2"),
-    "spills": ("normalise_entry(8192), product_entry('*bf16')", "spills: .*normalise"),
-    "sizes": ("normalise_entry(128, True), product_entry('*bf16')", "sizes of one: .*normalise .* with num_rows = 1"),
-    "dots": ("normalise_entry(128), product_entry('*fp32')", "no tensor-core instruction: .*product"),
+PROOFS = {  # launches of a module, and what is wrong with it
+    "good": ("normalised(128), multiplied(), multiplied(torch.float32)", None),
+    "waits": ("normalised(128), multiplied(), torch.empty(1).item()", "waits.py raise .*meta"),
+    "unlaunched": ("normalised(128)", r"no launch reaches \['product'\]"),
+    "raises": ("normalised(100), multiplied()", "does not compile: .*power of 2"),
+    "spills": ("normalised(8192), multiplied()", "spills: .*normalise"),
+    "shares": ("normalised(128), multiplied(num_stages=40)", "more shared memory than there is: .*product"),
+    "grids": ("normalised(128, grid=(1, 65536)), multiplied()", "larger grid than there is: .*normalise"),
+    "sizes": ("normalised(128, True), multiplied()", "sizes of one: .*normalise .* with num_rows = 1"),
+    "dots": ("normalised(128), multiplied(wide=True)", "no tensor-core instruction: .*product"),
 }
 
 
 def test_the_triton_proof_can_fail(tmp_path):
     files = {name: tmp_path / f"{name}.py" for name in PROOFS}
-    for name, (aot, _) in PROOFS.items():
-        files[name].write_text(f"{textwrap.dedent(PRELUDE)}\n\nAOT = [{aot}]\n")
+    for name, (calls, _) in PROOFS.items():
+        files[name].write_text(f"{textwrap.dedent(PRELUDE)}\n\ndef launches(capability):\n    {calls}\n")
     reports = compiled([str(file) for file in files.values()], 80, 90, 100)
     for name, (_, complaint) in PROOFS.items():
         report = reports[str(files[name])]
         if complaint is None:
-            check_triton(name, report)
+            check_triton(str(files[name]), report)
         else:
             with pytest.raises(AssertionError, match=complaint):
-                check_triton(name, report)
+                check_triton(str(files[name]), report)
+
+
+def test_the_recorder_decides_as_triton_does(tmp_path):
+    (tmp_path / "kernels.py").write_text(textwrap.dedent(PRELUDE))
+    script = """
+        import torch
+        from kernels import normalise
+        from recorder import recording, specialisations
+
+        with recording(90) as launches:
+            x, out = torch.empty(2, 4096)
+            for x, num_rows, height in (x, 1024, 1), (x, 4096, 7), (x[1:], 1000, 2), (x[4:], 1, 2):
+                normalise[(num_rows, height)](x, out, num_rows, False, BT=128, num_warps=2)
+        for launch in specialisations(launches):
+            num_rows = launch.constants.get((2,), launch.signature["num_rows"])
+            print(num_rows, [i for (i,), x in launch.attributes.items() if x], launch.options.num_warps, launch.grid)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT / "tests"), str(ROOT)])
+    assert run(sys.executable, "-c", textwrap.dedent(script), env=environment).splitlines() == [
+        "i32 [0, 1, 2] 2 (4096, 7, 1)",  # two launches of one specialisation
+        "i32 [1] 2 (1000, 2, 1)",
+        "1 [0, 1] 2 (1, 2, 1)",
+    ]
 
 
 # CUDA sources

@@ -11,6 +11,7 @@ from cuda_graph import replayed
 from qrm_fast import group_advantages
 from qrm_fast.ops.group_advantages import KINDS, _group_advantages
 from qrm_fast.triton import group_advantages as triton_kernels
+from qrm_fast.triton import groups
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # interpreter
 
@@ -18,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 @pytest.fixture(params=["kernel", "reference", "compared", "sorted"])
 def op(request, triton_device, monkeypatch):
     """The CPU kernel, the reference, and the Triton kernel in both ways of finding a group, with small blocks."""
-    monkeypatch.setitem(triton_kernels.LAUNCH, "BS", 16)
+    monkeypatch.setitem(groups.LAUNCH, "BS", 16)
     if request.param == "sorted":
-        monkeypatch.setattr(triton_kernels, "COMPARED", 0)
+        monkeypatch.setattr(groups, "COMPARED", 0)
 
     def by_triton(*arguments):
         moved = (x.to(triton_device) if isinstance(x, torch.Tensor) else x for x in arguments)

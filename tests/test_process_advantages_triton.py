@@ -12,7 +12,7 @@ from test_process_advantages import CASES, EXPECTED, GOLDEN, inputs, transcripti
 from qrm_fast import process_advantages
 from qrm_fast.ops.min_form_returns import _min_form_returns
 from qrm_fast.ops.process_advantages import PRESETS, WHITENING, _process_advantages
-from qrm_fast.triton import group_advantages as groups_triton
+from qrm_fast.triton import groups as groups_triton
 from qrm_fast.triton import min_form_returns as min_form_triton
 from qrm_fast.triton import process_advantages as triton_kernels
 from qrm_fast.triton import step_rows as rows_triton

@@ -5,10 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qrm_fast.triton.group_advantages import first_from
-from qrm_fast.triton.min_form_returns import steps_of
-from qrm_fast.triton.q_token_rewards import sequence_of
-from qrm_fast.triton.step_rows import count_below
+from qrm_fast.triton.search import count_below, first_from, sequence_of, steps_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
 

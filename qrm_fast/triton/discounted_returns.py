@@ -11,5 +11,4 @@ def launch(rewards: Tensor, cu_seqlens: Tensor, gamma: float, bootstrap: Tensor 
     return returns
 
 
-def register() -> None:
-    _discounted_returns.register_kernel("cuda")(launch)
+scan.register(_discounted_returns, launch)

@@ -23,5 +23,4 @@ def launch(
     return advantages, returns
 
 
-def register() -> None:
-    _gae.register_kernel("cuda")(launch)
+scan.register(_gae, launch)

@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.gather_logprobs import _gather_logprobs, _gather_logprobs_backward
-from .linear_logprobs import per_row, tanh
+from .logits import per_row, rescale, tanh
 
 FOLD = {"LANES": 1024, "DEPTH": 8, "num_warps": 4}
 GRADIENT = {"BV": 4096, "num_warps": 8}
@@ -34,8 +34,7 @@ def finished(b_z, softcap, b_temperature):
 @triton.jit
 def rescaled(b_max, b_sum, b_weighted, b_top):
     """sum e^(z - max) and sum (z - max) e^(z - max) about another maximum; a sum of 0 is no column."""
-    b_shift = tl.where(b_sum == 0, 0.0, b_max - b_top)
-    b_scale = tl.exp(b_shift)
+    b_scale, b_shift = rescale(b_max, b_sum, b_top)
     return b_scale * b_sum, b_scale * (b_weighted + b_shift * b_sum)
 
 
@@ -213,20 +212,3 @@ def backward(
 
 _gather_logprobs.register_kernel("cuda")(forward)
 _gather_logprobs_backward.register_kernel("cuda")(backward)
-
-
-def _aot(kernel, launch: dict[str, int], dtype: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(("logits", "grad_logits"), f"*{dtype}")
-    types |= {"targets": "*i64", "stride_logits": "i64", "vocab": "i32", "ignore_index": "i32", "softcap": "fp32"}
-    blocks = {name: size for name, size in launch.items() if name != "num_warps"}
-    return kernel, types, {**blocks, **constants}, launch["num_warps"], False
-
-
-PLAIN = {"temperatures": None, "softcap": None}
-AOT = [
-    _aot(gather_logprobs_fold, FOLD, "bf16", **PLAIN),
-    _aot(gather_logprobs_fold, FOLD, "fp32"),
-    _aot(gather_logprobs_gradient, GRADIENT, "bf16", **PLAIN),
-    _aot(gather_logprobs_gradient, GRADIENT, "fp32"),
-]

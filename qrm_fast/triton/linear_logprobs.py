@@ -10,131 +10,14 @@ read all of weight T / BT times. The gradients are in linear_logprobs_backward.
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs import _forward
-from .product import (
-    AOT_DTYPES,
-    GROUP,
-    aot_entry,
-    aot_type,
-    blocks,
-    capability,
-    describable,
-    grouped,
-    load_block,
-    operand,
-)
-
-SPLIT = 2048  # columns that one program folds, a multiple of every BV
-MERGE = {"BT": 128, "num_warps": 4}
-
-
-class Head(NamedTuple):
-    """What makes logits: a head, the rows it reads, and their targets."""
-
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    targets: Tensor  # [T]
-    bias: Tensor | None  # [V]
-    temperatures: Tensor | None  # [T]; None: all of them are 1
-    softcap: float | None
-
-    def rows(self, rows: slice) -> "Head":
-        temperatures = None if self.temperatures is None else self.temperatures[rows]
-        return self._replace(hidden=self.hidden[rows], targets=self.targets[rows], temperatures=temperatures)
-
-
-def per_row(temperature: float, temperatures: Tensor | None, targets: Tensor) -> Tensor | None:
-    """[T] temperatures, None where all of them are 1."""
-    if temperatures is None and temperature != 1:
-        return torch.full_like(targets, temperature, dtype=torch.float32)
-    return temperatures
-
-
-@triton.jit
-def store_block(matrix, i_r, i_c, b, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Block b [BR, BC] to rows from i_r and columns i_c on, in the matrix's dtype; what lies outside is left out."""
-    x, stride, num_rows, num_columns = matrix
-    if DESCRIBED:
-        x.store([i_r, i_c], b.to(x.dtype))
-    else:
-        o_r = i_r + tl.arange(0, BR)
-        o_c = i_c + tl.arange(0, BC)
-        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
-        tl.store(p, b.to(x.dtype.element_ty), (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :])
-
-
-@triton.jit
-def tanh(x):
-    """Below 0.25 its series: there 1 - exp(-2 x) cancels."""
-    b_e = tl.exp2(-2.8853900817779268 * tl.abs(x))
-    b_far = (1 - b_e) / (1 + b_e)
-    b_s = x * x
-    b_near = x + x * b_s * (-1 / 3 + b_s * (2 / 15 + b_s * (-17 / 315 + b_s * (62 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, b_near, tl.where(x < 0, -b_far, b_far))
-
-
-@triton.jit
-def logits(
-    rows,  # hidden, as the next one a matrix of load_block
-    columns,  # weight
-    bias,
-    softcap,
-    b_temperature,
-    i_t,
-    i_v,
-    DESCRIBED: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """softcap(hidden @ weight.T + bias) / temperature of rows from i_t and columns from i_v on, -inf past the last."""
-    b_z = tl.zeros([BT, BV], tl.float32)
-    for i_d in range(0, rows[3], BD):
-        b_h = load_block(rows, i_t, i_d, DESCRIBED, BT, BD)
-        b_w = load_block(columns, i_v, i_d, DESCRIBED, BV, BD)
-        b_z = tl.dot(b_h, b_w.T, b_z, input_precision="ieee")  # [BT, BV]
-    o_v = i_v + tl.arange(0, BV)
-    vocab = columns[2]
-    if bias is not None:
-        b_z += tl.load(bias + o_v, o_v < vocab, 0.0).to(tl.float32)[None, :]
-    if softcap is not None:
-        b_z = softcap * tanh(b_z / softcap)
-    if b_temperature is not None:
-        b_z = b_z / b_temperature[:, None]
-    if i_v + BV > vocab:
-        b_z = tl.where((o_v < vocab)[None, :], b_z, float("-inf"))
-    return b_z
-
-
-@triton.jit
-def load_temperature(temperatures, o_t, m_t):
-    """None where all of them are 1."""
-    b_temperature = None
-    if temperatures is not None:
-        b_temperature = tl.load(temperatures + o_t, m_t, 1.0)
-    return b_temperature
-
-
-@triton.jit
-def target_column(b_target, i_v, BV: tl.constexpr):
-    """The target's column within the block from i_v on, -1 where it is elsewhere."""
-    return tl.where((b_target >= i_v) & (b_target < i_v + BV), b_target - i_v, -1).to(tl.int32)
-
-
-@triton.jit
-def picked(b_z, b_here, BV: tl.constexpr):
-    """z at each row's column b_here, 0 where that is -1."""
-    b_picked = tl.zeros_like(b_here).to(tl.float32)
-    if tl.max(b_here, 0) >= 0:
-        b_picked = tl.sum(tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_z, 0.0), 1)
-    return b_picked
+from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, picked, target_column
+from .product import GROUP, blocks, capability, describable, grouped, operand, store_block
 
 
 @triton.jit
@@ -358,35 +241,3 @@ def forward(
 
 
 _forward.register_kernel("cuda")(forward)
-
-
-def _aot(dtype: str, capability: int, described=True, capped=False, kept=False) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = fold_blocks(AOT_DTYPES[dtype], capability // 10, described, capped, kept)
-    types = dict.fromkeys(linear_logprobs_fold.arg_names, "*fp32") | {"targets": "*i64", "softcap": "fp32"}
-    types |= {"bias": f"*{dtype}", "num_rows": "i32", "vocab": "i32", "stride_statistics": "i32"}
-    types |= {
-        "hidden": aot_type(dtype, described, launch["BT"], launch["BD"]),
-        "weight": aot_type(dtype, described, launch["BV"], launch["BD"]),
-        "kept": aot_type("fp32" if dtype == "fp32" else "fp16", described, launch["BT"], launch["BV"]),
-    }
-    types |= dict.fromkeys(("stride_hidden", "stride_weight", "stride_kept", "dim"), "i32:16")
-    constants = {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP} | ({} if capped else {"softcap": None})
-    constants |= {} if kept else {"kept": None, "tops": None}
-    return aot_entry(linear_logprobs_fold, types, constants, launch, dtype, capability)
-
-
-def _aot_rows(kernel) -> tuple:
-    """A kernel that finishes rows, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"targets": "*i64"}
-    numbers = "stride_statistics", "num_rows", "vocab", "num_splits", "ignore_index"
-    return kernel, types | dict.fromkeys(numbers, "i32"), {"BT": MERGE["BT"]}, MERGE["num_warps"], False
-
-
-AOT = [
-    _aot("bf16", 80, described=False),
-    _aot("bf16", 90),
-    _aot("bf16", 100),
-    _aot("fp32", 90, described=False, capped=True),
-    _aot_rows(linear_logprobs_merge),
-]

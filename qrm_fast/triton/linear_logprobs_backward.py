@@ -14,8 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs import _backward
-from .linear_logprobs import MERGE, SPLIT, Head, load_temperature, logits, per_row, store_block, target_column
-from .product import AOT_DTYPES, GROUP, aot_entry, aot_type, blocks, capability, describable, grouped, multiply, operand
+from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, target_column
+from .product import GROUP, blocks, capability, describable, grouped, multiply, operand, store_block
 
 ROWS, COLUMNS = 16384, 8192  # of dZ that are held at a time: 268 MB in 16 bits
 SCALE = {"BT": 4, "BD": 512, "num_warps": 4}
@@ -304,41 +304,3 @@ def scaled_hidden(hidden: Tensor, scale: Tensor, tops: Tensor) -> tuple[Tensor, 
 
 
 _backward.register_kernel("cuda")(backward)
-
-
-def _aot(dtype: str, capability: int, described=True, crowded=False) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = dz_blocks(AOT_DTYPES[dtype], capability // 10, described, crowded)
-    types = dict.fromkeys(linear_logprobs_dz.arg_names, "*fp32") | {"targets": "*i64", "softcap": "fp32"}
-    types |= {
-        "hidden": aot_type(dtype, described, launch["BT"], launch["BD"]),
-        "weight": aot_type(dtype, described, launch["BV"], launch["BD"]),
-        "dz": aot_type(dtype, described, launch["BT"], launch["BV"]),
-        "bias": f"*{dtype}",
-    }
-    types |= dict.fromkeys(("stride_factors", "num_rows", "vocab", "first_column", "num_columns"), "i32")
-    types |= dict.fromkeys(("stride_hidden", "stride_weight", "stride_dz", "dim"), "i32:16")
-    constants = {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP}
-    constants |= {} if crowded else {"softcap": None, "bias_sums": None}
-    constants |= {} if dtype == "fp32" else {"lse_residual": None}
-    return aot_entry(linear_logprobs_dz, types, constants, launch, dtype, capability)
-
-
-def _aot_rows(kernel, launch: dict[str, int]) -> tuple:
-    """A kernel over rows, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"targets": "*i64", "hidden": "*bf16", "scaled": "*bf16"}
-    types |= dict.fromkeys(("stride_factors", "num_rows", "vocab", "ignore_index", "num_tops"), "i32")
-    types |= dict.fromkeys(("stride_hidden", "stride_scaled", "dim"), "i32:16")
-    sizes = {name: size for name, size in launch.items() if name != "num_warps"}
-    return kernel, types, sizes, launch["num_warps"], False
-
-
-AOT = [
-    _aot("bf16", 80, described=False),
-    _aot("bf16", 90),
-    _aot("bf16", 90, crowded=True),
-    _aot("bf16", 100),
-    _aot("fp32", 90, described=False, crowded=True),
-    _aot_rows(linear_logprobs_rows, MERGE),
-    _aot_rows(linear_logprobs_scaled_hidden, SCALE),
-]

@@ -10,7 +10,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs_partial import _linear_logprobs_partial
-from .linear_logprobs import MERGE, Head, fold, merged_splits, per_row
+from .linear_logprobs import fold, merged_splits
+from .logits import MERGE, Head, per_row
 
 
 @triton.jit
@@ -64,8 +65,3 @@ def forward(
 
 
 _linear_logprobs_partial.register_kernel("cuda")(forward)
-
-
-TYPES = dict.fromkeys(linear_logprobs_join.arg_names, "*fp32") | {"targets": "*i64"}
-TYPES |= dict.fromkeys(("stride_statistics", "num_rows", "num_splits", "ignore_index"), "i32")
-AOT = [(linear_logprobs_join, TYPES, {"BT": MERGE["BT"]}, MERGE["num_warps"], False)]

@@ -21,10 +21,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_policy_loss import _forward
-from .linear_logprobs import MERGE, Head, finished_rows, fold, fold_blocks, load_temperature, merge, per_row
-from .linear_logprobs import _aot as _aot_fold
+from .linear_logprobs import finished_rows, fold, fold_blocks, merge
 from .linear_logprobs import forward as linear_logprobs
 from .linear_logprobs_backward import gradient, gradients, load_factors, new_factors, scaled_hidden, store_factors
+from .logits import MERGE, Head, load_temperature, per_row
 from .policy_loss import NUM_SUMS, load_row, policy_terms, sequence_log_ratios, store_sums, totals
 from .policy_loss import forward as policy_loss
 from .product import capability, describable, multiply
@@ -333,33 +333,3 @@ def finish_rows(
 
 
 _forward.register_kernel("cuda")(forward)
-
-
-def _aot_dz(dtype: str, width: int, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(linear_policy_loss_dz.arg_names, "*fp32") | {"targets": "*i64", "softcap": "fp32"}
-    types |= {"kept": "*fp32" if dtype == "fp32" else "*fp16", "dz": f"*{dtype}", "stride_dz": "i32:16"}
-    types |= dict.fromkeys(("stride_factors", "num_rows", "vocab"), "i32")
-    constants |= {"HEIGHT": HEIGHT, "BT": DZ["BT"], "BV": width}
-    return linear_policy_loss_dz, types, constants, DZ["num_warps"], False
-
-
-def _aot_rows(kind: str, **constants) -> tuple:
-    types = dict.fromkeys(linear_policy_loss_rows.arg_names, "*fp32") | {"targets": "*i64", "sums": "*fp64"}
-    sizes = "stride_statistics", "stride_factors", "stride_sums", "num_rows", "vocab", "num_splits"
-    types |= dict.fromkeys(sizes, "i32")
-    types |= dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "kl_coef", "entropy_coef"), "fp32")
-    constants |= {"KIND": kind, "KL_ESTIMATOR": "k3", "BT": MERGE["BT"]}
-    return linear_policy_loss_rows, types, constants, MERGE["num_warps"], False
-
-
-AOT = [
-    _aot_fold("bf16", 80, described=False, kept=True),
-    _aot_fold("bf16", 90, kept=True),
-    _aot_fold("bf16", 100, kept=True),
-    _aot_rows("ppo", temperatures=None, log_ratios=None, ref_logprobs=None),
-    _aot_rows("gspo"),
-    _aot_dz("bf16", 256, temperatures=None, softcap=None, lse_residual=None, bias_sums=None),
-    _aot_dz("bf16", 256),
-    _aot_dz("fp32", 64, tops=None),
-]

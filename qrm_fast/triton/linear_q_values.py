@@ -14,15 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_q_values import _linear_q_values
-from .linear_logprobs import MERGE, SPLIT, load_temperature, logits, per_row, picked, target_column
-from .product import AOT_DTYPES, GROUP, aot_entry, aot_type, blocks, capability, describable, grouped, operand
-
-
-@triton.jit
-def rescale(b_max, b_sum, b_top):
-    """e^(max - top) and max - top; a sum of 0 is no column."""
-    b_shift = tl.where(b_sum == 0, 0.0, b_max - b_top)
-    return tl.exp(b_shift), b_shift
+from .logits import MERGE, SPLIT, load_temperature, logits, per_row, picked, rescale, target_column
+from .product import GROUP, blocks, capability, describable, grouped, operand
 
 
 @triton.jit
@@ -222,35 +215,3 @@ def launch_of(dtype: torch.dtype, capability: int, described: bool) -> dict[str,
 
 
 _linear_q_values.register_kernel("cuda")(forward)
-
-
-def _aot(dtype: str, capability: int, described: bool, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    launch = launch_of(AOT_DTYPES[dtype], capability // 10, described)
-    types: dict[str, str] = dict.fromkeys(("temperatures", "sums", "target_logits"), "*fp32")
-    for i, name in enumerate(("policy_hidden", "policy_weight", "q_hidden", "q_weight")):
-        types[name] = aot_type(dtype, described, launch[("BT", "BV")[i % 2]], launch["BD"])
-        types[f"stride_{name}"] = "i32:16"
-    types |= {"targets": "*i64", "stride_sums": "i32", "num_rows": "i32", "vocab": "i32", "beta": "fp32"}
-    types |= dict.fromkeys(("policy_dim", "q_dim"), "i32:16")
-    constants |= {"DESCRIBED": described, "SPLIT": SPLIT, "GROUP": GROUP}
-    return aot_entry(linear_q_values_fold, types, constants, launch, dtype, capability)
-
-
-AOT = [
-    _aot("bf16", 80, False),
-    _aot("bf16", 90, True, temperatures=None),
-    _aot("bf16", 90, True),
-    _aot("bf16", 90, False),
-    _aot("bf16", 100, True),
-    _aot("fp32", 90, False),
-    (
-        linear_q_values_merge,
-        dict.fromkeys(linear_q_values_merge.arg_names, "i32")
-        | dict.fromkeys(("sums", "target_logits", "results"), "*fp32")
-        | {"targets": "*i64", "beta": "fp32"},
-        {"BT": MERGE["BT"]},
-        MERGE["num_warps"],
-        False,
-    ),
-]

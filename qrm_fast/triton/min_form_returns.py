@@ -12,27 +12,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.min_form_returns import _min_form_returns
+from .search import steps_of
 
 LAUNCH = {"BK": 64, "num_warps": 1}
-
-
-@triton.jit
-def steps_of(step_ends, num_steps, begin, end):
-    """The steps [first, last) that end in rows [begin, end), by two searches at once: each waits for its own loads."""
-    first = begin * 0
-    first_high = first + num_steps
-    last = first
-    last_high = first_high
-    while (first < first_high) | (last < last_high):
-        middle = (first + first_high) // 2
-        last_middle = (last + last_high) // 2
-        before = tl.load(step_ends + middle, first < first_high, 0).to(tl.int64) < begin
-        last_before = tl.load(step_ends + last_middle, last < last_high, 0).to(tl.int64) < end
-        first_high = tl.where(before, first_high, middle)
-        last_high = tl.where(last_before, last_high, last_middle)
-        first = tl.where(before & (first < first_high), middle + 1, first)
-        last = tl.where(last_before & (last < last_high), last_middle + 1, last)
-    return first, tl.maximum(first, last)
 
 
 @triton.jit
@@ -161,13 +143,3 @@ def launch(
 
 
 _min_form_returns.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, form: str) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"step_rewards": f"*{dtype}", "step_ends": f"*{index}", "cu_seqlens": "*i32", "returns": "*fp64"}
-    types |= {"outcome": "*fp32", "worst_step": "*i64", "num_steps": "i32", "temperature": "fp64"}
-    return min_form_returns, types, {"BK": LAUNCH["BK"], "FORM": form}, LAUNCH["num_warps"], False
-
-
-AOT = [_aot("fp32", "i64", "soft"), _aot("bf16", "i32", "causal_soft"), _aot("fp32", "i64", "sum")]

@@ -13,5 +13,4 @@ def launch(
     return advantages, returns
 
 
-def register() -> None:
-    _min_gae.register_kernel("cuda")(launch)
+scan.register(_min_gae, launch)

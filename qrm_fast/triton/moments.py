@@ -13,8 +13,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.moments import _moments
-from .group_advantages import LAUNCH as GROUP
-from .group_advantages import by_group, led_group, members
+from .groups import LAUNCH as GROUP
+from .groups import by_group, led_group, members
 
 ROWS = {"BT": 1024, "num_warps": 4}
 BATCH_SPLITS = 1024  # programs that share one set of all rows
@@ -141,21 +141,3 @@ def launch(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group_ids:
 
 
 _moments.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"x": f"*{dtype}", "mask": "*i1", "cu_seqlens": "*i32", "parts": "*fp64", "num_rows": "i32"}
-    return moments_rows, types, {"BT": ROWS["BT"], **constants}, ROWS["num_warps"], False
-
-
-_GROUPS = {"sets": "*fp64", "ids": "*i64", "order": "*i64", "joint": "*fp64", "num_sequences": "i32"}
-_JOIN = {"parts": "*fp64", "sets": "*fp64", "num_splits": "i32"}
-AOT = [
-    _aot("bf16"),
-    _aot("fp32", mask=None, cu_seqlens=None),
-    (moments_join, _JOIN, {"BP": BATCH_SPLITS}, BATCH_JOIN["num_warps"], False),
-    (moments_join, _JOIN, {"BP": SEQUENCE_SPLITS}, SEQUENCE_JOIN["num_warps"], False),
-    (moments_of_groups, _GROUPS, {"BS": GROUP["BS"]}, GROUP["num_warps"], False),
-    (moments_of_groups, _GROUPS | {"ids": "*i32"}, {"BS": GROUP["BS"], "order": None}, GROUP["num_warps"], False),
-]

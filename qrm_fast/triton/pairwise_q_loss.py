@@ -12,7 +12,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.pairwise_q_loss import _pairwise_q_loss, _pairwise_q_loss_backward
-from .q_token_rewards import sequence_of
+from .search import sequence_of
 
 ROWS = {"BT": 1024, "num_warps": 4}
 PAIRS = {"BP": 256, "num_warps": 4}
@@ -193,23 +193,3 @@ def backward(
 
 _pairwise_q_loss.register_kernel("cuda")(forward)
 _pairwise_q_loss_backward.register_kernel("cuda")(backward)
-
-
-def _aot(kernel, launch: dict[str, int], dtype: str, index: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(("q", "grad"), f"*{dtype}")
-    types |= dict.fromkeys(("sums", "row_grad"), "*fp64") | {"mask": "*i1", "cu_seqlens": f"*{index}", "counts": "*i64"}
-    types |= dict.fromkeys(("num_rows", "num_pairs", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("beta", "gamma"), "fp64")
-    blocks = {name: size for name, size in launch.items() if name != "num_warps"}
-    return kernel, types, {**blocks, **constants}, launch["num_warps"], False
-
-
-AOT = [
-    _aot(pair_sums, ROWS, "bf16", "i32"),
-    _aot(pair_sums, ROWS, "fp32", "i64", mask=None),
-    _aot(pair_margins, PAIRS, "fp32", "i64", SPLITS=SPLITS),
-    _aot(pair_gradients, PAIRS, "fp32", "i64"),
-    _aot(pair_rows, ROWS, "bf16", "i32"),
-    _aot(pair_rows, ROWS, "fp32", "i64", mask=None),
-]

@@ -15,24 +15,14 @@ from torch import Tensor
 
 from ..ops.process_advantages import WHITENING, _process_advantages, _process_rows
 from . import min_form_returns, step_rows
-from .group_advantages import LAUNCH as GROUP
-from .group_advantages import by_group, led_group, members
-from .min_form_returns import steps_of
+from .groups import LAUNCH as GROUP
+from .groups import by_group, led_group, members
 from .moments import BATCH_JOIN, BATCH_SPLITS, moments_join, store_moments, with_block
-from .step_rows import count_below
+from .search import count_below, sequence_bounds
 
 STEPS = {"BK": 64, "num_warps": 1}
 ROWS = {"BK": 64, "BT": 1024, "num_warps": 4}  # with a penalty
 ROW_SPLITS = 8  # programs that share the penalties of a sequence
-
-
-@triton.jit
-def sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens):
-    """The rows [bos, eos) of a sequence and its steps [first, last), inside the tensors whatever the boundaries."""
-    begin, end = tl.load(cu_seqlens + i_s).to(tl.int64), tl.load(cu_seqlens + i_s + 1).to(tl.int64)
-    first, last = steps_of(step_ends, num_steps, begin, end)
-    bos = tl.minimum(tl.maximum(begin, 0), num_tokens)
-    return bos, tl.minimum(tl.maximum(end, bos), num_tokens), first, last
 
 
 @triton.jit
@@ -407,29 +397,3 @@ def launch_rows(
 
 _process_advantages.register_kernel("cuda")(launch)
 _process_rows.register_kernel("cuda")(launch_rows)
-
-
-def _aot(kernel, preset: str, index: str, penalised: bool, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    launch = GROUP if kernel is process_baselines else ROWS if penalised else STEPS | {"BT": 1}
-    types = dict.fromkeys(kernel.arg_names, "*fp64") | dict.fromkeys(("step_ends", "cu_seqlens", "ids"), f"*{index}")
-    types |= {"outcome_rewards": "*fp32", "has_answer": "*i1", "penalty": "*fp32", "order": "*i64"}
-    types |= dict.fromkeys(("num_steps", "num_tokens", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("max_gen_len", "process_coef", "outcome_coef"), "fp64")
-    constants = {"PRESET": preset, "SPLITS": ROW_SPLITS if penalised else 1, **launch, **constants}
-    constants |= {} if penalised else {"penalty": None}
-    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    return kernel, types, constants, launch["num_warps"], False
-
-
-AOT = [
-    *(_aot(process_sums, preset, "i64", False) for preset in ("paper", "paper-step")),
-    _aot(process_sums, "verl", "i32", True),
-    _aot(process_baselines, "paper", "i64", False, outcome_rewards=None, has_answer=None, order=None),
-    _aot(process_baselines, "openrlhf", "i32", False, order=None),
-    _aot(process_baselines, "verl", "i64", True),
-    _aot(process_levels, "paper-step", "i64", False, WHITENED=False, MASK_STEP_ENDS=False),
-    _aot(process_levels, "openrlhf", "i64", False, WHITENED=True, MASK_STEP_ENDS=True),
-    _aot(process_levels, "openrlhf", "i32", True, WHITENED=True, MASK_STEP_ENDS=True),
-    _aot(process_levels, "verl", "i64", True, WHITENED=True, MASK_STEP_ENDS=False),
-]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..ops.process_diagnostics import _process_diagnostics
 from .min_form_returns import lowest_step
-from .process_advantages import ROW_SPLITS, ROWS, STEPS, sequence_bounds
+from .process_advantages import ROW_SPLITS, ROWS, STEPS
+from .search import sequence_bounds
 
 SEQUENCES = {"BS": 512, "num_warps": 4}
 
@@ -144,22 +145,3 @@ def launch(
 
 
 _process_diagnostics.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, launch: dict[str, int], **none) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"step_rewards": f"*{dtype}", "step_ends": f"*{index}", "cu_seqlens": f"*{index}", "advantages": "*fp32"}
-    types |= {"per_sequence": "*fp32", "is_few": "*fp64", "mass": "*fp64", "temperature": "fp64", "num_tokens": "i64"}
-    types |= dict.fromkeys(("num_steps", "num_sequences", "min_tokens"), "i32")
-    return diagnose, types, {"BK": launch["BK"], "BT": launch["BT"], **none}, launch["num_warps"], False
-
-
-_SHARES = {"is_few": "*fp64", "mass": "*fp64", "shares": "*fp32", "num_sequences": "i32"}
-AOT = [
-    _aot("bf16", "i32", ROWS),
-    _aot("fp32", "i64", STEPS | {"BT": 1}, advantages=None),
-    *(
-        (diagnose_shares, _SHARES, {"BS": SEQUENCES["BS"], "SPLITS": splits}, SEQUENCES["num_warps"], False)
-        for splits in (1, ROW_SPLITS)
-    ),
-]

@@ -35,8 +35,8 @@ def blocks(dtype: torch.dtype, capability: int, described: bool, *, halved=False
 
 
 def capability(x: Tensor) -> int:
-    """Major compute capability; the interpreter runs what a Hopper GPU runs."""
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    """Major compute capability; the interpreter, on the CPU, runs what a Hopper GPU runs."""
+    return 9 if x.is_cpu else torch.cuda.get_device_capability(x.device)[0]
 
 
 def describable(*operands: Tensor) -> bool:
@@ -63,6 +63,19 @@ def load_block(matrix, i_r, i_c, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: 
         o_c = i_c + tl.arange(0, BC)
         p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
         return tl.load(p, (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :], 0.0)
+
+
+@triton.jit
+def store_block(matrix, i_r, i_c, b, DESCRIBED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Block b [BR, BC] to rows from i_r and columns i_c on, in the matrix's dtype; what lies outside is left out."""
+    x, stride, num_rows, num_columns = matrix
+    if DESCRIBED:
+        x.store([i_r, i_c], b.to(x.dtype))
+    else:
+        o_r = i_r + tl.arange(0, BR)
+        o_c = i_c + tl.arange(0, BC)
+        p = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+        tl.store(p, b.to(x.dtype.element_ty), (o_r < num_rows)[:, None] & (o_c < num_columns)[None, :])
 
 
 @triton.jit
@@ -145,40 +158,3 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, scale: Tensor, *, added: bool, t
         GROUP,
         **launch,
     )
-
-
-AOT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def aot_type(dtype: str, described: bool, height: int, width: int) -> str:
-    """Of what `operand` makes."""
-    return f"tensordesc<{dtype}[{height},{width}]>" if described else f"*{dtype}"
-
-
-def aot_entry(
-    kernel, types: dict[str, str], constants: dict, launch: dict[str, int], dtype: str, capability: int
-) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    options = {name: launch[name] for name in ("num_warps", "num_stages")}
-    blocks = {name: launch[name] for name in launch.keys() - options.keys()}
-    return kernel, types, constants | blocks, options, dtype != "fp32", capability
-
-
-def _aot(dtype: str, capability: int, described: bool, transposed: bool) -> tuple:
-    launch = blocks(AOT_DTYPES[dtype], capability // 10, described)
-    height, width, depth = launch["BT"], launch["BV"], launch["BD"]
-    types = {"start": "*fp32", "out": "*fp32", "scale": "*fp32", "num_rows": "i32"}
-    types["a"] = aot_type(dtype, described, *((depth, height) if transposed else (height, depth)))
-    types["b"] = aot_type(dtype, described, depth, width)
-    types |= dict.fromkeys(("stride_a", "stride_b", "stride_start", "stride_out", "num_columns", "depth"), "i32:16")
-    constants = {"TRANSPOSED": transposed, "SCALED_ROWS": not transposed, "DESCRIBED": described, "GROUP": GROUP}
-    return aot_entry(product, types, constants, launch, dtype, capability)
-
-
-AOT = [
-    _aot("bf16", 80, described=False, transposed=True),
-    _aot("bf16", 90, described=True, transposed=False),
-    _aot("bf16", 90, described=True, transposed=True),
-    _aot("bf16", 100, described=True, transposed=True),
-    _aot("fp32", 90, described=False, transposed=True),
-]

@@ -17,7 +17,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.q_head_advantages import _q_head_advantages
-from .scan import boundary, sequence_at
+from .search import boundary, sequence_at
 
 LAUNCH = {"ROWS": 64, "BT": 16, "BD": 512, "BR": 512, "num_warps": 8}
 
@@ -168,20 +168,3 @@ def launch(
 
 
 _q_head_advantages.register_kernel("cuda")(launch)
-
-
-def _aot(dtype: str, index: str, aligned: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = {"hidden": f"*{dtype}", "head": f"*{dtype}", "cu_seqlens": f"*{index}", "mask": "*i1"}
-    types |= {"advantages": "*fp32", "arrived": "*i32", "stride_hidden": f"i64{aligned}", "dim": f"i32{aligned}"}
-    types |= dict.fromkeys(("num_rows", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("min_std", "eps"), "fp32")
-    blocks = {name: size for name, size in LAUNCH.items() if name != "num_warps"}
-    return q_head_advantages, types, {**blocks, **constants}, LAUNCH["num_warps"], False
-
-
-AOT = [
-    _aot("bf16", "i32", ":16", CENTER=True, RESCORE=True),
-    _aot("fp16", "i32", "", CENTER=True, RESCORE=True),
-    _aot("fp32", "i64", ":16", CENTER=False, RESCORE=False, mask=None),
-]

@@ -11,21 +11,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.q_token_rewards import _q_token_rewards
+from .search import sequence_of
 
 LAUNCH = {"BT": 1024, "num_warps": 4}
-
-
-@triton.jit
-def sequence_of(cu_seqlens, o_t, num_sequences, num_halvings):
-    """The first sequence that ends after each row: a binary search that stays in [0, S) whatever the boundaries."""
-    o_low = tl.zeros_like(o_t)
-    o_high = o_low + (num_sequences - 1)
-    for _ in range(num_halvings):
-        o_middle = (o_low + o_high) // 2
-        m_later = tl.load(cu_seqlens + o_middle + 1) <= o_t
-        o_low = tl.where(m_later, tl.minimum(o_middle + 1, num_sequences - 1), o_low)
-        o_high = tl.where(m_later, o_high, o_middle)
-    return o_low
 
 
 @triton.jit
@@ -162,25 +150,3 @@ def launch(
 
 
 _q_token_rewards.register_kernel("cuda")(launch)
-
-
-def _aot(kernel, dtype: str, index: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32")
-    types |= {"q": f"*{dtype}", "cu_seqlens": f"*{index}", "stats": "*fp64", "mask": "*i1"}
-    types |= dict.fromkeys(("num_rows", "num_sequences", "num_halvings"), "i32")
-    types |= dict.fromkeys(("kl_coef", "min_std", "eps"), "fp32")
-    return kernel, types, {"BT": LAUNCH["BT"], **constants}, LAUNCH["num_warps"], False
-
-
-AOT = [
-    _aot(kernel, *dtypes, **constants)
-    for kernel in (reward_rows, rescore_last)
-    for dtypes, constants in (
-        (("bf16", "i32"), dict(PER_SEQUENCE=True, CENTER=True, KL="k3")),
-        (
-            ("fp32", "i64"),
-            dict(PER_SEQUENCE=False, CENTER=False, KL="abs", mask=None, logprobs=None, ref_logprobs=None),
-        ),
-    )
-]

@@ -1,7 +1,7 @@
-"""Triton kernels of the scans over packed sequences, for installs without nvcc; csrc/cuda/scan.h has the faster way.
+"""Triton kernels of the scans over packed sequences, for installs without nvcc; csrc/cuda/scan_launch.h has the faster way.
 
 A row turns the state that it receives from its successor into the one that it hands on by a map; runs of rows compose
-to maps of the same form (csrc/scan.h has the algebra). Sequences are cut from their *end* into pieces of PIECE rows and
+to maps of the same form (csrc/maps.h has the algebra). Sequences are cut from their *end* into pieces of PIECE rows and
 pieces into groups of GROUP, all found from cu_seqlens by binary search, in five launches:
   scan_setup   finds each program's first sequence and checks the boundaries;
   scan_rows    folds every piece, and finishes the last piece of every sequence: short sequences are done here;
@@ -14,12 +14,13 @@ Grids come from shapes. Boundaries that a CPU kernel would refuse are clamped an
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
-import itertools
-
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
+
+from .. import has_cuda_kernels
+from .search import boundary, sequence_at
 
 PIECE, GROUP = 32, 64  # rows, pieces
 SETUP_PROGRAMS = 64
@@ -197,31 +198,6 @@ def end_state(bootstrap, i_s, m_s, gamma, RULE: tl.constexpr):
     elif RULE == "min_gae":
         b_x += float("inf")
     return b_x, b_x
-
-
-@triton.jit
-def boundary(cu_seqlens, i_s, m_s, num_tokens):
-    """cu_seqlens[i_s], clamped into [0, T]."""
-    t = tl.load(cu_seqlens + i_s, m_s, 0).to(tl.int64)
-    return tl.minimum(tl.maximum(t, 0), num_tokens)
-
-
-@triton.jit
-def sequence_at(cu_seqlens, o, b_low, b_high, num_halvings, num_tokens, ROWS: tl.constexpr):
-    """The sequence in [b_low, b_high] that has row `o` (ROWS = 0), or that has slot `o` for ROWS of its rows.
-
-    A sequence's last ROWS rows have slot s + cu_seqlens[s] // ROWS, those before them the next: no two share one.
-    """
-    for _ in range(0, num_halvings):
-        m_open = b_low < b_high
-        i_next = (b_low + b_high) // 2 + 1
-        b_first = boundary(cu_seqlens, i_next, m_open, num_tokens)
-        if ROWS > 0:
-            b_first = i_next + b_first // ROWS
-        m_below = m_open & (b_first <= o)
-        b_low = tl.where(m_below, i_next, b_low)
-        b_high = tl.where(m_open & ~m_below, i_next - 1, b_high)
-    return b_low
 
 
 @triton.jit
@@ -498,38 +474,7 @@ def launch(
     return results
 
 
-def _aot(capability: int, kernel, rule: str, dtype: str = "fp32", index: str = "i64", **more) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for one architecture."""
-    types = dict.fromkeys(("rewards", "values", "ratios"), f"*{dtype}") | {"cu_seqlens": f"*{index}", "mask": "*i1"}
-    types |= dict.fromkeys(("bootstrap", "lam_per_sequence", "result", "more", "maps", "states"), "*fp32")
-    types |= dict.fromkeys(("firsts", "broken", "piece_firsts", "group_firsts"), "*i64")
-    types |= dict.fromkeys(("gamma", "decay", "rho_bar", "c_bar"), "fp32")
-    rows = ROWS | {"num_warps": WARPS[rule]}
-    launch = {"scan_setup": SETUP, "scan_rows": rows, "scan_groups": GROUPS, "scan_states": STATES}[kernel.__name__]
-    options = {name: launch[name] for name in ("num_warps", "enable_fp_fusion") if name in launch}
-    sizes = {"PIECE": PIECE, "GROUP": GROUP, "PIECES": ROWS["BP"], "GROUPS": GROUPS["BP"]}
-    sizes |= {"RULE": rule, "PARTS": PARTS[rule], "SETUP_PROGRAMS": SETUP_PROGRAMS}
-    unused = {"gae": ("ratios",), "min_gae": ("ratios", "lam_per_sequence"), "vtrace": ("lam_per_sequence",)}.get(
-        rule, ("values", "ratios", "lam_per_sequence", "more")
-    )
-    every = sizes | dict.fromkeys(unused) | launch | more
-    constants = {name: x for name, x in every.items() if name in kernel.arg_names}
-    types = {name: types.get(name, "i32") for name in kernel.arg_names}
-    return kernel, types, constants, options, False, capability
-
-
-# A row map is met in every dtype and on every architecture, and every dtype on every architecture, but not all three in
-# every combination: their product takes three times as long and differs in the loads alone.
-_TARGETS = ((80, "bf16", "i32"), (90, "fp16", "i64"), (100, "fp32", "i64"))
-AOT = [
-    *(_aot(capability, scan_setup, "gae", index=index) for capability, _, index in _TARGETS),
-    *(
-        _aot(_TARGETS[(i + j) % 3][0], scan_rows, rule, *_TARGETS[j][1:], JOINING=joining)
-        for i, (rule, joining) in enumerate(itertools.product(PARTS, (False, True)))
-        for j in range(3)
-    ),
-    _aot(100, scan_rows, "gae", JOINING=False, mask=None, bootstrap=None, lam_per_sequence=None),
-    *(_aot(_TARGETS[i % 3][0], scan_groups, rule) for i, rule in enumerate(PARTS)),
-    *(_aot(_TARGETS[(i + 1) % 3][0], scan_states, rule) for i, rule in enumerate(PARTS)),
-    _aot(80, scan_states, "min_gae", bootstrap=None),
-]
+def register(op, launch) -> None:
+    """For CUDA, where the CUDA extension is not there to serve the op, as it does faster."""
+    if not has_cuda_kernels:
+        op.register_kernel("cuda")(launch)

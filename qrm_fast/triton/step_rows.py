@@ -11,22 +11,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.step_rows import step_rows
+from .search import count_below
 
 LAUNCH = {"BT": 512, "num_warps": 4}
-
-
-@triton.jit
-def count_below(bounds, num_bounds, num_halvings, b_row):
-    """How many of the ascending `bounds` are below each row."""
-    b_low = b_row * 0
-    b_high = b_low + num_bounds
-    for _ in range(0, num_halvings):
-        m_open = b_low < b_high
-        b_middle = (b_low + b_high) // 2
-        m_below = m_open & (tl.load(bounds + b_middle, m_open, 0).to(tl.int64) < b_row)
-        b_low = tl.where(m_below, b_middle + 1, b_low)
-        b_high = tl.where(m_open & ~m_below, b_middle, b_high)
-    return b_low
 
 
 @triton.jit
@@ -116,23 +103,3 @@ def launch(
 
 
 step_rows.register_kernel("cuda")(launch)
-
-
-def _aot(index: str, rows: str, whitening: str, **none) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(("values", "base", "stats"), "*fp64") | dict.fromkeys(
-        ("step_ends", "cu_seqlens"), f"*{index}"
-    )
-    types |= {"penalty": "*fp32", "rows": rows}
-    sizes = ("num_rows", "num_steps", "num_sequences", "step_halvings", "sequence_halvings")
-    types |= dict.fromkeys(sizes, "i32")
-    constants = {"BT": LAUNCH["BT"], "WHITENING": whitening, "MASK_STEP_ENDS": whitening == "nonzero"}
-    return rows_of_steps, types, {**constants, **none}, LAUNCH["num_warps"], False
-
-
-AOT = [
-    _aot("i64", "*fp32", "nonzero"),
-    _aot("i32", "*fp32", "unbiased", penalty=None),
-    _aot("i64", "*fp32", "", base=None, penalty=None, stats=None),
-    _aot("i64", "*fp64", "unbiased"),
-]

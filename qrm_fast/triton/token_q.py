@@ -376,29 +376,3 @@ def _segment_sums(
 
 _token_q.register_kernel("cuda")(forward)
 _token_q_backward.register_kernel("cuda")(backward)
-
-
-def _aot(kernel, launch: dict[str, int], dtype: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    inputs = ("hidden", "head", "bias", "norm_weight", "grad_hidden", "x", "sums")
-    float32 = ("grad_q", "q", "factor", "heads", "tails")
-    types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(float32, "*fp32") | {"eps": "fp32"}
-    types |= dict.fromkeys(("targets", "order", "ids"), "*i64")
-    types |= dict.fromkeys(("stride_hidden", "stride_head", "stride_x"), "i64")
-    types |= dict.fromkeys(("num_rows", "num_ids", "dim", "block_rows"), "i32")
-    blocks = {name: size for name, size in launch.items() if name != "num_warps"}
-    return kernel, types, {**blocks, **constants}, launch["num_warps"], False
-
-
-IGNORE = {"IGNORE": IGNORE_INDEX}
-AOT = [
-    _aot(token_q_forward, ALONG_ROWS, "bf16", **IGNORE),
-    _aot(token_q_forward, ALONG_ROWS, "fp32", **IGNORE, targets=None, bias=None, norm_weight=None),
-    _aot(token_q_backward_rows, ALONG_ROWS, "bf16", **IGNORE),
-    _aot(token_q_backward_rows, ALONG_ROWS, "fp32", **IGNORE, targets=None, norm_weight=None),
-    _aot(token_q_column_sums, OVER_ROWS, "fp32", **IGNORE),
-    _aot(token_q_column_sums, OVER_ROWS, "fp32", **IGNORE, factor=None, head=None, targets=None),
-    _aot(token_q_segment_sums, ROW_BY_ROW, "bf16"),
-    _aot(token_q_segment_sums, ROW_BY_ROW, "fp32", factor=None, norm_weight=None),
-    _aot(token_q_segment_joins, ROW_BY_ROW, "bf16"),
-]

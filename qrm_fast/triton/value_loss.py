@@ -77,23 +77,3 @@ def forward(
 
 
 _value_loss.register_kernel("cuda")(forward)
-
-
-def _aot(dtype: str, **constants) -> tuple:
-    """One configuration as tests/test_build.py compiles it: without a GPU, for every architecture."""
-    types = dict.fromkeys(value_loss_rows.arg_names, "*fp32") | dict.fromkeys(("values", "old_values"), f"*{dtype}")
-    types |= {"sums": "*fp64", "num_rows": "i32", "mean_weight": "fp32", "clip": "fp32"}
-    return value_loss_rows, types, {"BT": ROWS["BT"], **constants}, ROWS["num_warps"], False
-
-
-AOT = [
-    _aot("bf16"),
-    _aot("fp32", old_values=None, token_weights=None),
-    (
-        value_loss_sum,
-        {"sums": "*fp64", "loss": "*fp32", "num_blocks": "i32"},
-        {"BT": SUM["BT"]},
-        SUM["num_warps"],
-        False,
-    ),
-]

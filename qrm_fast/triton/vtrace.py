@@ -25,5 +25,4 @@ def launch(
     return targets, advantages
 
 
-def register() -> None:
-    _vtrace.register_kernel("cuda")(launch)
+scan.register(_vtrace, launch)

@@ -1,0 +1,20 @@
+"""Launches of the Triton kernels: a file X.py calls the launchers of qrm_fast/triton/X.py on meta tensors.
+
+`launches(capability)` makes those of a training step on such a GPU, with every option, and those of odd sizes without
+options. Each is compiled, so a call that leads to no other machine code is not worth its time: where only loads differ,
+dtypes take turns over the architectures.
+"""
+
+from functools import partial
+
+import torch
+
+T, D, V = 16384, 3584, 152064  # tokens, hidden, vocabulary
+K, S = 2048, 512  # steps, sequences
+ODD_T, ODD_D, ODD_V, ODD_K, ODD_S = 10007, 1001, 32003, 999, 37
+MANY = 5000  # sequences that are sorted by group, not compared
+
+fp16, bf16, fp32, fp64, i32, i64, flags = (
+    partial(torch.empty, dtype=dtype)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
+)
