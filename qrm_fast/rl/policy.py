@@ -107,6 +107,10 @@ def check_head(model: PreTrainedModel) -> None:
     with of_transformers(type(model).__name__, model):
         expected = model(**inputs).logits.float()
         got = head.logits(backbone(model)(**inputs).last_hidden_state)
+    if not got.isfinite().all():
+        raise ValueError(
+            f"the logits of {type(model).__name__} must be finite, got NaN or infinity: its weights are broken"
+        )
     error, bound = (got - expected).abs().max(), max(1e-4, 4 * torch.finfo(model.dtype).eps) * expected.abs().max()
     if not error <= bound:
         raise ValueError(
