@@ -37,6 +37,7 @@ lint: $(environment)
 
 docs: $(environment)
 	$(PYTHON) -m bench --render
+	$(PYTHON) tests/rl/test_architectures.py
 
 $(built): setup.py $(shell find csrc -type f) | $(environment)
 	echo "compiling the kernels (build/log)"

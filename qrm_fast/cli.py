@@ -15,7 +15,7 @@ from importlib.metadata import version
 from inspect import getdoc
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -300,10 +300,19 @@ def _parse(
     **fixed: object,
 ) -> Config:
     """The configuration that `arguments` give. Some of its defaults may hang on other options: `defaults(options)`."""
-    parser.set_defaults(**defaults(parser.parse_args(arguments).as_dict()))
-    options = parser.parse_args(arguments).as_dict()
+    parser.set_defaults(**defaults(_options(parser, arguments, config)))
+    options = _options(parser, arguments, config)
     _before_models(options["device"])
     return config(**{field.name: options[field.name] for field in fields(config) if field.name in options} | fixed)
+
+
+def _options(parser: ArgumentParser, arguments: Sequence[str], config: type) -> dict[str, Any]:
+    """What `arguments` give. Refuses null, which the parser takes for every option, where the field has no None."""
+    options = parser.parse_args(arguments).as_dict()
+    for name, hint in get_type_hints(config).items():
+        if name in options and options[name] is None and type(None) not in get_args(hint):
+            raise ValueError(f"{name} must be {getattr(hint, '__name__', hint)}, got null")
+    return options
 
 
 def _before_models(device: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,12 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from qrm_fast import cli
 from qrm_fast.cli import COMMANDS, main
 from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
-from qrm_fast.rl.checkpoint import save_checkpoint
+from qrm_fast.rl.checkpoint import save_checkpoint, states
 from qrm_fast.rl.config import Config
 from qrm_fast.rl.data import Demonstration, Pair, write_jsonl
 from qrm_fast.rl.metrics import MetricsLog
@@ -257,6 +259,8 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
         (["learn"], "error: command must be one of demo, sft, train-rm, train, eval, score, plot, doctor, got learn"),
         (["sft"], "qrm-fast sft: error: the following arguments are required: data"),
         (["demo", "--seeds", "many"], "seeds must be int, got many"),
+        (["demo", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["demo", "--seeds", "-1"], "seeds must be at least 1, got -1"),
         (["train-rm", "--data", "d", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["train-rm", "--data", "d", "--num_ep", "1"], "unrecognized arguments: --num_ep 1"),
         (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
@@ -291,6 +295,91 @@ def test_unknown_key_in_a_file(inputs, run):
     Path("run.yaml").write_text("lr: [1\n")
     status, _, err = run("train-rm", "--data", inputs / "pairs.jsonl", "--config", "run.yaml")
     assert status == 2 and "Problems parsing config" in err and "line 1" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "sentence"),
+    [
+        ("sft", "model:", "model must be str, got null"),
+        ("sft", "lr: null", "lr must be float, got null"),
+        ("sft", "device: ~", "device must be str, got null"),
+        ("train-rm", "model: null", "model must be str, got null"),
+        ("train", "seed: null", "seed must be int, got null"),
+        ("train", "tensorboard: null", "tensorboard must be bool, got null"),
+        ("eval", "eval_samples: null", "eval_samples must be int, got null"),
+    ],
+)
+def test_null_in_a_file_is_no_value(run, command, line, sentence):
+    Path("run.yaml").write_text(f"{line}\ndata: rows.jsonl\n")
+    arguments = ["--model", "m"] if command in ("train", "eval") else []
+    status, out, err = run(command, *arguments, "--config", "run.yaml")
+    assert (status, out, err) == (2, "", f"qrm-fast {command}: error: {sentence}\n")
+
+
+def test_an_adapter_as_a_model(inputs, run):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(inputs / "policy"), lora).save_pretrained("adapter")
+    status, out, _ = run(
+        "eval", "--model", "adapter", "--data", inputs / "prompts.jsonl", "--verifier", "arithmetic",
+        "--max_new_tokens", 4, "--eval_samples", 1,
+    )  # fmt: skip
+    assert status == 0 and "Pass@1 on 16 problems" in out
+    status, out, err = run("score", "--model", "adapter", "--prompt", "1+1:", "--response", "01+1=02")
+    assert (
+        (status, out) == (2, "") and "must be a whole checkpoint to bear a scalar head" in err and err.count("\n") == 1
+    )
+    status, out, err = run("train-rm", "--model", "adapter", "--data", inputs / "pairs.jsonl", "--out", "out")
+    assert (status, out) == (2, "") and "must be a whole checkpoint" in err and not Path("out").exists()
+
+
+def test_sequences_past_the_context_and_broken_weights(inputs, run):
+    data = ["--data", inputs / "prompts.jsonl", "--verifier", "arithmetic"]
+    past = "must fit the 2048 positions of "
+    status, out, err = run("eval", "--model", inputs / "policy", *data, "--max_new_tokens", 4000)
+    assert (status, out) == (2, "") and past in err
+    status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", "1+1:", "--response", "1" * 3000)
+    assert (status, out) == (2, "") and past in err
+    status, out, err = run(*train_arguments(inputs), "--max_new_tokens", 4000, "--max_tokens", 8000, "--out", "out")
+    assert (status, out) == (2, "") and past in err and not Path("out").exists()
+    for kind in ("policy", "q_rm"):
+        shutil.copytree(inputs / kind, kind)
+        weights = load_file(f"{kind}/model.safetensors")
+        weights["model.norm.weight"][0] = torch.nan
+        save_file(weights, f"{kind}/model.safetensors", metadata={"format": "pt"})
+    broken = "must be finite, got NaN or infinity: its weights are broken"
+    for arguments in (
+        ["eval", "--model", "policy", *data],
+        ["score", "--model", "q_rm", "--prompt", "1+1:", "--response", "01+1=02"],
+        ["sft", "--model", "policy", "--data", inputs / "demonstrations.jsonl", "--out", "out"],
+        [*train_arguments(inputs), "--q_rm", "q_rm", "--out", "out"],
+    ):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "") and broken in err and err.count("\n") == 1 and not Path("out").exists()
+
+
+def test_runs_that_cannot_be_taken_up(inputs, run):
+    """Every state damaged, none there, a folder that holds a run, one that the run reads from."""
+    sft = ["sft", "--data", inputs / "demonstrations.jsonl", "--model", "scratch:demo", "--tokenizer", "arithmetic"]
+    sft += ["--num_steps", 2, "--batch_size", 4, "--out", "out"]
+    assert run(*sft, "--save_every", 1)[0] == 0
+    (newest, older) = states(Path("out"))
+    newest.write_bytes(b"")
+    older.write_bytes(older.read_bytes()[:-1])
+    for arguments, sentence in (
+        (
+            [*sft, "--save_every", 1, "--resume"],
+            f"out must hold a whole state, got 2 damaged: {newest.name} is the newest",
+        ),
+        (sft, "out holds a run: resume it, overwrite it, or choose another out"),
+        ([*sft, "--model", "out", "--overwrite"], "out must be a directory of its own, got out, which is also model"),
+    ):
+        status, _, err = run(*arguments)
+        assert status == 2 and err.endswith(f"qrm-fast sft: error: {sentence}\n") and "Traceback" not in err
+    for path in (newest, older):
+        path.unlink()
+    status, _, err = run(*sft, "--resume")
+    assert status == 2 and "out must hold a state to go on from" in err and err.count("\n") == 1
 
 
 def test_a_malformed_line_stops_every_training_before_it_writes(inputs, run):

@@ -95,6 +95,8 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
     and a Q-RM whose preference labels were shuffled. Everything is written under `out`: data, checkpoints that plain
     transformers loads, and one metrics.jsonl per training.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     runs: list[Run] = []
     q_rms: list[QRMResult] = []
     for seed in range(seeds):

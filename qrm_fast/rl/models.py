@@ -2,6 +2,7 @@
 an AutoModelForTokenClassification with one label.
 """
 
+import math
 import re
 import warnings
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .attention import of_transformers
 from .policy import check_head
+from .tokenizers import adapter_base
 
 SCRATCH = {
     "scratch:demo": dict(hidden_size=128, num_hidden_layers=3, intermediate_size=256, initializer_range=0.05),
@@ -39,11 +41,15 @@ def load_policy(
     """A causal language model: a Hugging Face id or directory, or "scratch:demo" / "scratch:small".
 
     Scratch models are small Llama networks with tied embeddings for `tokenizer`'s vocabulary, initialised from
-    torch's global generator. Of a model of text and images the text model is taken, as a checkpoint of its own. Every
-    model comes in evaluation mode, without the dropout that its configuration may name. Raises ValueError for an
-    unknown scratch size, a token classifier, an architecture without a language model, a checkpoint that lacks weights,
-    too small a vocabulary and logits that training would not see (`check_head`), OSError for an unknown id.
+    torch's global generator. An adapter of peft's comes merged into its model. Of a model of text and images the text
+    model is taken, as a checkpoint of its own. Every model comes in evaluation mode, without the dropout and jitter
+    that its configuration may name. Raises ValueError for an unknown scratch size, a token classifier, an architecture
+    without a language model, a checkpoint that lacks weights, too small a vocabulary and logits that training would not
+    see (`check_head`), OSError for an unknown id.
     """
+    base = None if spec.startswith("scratch:") else adapter_base(spec)
+    if base is not None:
+        return _merged(spec, load_policy(base, tokenizer, device=device, dtype=dtype))
     config = _config(spec, tokenizer)
     if _has_token_head(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         got = (config.architectures or [type(config).__name__])[0]
@@ -51,6 +57,18 @@ def load_policy(
     model = _load(AutoModelForCausalLM, spec, config, tokenizer, device, dtype)
     check_head(model)
     return model
+
+
+def _merged(spec: str, model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with the adapter at `spec` in its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError(f"{spec} is an adapter, which needs the package peft, pip install peft") from None
+    with of_transformers(spec):
+        merged: Any = PeftModel.from_pretrained(model, spec, torch_device=str(model.device)).merge_and_unload()
+    check_head(merged)
+    return merged.requires_grad_(True).eval()
 
 
 def load_token_model(
@@ -83,6 +101,7 @@ def load_q_rm(
     Raises ValueError where the checkpoint has no trained scalar head, which transformers would make up at random,
     OSError where there is no checkpoint.
     """
+    _check_whole(spec)
     config = AutoConfig.from_pretrained(spec)
     if not _has_token_head(config) or config.num_labels != 1:
         name = (config.architectures or ["a model of unknown architecture"])[0]
@@ -121,6 +140,7 @@ def _token_class(config: PreTrainedConfig) -> Any:
 
 def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     if not spec.startswith("scratch:"):
+        _check_whole(spec)
         return _text_config(AutoConfig.from_pretrained(spec))
     if spec not in SCRATCH:
         raise ValueError(f"model must be one of {', '.join(SCRATCH)} or a Hugging Face id or directory, got {spec}")
@@ -137,6 +157,15 @@ def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
         pad_token_id=tokenizer.pad_token_id,
         **SCRATCH[spec],
     )
+
+
+def _check_whole(spec: str) -> None:
+    """A head is not among the weights of an adapter, or not as the one it would be merged into."""
+    base = adapter_base(spec)
+    if base is not None:
+        raise ValueError(
+            f"{spec} must be a whole checkpoint to bear a scalar head, got an adapter of {base}: merge it first"
+        )
 
 
 # Where a model of text and images keeps what belongs to its text model.
@@ -202,7 +231,11 @@ def _load(
 def _switch_dropout_off(spec: str, config: PreTrainedConfig) -> None:
     """With it, a policy's ratio to itself would not be 1 in training mode."""
     values = config.to_dict().items()
-    rates = {name: x for name, x in values if re.match("(?!classifier|summary).*drop", name) and type(x) is float and x}
+    rates = {
+        name: x
+        for name, x in values
+        if re.match("(?!classifier|summary).*(drop|jitter_noise)", name) and type(x) is float and x
+    }
     for name in rates:
         setattr(config, name, 0.0)
     if rates:
@@ -216,8 +249,15 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_context(model: PreTrainedModel, num_tokens: int) -> None:
-    """Raise ValueError where a sequence of `num_tokens` has more positions than the model was built for."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Raise ValueError where a sequence of `num_tokens` has more positions than the model was built for.
+
+    Past the original positions of LongRoPE one long sequence would turn the embeddings of all that it is packed with.
+    """
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        most = min(most or math.inf, rope["original_max_position_embeddings"])
     if most is not None and num_tokens > most:
         raise ValueError(
             f"the longest sequence must fit the {most} positions of {type(model).__name__}, got {num_tokens}"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import PackedBatch, PolicyLoss, TokenLogprobs, linear_logprobs, linear_policy_loss
-from .attention import of_transformers, packed_hidden, without_adapters
+from .attention import backbone, of_transformers, packed_hidden, without_adapters
 
 
 class Policy(nn.Module):
@@ -104,9 +104,13 @@ def check_head(model: PreTrainedModel) -> None:
     causal = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=model.device).tril()
     inputs = dict(input_ids=ids, position_ids=ids - 1, attention_mask=causal, use_cache=False)
     head = policy_head(model)
-    with of_transformers(type(model).__name__):
+    with of_transformers(type(model).__name__, model):
         expected = model(**inputs).logits.float()
-        got = head.logits(model.base_model(**inputs).last_hidden_state)
+        got = head.logits(backbone(model)(**inputs).last_hidden_state)
+    if not got.isfinite().all():
+        raise ValueError(
+            f"the logits of {type(model).__name__} must be finite, got NaN or infinity: its weights are broken"
+        )
     error, bound = (got - expected).abs().max(), max(1e-4, 4 * torch.finfo(model.dtype).eps) * expected.abs().max()
     if not error <= bound:
         raise ValueError(

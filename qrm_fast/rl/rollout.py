@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ..packing import pack
-from .attention import TOLERANCE, without_adapters
+from .attention import TOLERANCE, backbone, without_adapters
 from .policy import Policy
 
 
@@ -139,7 +139,7 @@ class TransformersEngine:
         return tokens, logprobs, lengths.tolist()
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        return self.model.base_model(
+        return backbone(self.model)(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=mask,

@@ -1,6 +1,8 @@
 """Tokenizers, and the token ids of prompts and responses."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -10,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .arithmetic import arithmetic_tokenizer
 from .control_tokens import chat_ids, find_control, text_ids
@@ -32,10 +35,27 @@ def load_tokenizer(spec: str, corpus: Iterable[str] = ()) -> PreTrainedTokenizer
         raise ValueError(
             f'{spec} has no tokenizer of its own, expected tokenizer "arithmetic", "bpe" or a checkpoint\'s'
         )
+    base = adapter_base(spec)
+    if base is not None and not (Path(spec) / "tokenizer_config.json").is_file():
+        spec = base
     tokenizer = AutoTokenizer.from_pretrained(spec)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer must have an EOS token, which ends every response, got none in {spec}")
     return tokenizer
+
+
+def adapter_base(spec: str) -> str | None:
+    """The model that the adapter of peft's at `spec` was trained on, None where there is no adapter.
+
+    Raises ValueError for an adapter that names none.
+    """
+    path = find_adapter_config_file(spec)
+    if path is None:
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"the adapter {spec} must name the model it belongs to, base_model_name_or_path, got {base!r}")
+    return base
 
 
 def _byte_level_bpe(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -87,6 +107,7 @@ def load_stop_ids(spec: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`stop_ids` of the model at `spec`, as `load_policy` takes it, by its files alone."""
     if spec.startswith("scratch:"):
         return stop_ids(tokenizer)
+    spec = adapter_base(spec) or spec
     try:
         generation_config = GenerationConfig.from_pretrained(spec)
     except OSError:  # there is none: transformers then generates by the model's configuration

@@ -51,6 +51,17 @@ def test_a_damaged_state_is_named_and_the_older_one_taken(tmp_path, name):
         load_state(tmp_path)
 
 
+def test_a_write_that_was_killed_is_no_state(tmp_path):
+    """What a kill leaves is ignored when a run goes on, and gone after the next state."""
+    save_state(tmp_path, 1, {"x": torch.ones(3)})
+    written = states(tmp_path)[0].read_bytes()
+    for left in (b"", written[:100], written):
+        (tmp_path / "state.new").write_bytes(left)
+        assert load_state(tmp_path)["x"].tolist() == [1, 1, 1] and len(states(tmp_path)) == 1
+    save_state(tmp_path, 2, {"x": torch.zeros(3)})
+    assert load_state(tmp_path)["x"].tolist() == [0, 0, 0] and not (tmp_path / "state.new").exists()
+
+
 def test_no_state(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold a state to go on from, state-STEP-CHECKSUM\.pt, got none"):
         load_state(tmp_path)

@@ -1,5 +1,7 @@
 """Packed attention against one sequence at a time, the leak test seen red, checkpoints that plain transformers load."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.models import check_context, load_policy, load_q_rm, load_token_model
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.rollout import TransformersEngine, check_sampling
-from qrm_fast.rl.tokenizers import check_same_vocabulary, load_tokenizer
+from qrm_fast.rl.tokenizers import check_same_vocabulary, load_stop_ids, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +84,10 @@ def test_packing_is_red_in_attention_that_ignores_boundaries_or_windows_or_looks
 
     mistral = load_policy(saved(small("mistral", sliding_window=4)), tokenizer)
     check_packing(mistral, 24)
-    for broken, model, complaint in (
-        (across, policy, "be causal, but a token changes what comes before it"),
-        (backwards, policy, "be causal"),
-        (without_window, mistral, "compute packed sequences as it does each alone"),
-    ):
+    for broken, model in ((across, policy), (backwards, policy), (without_window, mistral)):
         AttentionInterface.register("qrm_packed", broken)
         try:
-            with pytest.raises(ValueError, match=f"ForCausalLM must {complaint}.* differ by"):
+            with pytest.raises(ValueError, match=r"packed sequences as it does each alone, got .* differ by"):
                 check_packing(model, 24)
         finally:
             AttentionInterface.register("qrm_packed", packed_attention)
@@ -163,7 +161,7 @@ def test_sampling_from_another_distribution_is_refused(policy, monkeypatch):
 )
 def test_an_architecture_that_leaks_or_cannot_be_packed_is_refused_in_a_sentence(name, options, saved, tokenizer):
     spec = saved(small(name, **options))
-    with pytest.raises(ValueError, match=r"cannot be trained on packed sequences: |must (be causal|compute packed)"):
+    with pytest.raises(ValueError, match=r"cannot be trained on packed sequences: |must compute packed"):
         check_packing(load_policy(spec, tokenizer), 24)
 
 
@@ -173,6 +171,7 @@ def test_an_architecture_that_leaks_or_cannot_be_packed_is_refused_in_a_sentence
         ("opt", dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.1)),
         ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)),
         ("llama", dict(attention_dropout=0.1)),
+        ("mixtral", dict(num_local_experts=4, router_jitter_noise=0.1)),
     ],
 )
 def test_configured_dropout_is_switched_off_and_said(name, options, saved, tokenizer):
@@ -268,6 +267,61 @@ def test_the_text_model_of_a_model_of_text_and_images(name, saved, tokenizer, tm
         torch.testing.assert_close(plain(row).logits, expected, rtol=1e-4, atol=1e-4)
     save_checkpoint(load_token_model(spec, tokenizer), tokenizer, tmp_path / "q_rm")
     load_q_rm(str(tmp_path / "q_rm"), tokenizer)
+
+
+def adapter(model, directory, base):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(directory)
+    return adapted
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_adapter_is_merged_into_the_model_it_names(with_tokenizer, saved, tokenizer, tmp_path):
+    base = saved(small("llama"))
+    row = torch.tensor(sequences([9]))
+    adapted = adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", base).eval()
+    if with_tokenizer:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    spec = str(tmp_path / "adapter")
+    assert load_tokenizer(spec).get_vocab() == tokenizer.get_vocab() and load_stop_ids(spec, tokenizer) == [1]
+    policy = load_policy(spec, tokenizer)
+    check_packing(policy, 24)
+    assert all(p.requires_grad for p in policy.parameters())
+    save_checkpoint(policy, tokenizer, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(row).logits, adapted(row).logits, rtol=1e-4, atol=1e-4)
+        with adapted.disable_adapter():
+            assert (plain(row).logits - adapted(row).logits).abs().max() > 1e-2
+
+
+def test_adapters_that_are_refused(saved, tokenizer, tmp_path, monkeypatch):
+    base = saved(small("llama"))
+    spec = str(tmp_path / "adapter")
+    adapter(small("llama"), spec, base)
+    for load in (load_token_model, load_q_rm):
+        with pytest.raises(ValueError, match=r"must be a whole checkpoint to bear a scalar head, got an adapter of "):
+            load(spec, tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "peft", None)
+        with pytest.raises(ValueError, match="is an adapter, which needs the package peft"):
+            load_policy(spec, tokenizer)
+    adapter(small("llama"), spec, None)
+    for load in (load_policy, load_token_model, load_stop_ids):
+        with pytest.raises(ValueError, match="must name the model it belongs to, base_model_name_or_path, got None"):
+            load(spec, tokenizer)
+
+
+def test_long_rope_is_refused_past_its_original_positions(saved, tokenizer):
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    spec = saved(small("phi3", rope_parameters=rope, original_max_position_embeddings=16))
+    model = load_policy(spec, tokenizer)
+    check_context(model, 16)
+    with pytest.raises(ValueError, match="must fit the 16 positions of Phi3ForCausalLM, got 17"):
+        check_context(model, 17)
 
 
 def test_ids_that_no_token_has_are_neither_sampled_nor_weighed(saved):

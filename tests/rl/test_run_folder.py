@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
-from qrm_fast.rl.checkpoint import save_checkpoint, states
+from qrm_fast.rl.checkpoint import load_state, save_checkpoint, states
 from qrm_fast.rl.config import Config
 from qrm_fast.rl.data import Demonstration, Pair, write_jsonl
 from qrm_fast.rl.models import load_policy
@@ -189,6 +189,24 @@ def test_sigterm_at_the_command_line_says_how_to_go_on(data, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert "qrm-fast sft: SIGTERM stopped the run after step" in err and err.count("\n") == 1
     assert states(tmp_path / "run")
+
+
+def test_a_killed_run_goes_on_and_leaves_no_lock(data, tmp_path):
+    """kill -9 leaves a lock file that nobody holds; while the run lives, a second one is refused."""
+    command = [sys.executable, "-m", "qrm_fast.cli", "sft", "--data", f"{data}/demonstrations.jsonl"]
+    command += ["--model", "scratch:demo", "--tokenizer", "arithmetic", "--num_steps", "100000", "--out", "run"]
+    process = subprocess.Popen([*command, "--save_every", "1"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not states(tmp_path / "run"):
+        time.sleep(0.05)
+    options = SFTConfig(data="", out=str(tmp_path / "run"), resume=True)
+    try:
+        with pytest.raises(ValueError, match="another run is writing to"), RunFolder(options):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with RunFolder(options):
+        assert load_state(tmp_path / "run")["step"] >= 1
 
 
 @pytest.mark.parametrize(
