@@ -1,4 +1,4 @@
-"""Triton kernels of the scans over packed sequences, for installs without nvcc; csrc/cuda/scan_launch.h has the faster way.
+"""Triton kernels of the scans over packed sequences, for installs without nvcc; csrc/cuda has the faster way.
 
 A row turns the state that it receives from its successor into the one that it hands on by a map; runs of rows compose
 to maps of the same form (csrc/maps.h has the algebra). Sequences are cut from their *end* into pieces of PIECE rows and
