@@ -1,10 +1,10 @@
 // Loops over units of work on torch's threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+
+#include "../tensors.h"
 
 namespace qrm_fast {
 

@@ -3,13 +3,9 @@
 // token per lane, and rounded once. Sums run in double over fixed lanes of fixed blocks of rows and are combined in
 // order, so their bits do not depend on the number of threads. gspo first reads logprobs, old_logprobs and weights for
 // the mean of each sequence and keeps it in a value per row.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
@@ -20,8 +16,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;
 
@@ -141,15 +135,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     using A = acc_t<T>;
     const auto options = policy_options<double>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
     const Rows<T> rows{
-        static_cast<const T*>(logprobs.const_data_ptr()),
-        static_cast<const A*>(advantages.const_data_ptr()),
+        data<T>(logprobs),
+        data<A>(advantages),
         data_or_null<T>(entropy),
         data_or_null<T>(old_logprobs),
         data_or_null<T>(ref_logprobs),
         data_or_null<A>(token_weights),
         static_cast<A>(1.0 / num_tokens),
-        static_cast<A*>(dlogprobs.mutable_data_ptr()),
-        static_cast<A*>(dentropy.mutable_data_ptr()),
+        mutable_data<A>(dlogprobs),
+        mutable_data<A>(dentropy),
     };
     std::vector<A> log_ratios;
     if (cu_seqlens) log_ratios = sequence_log_ratios(rows, CuSeqlens(*cu_seqlens, num_tokens), num_tokens);
@@ -167,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     });
     PolicySums sums;
     for (const PolicySums& block : blocks) sums.add(block, 1);
-    *static_cast<A*>(loss.mutable_data_ptr()) = sums.loss;
-    std::copy_n(sums.metrics, kPolicyMetrics, static_cast<A*>(metrics.mutable_data_ptr()));
+    *mutable_data<A>(loss) = sums.loss;
+    std::copy_n(sums.metrics, kPolicyMetrics, mutable_data<A>(metrics));
   });
   return {loss, metrics, dlogprobs, dentropy};
 }
@@ -178,9 +172,9 @@ Tensor scaled_derivative(const Tensor& grad_loss, const Tensor& derivative, cons
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const A scale = *static_cast<const A*>(grad_loss.const_data_ptr());
-    const A* d = static_cast<const A*>(derivative.const_data_ptr());
-    T* g = static_cast<T*>(grad.mutable_data_ptr());
+    const A scale = *data<A>(grad_loss);
+    const A* d = data<A>(derivative);
+    T* g = mutable_data<T>(grad);
     torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) g[t] = static_cast<T>(scale * d[t]);
     });

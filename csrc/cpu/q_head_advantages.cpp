@@ -2,11 +2,8 @@
 // call. Reads each hidden row once, 2 D bytes in bf16 for 2 D FLOP: bound by memory; q lives in the result's
 // memory until it is normalised. The head runs over rows in parallel, the normalisation over sequences, both with the
 // bits of the two ops: a row's bits depend on its sequence only.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "../dtypes.h"
 #include "moments.h"
@@ -17,8 +14,6 @@
 namespace qrm_fast {
 namespace {
 
-using torch::stable::Tensor;
-
 Tensor q_head_advantages(const Tensor& hidden, const Tensor& head, const Tensor& cu_seqlens,
                          const std::optional<Tensor>& mask, bool center, bool rescore_last, double min_std,
                          double eps) {
@@ -28,10 +23,10 @@ Tensor q_head_advantages(const Tensor& hidden, const Tensor& head, const Tensor&
   dispatch_floating(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const T* h = static_cast<const T*>(hidden.const_data_ptr());
-    const T* w = static_cast<const T*>(head.const_data_ptr());
+    const T* h = data<T>(hidden);
+    const T* w = data<T>(head);
     const bool* m = data_or_null<bool>(mask);
-    A* a = static_cast<A*>(advantages.mutable_data_ptr());
+    A* a = mutable_data<A>(advantages);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1));
     torch::stable::parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) a[t] = m != nullptr && !m[t] ? A(0) : row_dot(h + t * stride, w, dim);

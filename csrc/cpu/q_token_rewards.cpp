@@ -4,10 +4,6 @@
 // their own start.
 #include "q_token_rewards.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <optional>
 #include <string>
 
 #include "../dtypes.h"
@@ -17,8 +13,6 @@
 namespace qrm_fast {
 namespace {
 
-using torch::stable::Tensor;
-
 Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& stats,
                        const std::optional<Tensor>& mask, bool center, bool rescore_last,
                        const std::optional<Tensor>& logprobs, const std::optional<Tensor>& ref_logprobs, double kl_coef,
@@ -26,16 +20,16 @@ Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& 
   const CuSeqlens cu(cu_seqlens, q.size(0));
   const bool joint = stats.size(0) == 1;
   STD_TORCH_CHECK(joint || stats.size(0) == cu.num_sequences(), "moments are of the batch or of every sequence");
-  const Moments* sets = static_cast<const Moments*>(stats.const_data_ptr());
+  const Moments* sets = data<Moments>(stats);
   const Estimator estimator = estimator_of(kl_estimator);
   Tensor rewards = torch::stable::new_empty(q, {q.size(0)}, acc_dtype(q.scalar_type()));
   dispatch_floating(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* x = static_cast<const T*>(q.const_data_ptr());
+    const T* x = data<T>(q);
     const bool* m = data_or_null<bool>(mask);
     const Penalty<T> penalty{data_or_null<acc_t<T>>(logprobs), data_or_null<acc_t<T>>(ref_logprobs), estimator,
                              kl_coef};
-    acc_t<T>* r = static_cast<acc_t<T>*>(rewards.mutable_data_ptr());
+    acc_t<T>* r = mutable_data<acc_t<T>>(rewards);
     torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Moments& set = sets[joint ? 0 : i];

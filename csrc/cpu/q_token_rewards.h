@@ -1,8 +1,6 @@
 // The rewards of one sequence's actions from their Q-RM scores, given shift and scale: normalise, re-score the last
 // action, subtract the KL penalty, mask. Arithmetic is in double and rounded once.
 #pragma once
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
