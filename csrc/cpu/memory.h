@@ -15,6 +15,7 @@
 
 #include "../dtypes.h"
 #include "../indices.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
@@ -35,10 +36,8 @@ inline Tensor in_huge_pages(Tensor fresh) {
   const int64_t num_bytes = (address + fresh.numel() * int64_t(fresh.element_size()) - begin) / kPageBytes * kPageBytes;
   if (num_bytes < 2 * kHugePageBytes) return fresh;
   ask_for_huge_pages(reinterpret_cast<void*>(begin), num_bytes);
-  torch::stable::parallel_for(0, ceil_div(num_bytes, kHugePageBytes), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePageBytes), 0, __ATOMIC_RELAXED);
-    }
+  parallel(ceil_div(num_bytes, kHugePageBytes), [&](int64_t i) {
+    __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePageBytes), 0, __ATOMIC_RELAXED);
   });
   return fresh;
 }

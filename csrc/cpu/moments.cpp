@@ -12,6 +12,7 @@
 #include "../indices.h"
 #include "packed/cu_seqlens.h"
 #include "packed/groups.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
@@ -78,11 +79,9 @@ Tensor moments(const Tensor& x, const std::optional<Tensor>& mask, const std::op
     using T = decltype(zero);
     const T* rows = data<T>(x);
     const bool* m = data_or_null<bool>(mask);
-    torch::stable::parallel_for(0, blocks.size(), 8, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t eos = *std::upper_bound(bounds.begin(), bounds.end(), starts[b]);
-        blocks[b] = block_moments(rows + starts[b], m ? m + starts[b] : nullptr, std::min(BT, eos - starts[b]));
-      }
+    parallel(blocks.size(), 8, [&](int64_t b) {
+      const int64_t eos = *std::upper_bound(bounds.begin(), bounds.end(), starts[b]);
+      blocks[b] = block_moments(rows + starts[b], m ? m + starts[b] : nullptr, std::min(BT, eos - starts[b]));
     });
   });
 

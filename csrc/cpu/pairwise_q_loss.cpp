@@ -10,6 +10,7 @@
 
 #include "../dtypes.h"
 #include "packed/cu_seqlens.h"
+#include "parallel.h"
 
 namespace qrm_fast {
 namespace {
@@ -47,15 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_q_loss(const Tensor& q, cons
     const bool* m = data_or_null<bool>(mask);
     acc_t<T>* margins = mutable_data<acc_t<T>>(margin);
     int64_t* n = mutable_data<int64_t>(counts);
-    torch::stable::parallel_for(0, num_pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Sum chosen = masked_sum(x, m, cu[2 * i], cu[2 * i + 1]);
-        const Sum rejected = masked_sum(x, m, cu[2 * i + 1], cu[2 * i + 2]);
-        n[2 * i] = chosen.count;
-        n[2 * i + 1] = rejected.count;
-        const bool counted = chosen.count > 0 && rejected.count > 0;
-        margins[i] = counted ? chosen.total / chosen.count - rejected.total / rejected.count : 0;
-      }
+    parallel(num_pairs, [&](int64_t i) {
+      const Sum chosen = masked_sum(x, m, cu[2 * i], cu[2 * i + 1]);
+      const Sum rejected = masked_sum(x, m, cu[2 * i + 1], cu[2 * i + 2]);
+      n[2 * i] = chosen.count;
+      n[2 * i + 1] = rejected.count;
+      const bool counted = chosen.count > 0 && rejected.count > 0;
+      margins[i] = counted ? chosen.total / chosen.count - rejected.total / rejected.count : 0;
     });
     double total = 0;
     int64_t num_counted = 0, num_right = 0;
@@ -96,18 +95,16 @@ Tensor pairwise_q_loss_backward(const Tensor& grad_loss, const Tensor& grad_marg
     const acc_t<T>* upstream_margin = data<acc_t<T>>(grad_margin);
     const acc_t<T>* margins = data<acc_t<T>>(margin);
     T* g = mutable_data<T>(grad);
-    torch::stable::parallel_for(0, num_pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        double grad_i = 0;
-        if (n[2 * i] > 0 && n[2 * i + 1] > 0) {
-          // d loss / d margin_i = -beta sigmoid(gamma - beta margin_i) / counted pairs
-          const double slope = -beta / (1 + std::exp(beta * margins[i] - gamma)) / num_counted;
-          grad_i = upstream * slope + upstream_margin[i];
-        }
-        for (int side = 0; side < 2; ++side) {
-          const double row = (side == 0 ? grad_i : -grad_i) / std::max<int64_t>(n[2 * i + side], 1);
-          fill_masked<T>(g, static_cast<acc_t<T>>(row), m, cu[2 * i + side], cu[2 * i + side + 1]);
-        }
+    parallel(num_pairs, [&](int64_t i) {
+      double grad_i = 0;
+      if (n[2 * i] > 0 && n[2 * i + 1] > 0) {
+        // d loss / d margin_i = -beta sigmoid(gamma - beta margin_i) / counted pairs
+        const double slope = -beta / (1 + std::exp(beta * margins[i] - gamma)) / num_counted;
+        grad_i = upstream * slope + upstream_margin[i];
+      }
+      for (int side = 0; side < 2; ++side) {
+        const double row = (side == 0 ? grad_i : -grad_i) / std::max<int64_t>(n[2 * i + side], 1);
+        fill_masked<T>(g, static_cast<acc_t<T>>(row), m, cu[2 * i + side], cu[2 * i + side + 1]);
       }
     });
   });

@@ -39,14 +39,12 @@ struct Rows {
 template <typename T>
 std::vector<acc_t<T>> sequence_log_ratios(const Rows<T>& rows, const CuSeqlens& cu, int64_t num_tokens) {
   std::vector<acc_t<T>> log_ratios(num_tokens);
-  torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      MeanLogRatio mean;
-      for (int64_t t = cu[s]; t < cu[s + 1]; ++t) {
-        if (rows.weight(t) != 0) mean.add(static_cast<acc_t<T>>(rows.logprobs[t]) - rows.old(t));
-      }
-      std::fill(log_ratios.begin() + cu[s], log_ratios.begin() + cu[s + 1], static_cast<acc_t<T>>(mean.value()));
+  parallel(cu.num_sequences(), [&](int64_t s) {
+    MeanLogRatio mean;
+    for (int64_t t = cu[s]; t < cu[s + 1]; ++t) {
+      if (rows.weight(t) != 0) mean.add(static_cast<acc_t<T>>(rows.logprobs[t]) - rows.old(t));
     }
+    std::fill(log_ratios.begin() + cu[s], log_ratios.begin() + cu[s + 1], static_cast<acc_t<T>>(mean.value()));
   });
   return log_ratios;
 }
@@ -153,11 +151,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         widest([](auto bytes) { return Compiled<bytes, policy_rows<bytes, true, T>>::run; });
     const auto sum_rows = cu_seqlens ? sum_tokens_of_sequences : sum_tokens;
     std::vector<PolicySums> blocks(ceil_div(num_tokens, kBlock));
-    torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = sum_rows(rows, log_ratios.data(), options, entropy_coef, i * kBlock,
-                             std::min((i + 1) * kBlock, num_tokens));
-      }
+    parallel(blocks.size(), [&](int64_t i) {
+      blocks[i] =
+          sum_rows(rows, log_ratios.data(), options, entropy_coef, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
     });
     PolicySums sums;
     for (const PolicySums& block : blocks) sums.add(block, 1);
@@ -175,9 +171,7 @@ Tensor scaled_derivative(const Tensor& grad_loss, const Tensor& derivative, cons
     const A scale = *data<A>(grad_loss);
     const A* d = data<A>(derivative);
     T* g = mutable_data<T>(grad);
-    torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) g[t] = static_cast<T>(scale * d[t]);
-    });
+    parallel(x.numel(), 32768, [&](int64_t t) { g[t] = static_cast<T>(scale * d[t]); });
   });
   return grad;
 }

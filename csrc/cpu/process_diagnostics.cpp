@@ -9,6 +9,7 @@
 #include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 #include "packed/steps.h"
+#include "parallel.h"
 
 namespace qrm_fast {
 namespace {
@@ -62,15 +63,13 @@ std::tuple<Tensor, Tensor> process_diagnostics(const Tensor& step_rewards, const
     const A* a = data_or_null<A>(advantages);
     A* out = mutable_data<A>(per_sequence);
     std::vector<double> mass(num_sequences);
-    torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Diagnosis d = diagnose(r + steps.first(i), steps.count(i), temperature);
-        out[i] = d.outcome;
-        out[num_sequences + i] = d.worst_position;
-        out[2 * num_sequences + i] = d.effective_steps;
-        for (int64_t t = cu[i]; a != nullptr && t < cu[i + 1]; ++t) {
-          if (std::isfinite(a[t])) mass[i] += std::abs(a[t]);
-        }
+    parallel(num_sequences, 16, [&](int64_t i) {
+      const Diagnosis d = diagnose(r + steps.first(i), steps.count(i), temperature);
+      out[i] = d.outcome;
+      out[num_sequences + i] = d.worst_position;
+      out[2 * num_sequences + i] = d.effective_steps;
+      for (int64_t t = cu[i]; a != nullptr && t < cu[i + 1]; ++t) {
+        if (std::isfinite(a[t])) mass[i] += std::abs(a[t]);
       }
     });
     double few[2] = {}, few_mass[2] = {}, whole = 0;

@@ -8,6 +8,7 @@
 #include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
+#include "parallel.h"
 #include "q_token_rewards.h"
 #include "token_q.h"
 
@@ -28,16 +29,13 @@ Tensor q_head_advantages(const Tensor& hidden, const Tensor& head, const Tensor&
     const bool* m = data_or_null<bool>(mask);
     A* a = mutable_data<A>(advantages);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1));
-    torch::stable::parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) a[t] = m != nullptr && !m[t] ? A(0) : row_dot(h + t * stride, w, dim);
-    });
+    parallel(num_tokens, grain,
+             [&](int64_t t) { a[t] = m != nullptr && !m[t] ? A(0) : row_dot(h + t * stride, w, dim); });
     const Penalty<A> none{nullptr, nullptr, Estimator::abs, 0};
-    torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Moments set = row_moments(a + cu[i], m ? m + cu[i] : nullptr, cu[i + 1] - cu[i]);
-        sequence_rewards(a, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
-                         none, [&](int64_t t, double reward) { a[t] = reward; });
-      }
+    parallel(cu.num_sequences(), [&](int64_t i) {
+      const Moments set = row_moments(a + cu[i], m ? m + cu[i] : nullptr, cu[i + 1] - cu[i]);
+      sequence_rewards(a, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
+                       none, [&](int64_t t, double reward) { a[t] = reward; });
     });
   });
   return advantages;

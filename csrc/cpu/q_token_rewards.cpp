@@ -9,6 +9,7 @@
 #include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
+#include "parallel.h"
 
 namespace qrm_fast {
 namespace {
@@ -30,12 +31,10 @@ Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& 
     const Penalty<T> penalty{data_or_null<acc_t<T>>(logprobs), data_or_null<acc_t<T>>(ref_logprobs), estimator,
                              kl_coef};
     acc_t<T>* r = mutable_data<acc_t<T>>(rewards);
-    torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Moments& set = sets[joint ? 0 : i];
-        sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
-                         penalty, [&](int64_t t, double reward) { r[t] = reward; });
-      }
+    parallel(cu.num_sequences(), [&](int64_t i) {
+      const Moments& set = sets[joint ? 0 : i];
+      sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
+                       penalty, [&](int64_t t, double reward) { r[t] = reward; });
     });
   });
   return rewards;

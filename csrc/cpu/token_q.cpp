@@ -15,6 +15,7 @@
 #include "../check.h"
 #include "../dtypes.h"
 #include "../indices.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
@@ -179,16 +180,14 @@ Tensor token_q(const Tensor& hidden, const Tensor& head, const std::optional<Ten
     const Operands<T> in = operands<T>(hidden, head, targets, norm_weight, norm_eps);
     const T* b = data_or_null<T>(bias);
     A* out = mutable_data<A>(q);
-    torch::stable::parallel_for(0, num_tokens, row_grain(in.dim), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        if (in.id(t) == kIgnore) {
-          out[t] = 0;
-          continue;
-        }
-        A rstd;
-        const A product = in.product(t, &rstd);
-        out[t] = product * rstd + (b ? static_cast<A>(b[in.id(t)]) : A(0));
+    parallel(num_tokens, row_grain(in.dim), [&](int64_t t) {
+      if (in.id(t) == kIgnore) {
+        out[t] = 0;
+        return;
       }
+      A rstd;
+      const A product = in.product(t, &rstd);
+      out[t] = product * rstd + (b ? static_cast<A>(b[in.id(t)]) : A(0));
     });
   });
   return q;
@@ -352,10 +351,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_q_backward(const Tensor& grad_q
         norms.get(),
     };
     if (need_hidden) {
-      torch::stable::parallel_for(0, num_tokens, row_grain(dim), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          if (in.id(t) == kIgnore || g[t] == 0) std::fill_n(out.hidden + t * dim, dim, static_cast<T>(A(0)));
-        }
+      parallel(num_tokens, row_grain(dim), [&](int64_t t) {
+        if (in.id(t) == kIgnore || g[t] == 0) std::fill_n(out.hidden + t * dim, dim, static_cast<T>(A(0)));
       });
     }
     torch::stable::parallel_for(0, order.num_blocks(), 1, [&](int64_t begin, int64_t end) {
@@ -364,10 +361,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_q_backward(const Tensor& grad_q
         backward_block<T>(in, order, g, block, out, scratch.data());
       }
     });
-    torch::stable::parallel_for(0, ceil_div(dim, kColumns), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        combine_columns<T>(in, order, out, i * kColumns, std::min(kColumns, dim - i * kColumns));
-      }
+    parallel(ceil_div(dim, kColumns), [&](int64_t i) {
+      combine_columns<T>(in, order, out, i * kColumns, std::min(kColumns, dim - i * kColumns));
     });
     if (need_bias) {
       T* db = mutable_data<T>(dbias);

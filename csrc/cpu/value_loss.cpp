@@ -76,11 +76,8 @@ std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& return
     };
     static const auto sum_rows = widest([](auto bytes) { return Compiled<bytes, value_rows<bytes, T>>::run; });
     std::vector<double> blocks(ceil_div(num_tokens, kBlock));
-    torch::stable::parallel_for(0, blocks.size(), 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = sum_rows(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
-      }
-    });
+    parallel(blocks.size(), 4,
+             [&](int64_t i) { blocks[i] = sum_rows(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens)); });
     double sum = 0;
     for (double block : blocks) sum += block;
     *mutable_data<A>(loss) = static_cast<A>(sum);
