@@ -190,21 +190,10 @@ struct Batch {
 
   // `returns`: of the sequence's steps, read in whole vectors; NaN where a step reward is not finite.
   Share process_share(int64_t i, const double* returns) const {
-    Share share;
-    switch (preset) {
-      case Preset::paper:
-        share = {sum_of_returns(i, returns) / max_gen_len, 1};
-        break;
-      case Preset::paper_step:
-        share = {returns[0] / steps.count(i), 1};
-        break;
-      case Preset::openrlhf:
-        share = {returns[0], static_cast<double>(num_rows(i))};
-        break;
-      case Preset::verl:
-        share = {sum_of_scores(i, returns) / max_gen_len, 1};
-        break;
-    }
+    const Share share = preset == Preset::paper        ? Share{sum_of_returns(i, returns) / max_gen_len, 1}
+                        : preset == Preset::paper_step ? Share{returns[0] / steps.count(i), 1}
+                        : preset == Preset::openrlhf   ? Share{returns[0], static_cast<double>(num_rows(i))}
+                                                       : Share{sum_of_scores(i, returns) / max_gen_len, 1};
     const bool counts = preset == Preset::verl ? num_rows(i) > 0 : has_steps(i);
     return counts && std::isfinite(share.numerator) ? share : Share{};
   }
