@@ -31,7 +31,7 @@ Tensor q_head_advantages(const Tensor& hidden, const Tensor& head, const Tensor&
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1));
     parallel(num_tokens, grain,
              [&](int64_t t) { a[t] = m != nullptr && !m[t] ? A(0) : row_dot(h + t * stride, w, dim); });
-    const Penalty<A> none{nullptr, nullptr, Estimator::abs, 0};
+    const Penalty<A> none{nullptr, nullptr, KlEstimator::kAbs, 0};
     parallel(cu.num_sequences(), [&](int64_t i) {
       const Moments set = row_moments(a + cu[i], m ? m + cu[i] : nullptr, cu[i + 1] - cu[i]);
       sequence_rewards(a, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,

@@ -22,7 +22,7 @@ Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& 
   const bool joint = stats.size(0) == 1;
   STD_TORCH_CHECK(joint || stats.size(0) == cu.num_sequences(), "moments are of the batch or of every sequence");
   const Moments* sets = data<Moments>(stats);
-  const Estimator estimator = estimator_of(kl_estimator);
+  const KlEstimator estimator = kl_estimator_of(kl_estimator);
   Tensor rewards = torch::stable::new_empty(q, {q.size(0)}, acc_dtype(q.scalar_type()));
   dispatch_floating(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
