@@ -180,14 +180,16 @@ Tensor token_q(const Tensor& hidden, const Tensor& head, const std::optional<Ten
     const Operands<T> in = operands<T>(hidden, head, targets, norm_weight, norm_eps);
     const T* b = data_or_null<T>(bias);
     A* out = mutable_data<A>(q);
-    parallel(num_tokens, row_grain(in.dim), [&](int64_t t) {
-      if (in.id(t) == kIgnore) {
-        out[t] = 0;
-        return;
+    torch::stable::parallel_for(0, num_tokens, row_grain(in.dim), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        if (in.id(t) == kIgnore) {
+          out[t] = 0;
+          continue;
+        }
+        A rstd;
+        const A product = in.product(t, &rstd);
+        out[t] = product * rstd + (b ? static_cast<A>(b[in.id(t)]) : A(0));
       }
-      A rstd;
-      const A product = in.product(t, &rstd);
-      out[t] = product * rstd + (b ? static_cast<A>(b[in.id(t)]) : A(0));
     });
   });
   return q;
