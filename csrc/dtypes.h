@@ -1,16 +1,13 @@
 // Floating dtypes: what a kernel reads (T), what it accumulates and returns (acc_t<T>: float, or double for double).
 #pragma once
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <optional>
 #include <type_traits>
 
-namespace qrm_fast {
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
+namespace qrm_fast {
 
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -34,12 +31,6 @@ auto dispatch_floating(ScalarType dtype, F&& f) {
     default:
       STD_TORCH_CHECK(false, "the public function admits only floating dtypes");
   }
-}
-
-// Data of an optional tensor, or nullptr.
-template <typename T>
-const T* data_or_null(const std::optional<torch::stable::Tensor>& x) {
-  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
 }  // namespace qrm_fast

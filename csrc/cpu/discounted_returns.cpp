@@ -1,16 +1,11 @@
 // Discounted returns over packed sequences, one reverse scan.
 // Reads rewards once and writes returns once: 8 bytes per token in fp32; nothing else of length T exists. packed/scan.h
 // has the order and its reasons.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
 
 #include "packed/scan.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 // R_t = r_t + gamma R_{t+1}
 struct ReturnRule {

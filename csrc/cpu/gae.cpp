@@ -1,17 +1,11 @@
 // Generalised advantage estimation over packed sequences: TD errors, the recurrence and the returns in one reverse
 // scan. Reads rewards and values once, writes advantages and returns once: 16 bytes and some 15 FLOP per token in fp32,
 // so it is bound by memory. TD errors are never written. packed/scan.h has the order and its reasons.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
-#include <tuple>
 
 #include "packed/scan.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 // A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t
 struct GaeRule {

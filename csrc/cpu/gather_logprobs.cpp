@@ -4,17 +4,12 @@
 // temperature) and folded into the row's (max, sum, weighted sum); chunks are cut from V only and merged in order.
 // Backward reads them once more and writes dlogits once: 2 x 2 T V bytes in bf16. A row is one unit of work, so its
 // bits depend on nothing else. Rows that are ignored, or without upstream gradient, are never read.
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
 
 #include "head/fold.h"
 #include "memory.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kColumns = 2048;  // of one chunk, 8 KB in float
 
@@ -24,9 +19,9 @@ class LogitRows {
   LogitRows(const Tensor& logits, const Tensor& targets, const HeadOptions& options)
       : num_rows(logits.size(0)),
         vocab(logits.size(1)),
-        logits_(static_cast<const In*>(logits.const_data_ptr())),
+        logits_(data<In>(logits)),
         stride_(logits.stride(0)),
-        targets_(static_cast<const int64_t*>(targets.const_data_ptr())),
+        targets_(data<int64_t>(targets)),
         temperatures_(data_or_null<S>(options.temperatures)),
         temperature_(S(options.temperature)),
         softcap_(S(options.softcap.value_or(0))),
@@ -113,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logprobs(const Tensor& logits,
     using S = acc_t<In>;
     const LogitRows<In> rows(logits, targets, options);
     S* out[4];
-    for (int i = 0; i < 4; ++i) out[i] = static_cast<S*>(outputs[i].mutable_data_ptr());
+    for (int i = 0; i < 4; ++i) out[i] = mutable_data<S>(outputs[i]);
     parallel(rows.num_rows, [&](int64_t t) {
       if (rows.ignored(t)) {
         for (S* x : out) x[t] = 0;
@@ -139,10 +134,9 @@ Tensor gather_logprobs_backward(const Tensor& grad_logprobs, const Tensor& grad_
     using In = decltype(zero);
     using S = acc_t<In>;
     const LogitRows<In> rows(logits, targets, options);
-    const auto data = [](const Tensor& x) { return static_cast<const S*>(x.const_data_ptr()); };
-    const S *g = data(grad_logprobs), *e = data(grad_entropy);
-    const S *h = data(entropy), *l = data(lse), *r = data(lse_residual);
-    In* out = static_cast<In*>(grad.mutable_data_ptr());
+    const S *g = data<S>(grad_logprobs), *e = data<S>(grad_entropy);
+    const S *h = data<S>(entropy), *l = data<S>(lse), *r = data<S>(lse_residual);
+    In* out = mutable_data<In>(grad);
     parallel(rows.num_rows, [&](int64_t t) {
       In* row = out + t * rows.vocab;
       if (rows.ignored(t) || (g[t] == S(0) && e[t] == S(0))) {

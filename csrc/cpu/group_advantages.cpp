@@ -1,12 +1,9 @@
 // Advantages of sequences over their group, in double, each group summed in the order of its sequences about its first
 // reward, so that a group of equal rewards gives exactly 0. Work is a few dozen bytes per sequence: serial.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <string>
 
 #include "../dtypes.h"
@@ -14,8 +11,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 // What the kinds need of the finite rewards of a group.
 struct GroupSums {
@@ -64,8 +59,8 @@ Tensor group_advantages(const Tensor& rewards, const Tensor& group_ids, const st
   const int64_t* wide = nullptr;
   const int32_t* narrow = nullptr;
   if (opo) {
-    if (lengths->scalar_type() == ScalarType::Long) wide = static_cast<const int64_t*>(lengths->const_data_ptr());
-    if (wide == nullptr) narrow = static_cast<const int32_t*>(lengths->const_data_ptr());
+    if (lengths->scalar_type() == ScalarType::Long) wide = data<int64_t>(*lengths);
+    if (wide == nullptr) narrow = data<int32_t>(*lengths);
   }
   const auto length = [&](int64_t i) { return wide ? wide[i] : narrow ? narrow[i] : int64_t{0}; };
   for (int64_t i = 0; i < groups.size(); ++i) {
@@ -74,9 +69,9 @@ Tensor group_advantages(const Tensor& rewards, const Tensor& group_ids, const st
   Tensor advantages = torch::stable::new_empty(rewards, {groups.size()}, acc_dtype(rewards.scalar_type()));
   dispatch_floating(rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* r = static_cast<const T*>(rewards.const_data_ptr());
+    const T* r = data<T>(rewards);
     const T* greedy = data_or_null<T>(baseline);
-    acc_t<T>* a = static_cast<acc_t<T>*>(advantages.mutable_data_ptr());
+    acc_t<T>* a = mutable_data<acc_t<T>>(advantages);
     const auto advantage = [&](int64_t i, const GroupSums& g) -> double {
       const double reward = static_cast<acc_t<T>>(r[i]);
       const double deviation = reward - g.mean;

@@ -8,17 +8,12 @@
 // Backward: per slab of kBackwardSlab weight rows and block of kRows hidden rows, the logits are computed again, turned
 // into dZ in place, and multiplied twice: dX += dZ W, dW += dZ^T X. 6 T D V FLOP; dZ is the only buffer that is not
 // packed input or result. Ignored rows, and rows without upstream gradient, are never read.
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
 
 #include "head/fold.h"
 #include "memory.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kRows = 256;           // hidden rows of a block of the backward pass
 constexpr int64_t kBackwardSlab = 8064;  // weight rows per step of the backward pass; a multiple of kChunk
@@ -35,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   S* out[4];
   for (int i = 0; i < 4; ++i) {
     outputs[i] = torch::stable::new_zeros(hidden, {hidden.size(0)}, dtype);
-    out[i] = static_cast<S*>(outputs[i].mutable_data_ptr());
+    out[i] = mutable_data<S>(outputs[i]);
   }
   for (size_t i = 0; i < head.rows.size(); ++i) {
     const RowResult<S> result(folded.total(i), folded.target_logits[i]);
@@ -56,12 +51,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
                                             bool need_bias) {
   using S = acc_t<In>;
   Head<In, S> head(hidden, weight, targets, options);
-  const auto data = [](const Tensor& x) { return static_cast<const S*>(x.const_data_ptr()); };
-  const S *g = data(grad_logprobs), *e = data(grad_entropy);
+  const S *g = data<S>(grad_logprobs), *e = data<S>(grad_entropy);
+  const S *h = data<S>(entropy), *l = data<S>(lse), *r = data<S>(lse_residual);
   head.select_rows([&](int64_t t) { return !(g[t] == S(0) && e[t] == S(0)); });
   std::vector<RowGradient<S>> gradients;
   gradients.reserve(head.rows.size());
-  for (int64_t t : head.rows) gradients.push_back({g[t], e[t], data(lse)[t], data(lse_residual)[t], data(entropy)[t]});
+  for (int64_t t : head.rows) gradients.push_back({g[t], e[t], l[t], r[t], h[t]});
 
   const int64_t count = head.rows.size(), dim = head.dim, vocab = head.vocab, nr = head.lanes();
   const int64_t panels = ceil_div(count, nr), most = kRows / nr, wide = round_up(dim, nr);
@@ -82,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
                        : count == 0 ? torch::stable::new_zeros(weight, weight.sizes())
                                     : in_huge_pages(torch::stable::new_empty(weight, weight.sizes()));
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
-  In* hidden_out = static_cast<In*>(hidden_grad.mutable_data_ptr());
-  In* weight_out = static_cast<In*>(weight_grad.mutable_data_ptr());
+  In* hidden_out = mutable_data<In>(hidden_grad);
+  In* weight_out = mutable_data<In>(weight_grad);
   BlockGradient<In, S> coefficients(head, most);
 
   for (int64_t column = 0; column < vocab && count > 0; column += slab) {
@@ -116,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_logprobs, const T
     }
   }
   if (need_hidden) head.unpack_hidden_gradient(0, count, dx, hidden_out);
-  convert(db.data(), db.size(), static_cast<In*>(bias_grad.mutable_data_ptr()));
+  convert(db.data(), db.size(), mutable_data<In>(bias_grad));
   return {hidden_grad, weight_grad, bias_grad};
 }
 

@@ -1,21 +1,16 @@
 // linear_logprobs_partial: the forward pass of linear_logprobs over one shard of the vocabulary, without its last step.
 // Same product, fold and order, hence the same bits for the same columns. Ignored rows are never read.
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
 
 #include "head/fold.h"
 
 namespace qrm_fast {
 namespace {
 
-using torch::stable::Tensor;
-
 // The ids as columns of this shard, -1 where they are none.
 Tensor local_targets(const Tensor& targets, int64_t vocab_start, int64_t vocab) {
   Tensor local = torch::stable::new_empty(targets, targets.sizes());
-  const int64_t* id = static_cast<const int64_t*>(targets.const_data_ptr());
-  int64_t* out = static_cast<int64_t*>(local.mutable_data_ptr());
+  const int64_t* id = data<int64_t>(targets);
+  int64_t* out = mutable_data<int64_t>(local);
   for (int64_t t = 0; t < targets.numel(); ++t) {
     const bool here = id[t] >= vocab_start && id[t] - vocab_start < vocab;
     out[t] = here ? id[t] - vocab_start : -1;
@@ -29,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs_partial(
     std::optional<double> softcap, int64_t ignore_index) {
   const HeadOptions options{bias, temperature, temperatures, softcap, ignore_index};
   const Tensor columns = local_targets(targets, vocab_start, weight.size(0));
-  const int64_t* ids = static_cast<const int64_t*>(targets.const_data_ptr());
+  const int64_t* ids = data<int64_t>(targets);
   Tensor outputs[4];
   for (Tensor& x : outputs) {
     x = torch::stable::new_empty(hidden, {hidden.size(0)}, acc_dtype(hidden.scalar_type()));
@@ -43,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs_partial(
     }
     const FoldedRows<S> folded = fold_rows(head);
     S* out[4];
-    for (int i = 0; i < 4; ++i) out[i] = static_cast<S*>(outputs[i].mutable_data_ptr());
+    for (int i = 0; i < 4; ++i) out[i] = mutable_data<S>(outputs[i]);
     const auto store = [&](int64_t t, const SoftmaxStats<S>& stats, S target_logit) {
       out[0][t] = stats.max;
       out[1][t] = stats.sum;

@@ -7,11 +7,8 @@
 //
 // gspo's coefficient needs every row of the sequence: its blocks end between sequences, and only the logits of a
 // sequence longer than a block are computed twice.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <optional>
-#include <tuple>
 
 #include "head/fold.h"
 #include "memory.h"
@@ -20,8 +17,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kFewestRows = 192;     // fewer, and the traffic of W and dW, once per block of rows, dominates
 constexpr int64_t kMostBlockRows = 960;  // more gain nothing
@@ -48,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
     bool need_weight, bool need_bias) {
   using S = acc_t<In>;
   Head<In, S> head(hidden, weight, targets, head_options);
-  const S* a = static_cast<const S*>(advantages.const_data_ptr());
+  const S* a = data<S>(advantages);
   const S *old = data_or_null<S>(old_logprobs), *ref = data_or_null<S>(ref_logprobs);
   const S* weights = data_or_null<S>(token_weights);
   head.select_rows([&](int64_t t) { return weights == nullptr || weights[t] != S(0); });
@@ -67,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
   Tensor weight_grad = need_weight && count > 0 ? in_huge_pages(torch::stable::new_empty(hidden, {vocab, dim}, dtype))
                                                 : zeros(need_weight, vocab, dim);
   Tensor bias_grad = torch::stable::new_empty(hidden, {need_bias ? vocab : 0}, dtype);
-  S* logprobs_out = static_cast<S*>(logprobs.mutable_data_ptr());
-  S* entropy_out = static_cast<S*>(entropy.mutable_data_ptr());
-  S* hidden_out = static_cast<S*>(hidden_grad.mutable_data_ptr());
-  S* weight_out = static_cast<S*>(weight_grad.mutable_data_ptr());
+  S* logprobs_out = mutable_data<S>(logprobs);
+  S* entropy_out = mutable_data<S>(entropy);
+  S* hidden_out = mutable_data<S>(hidden_grad);
+  S* weight_out = mutable_data<S>(weight_grad);
 
   const int64_t nr = head.lanes(), splits = ceil_div(vocab, kSplit);
   const int64_t rows_per_block =
@@ -184,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> three_gemms(
       differentiate(row, height, results);
     }
   }
-  convert(db.data(), db.size(), static_cast<S*>(bias_grad.mutable_data_ptr()));
-  *static_cast<S*>(loss.mutable_data_ptr()) = static_cast<S>(sums.loss);
-  convert(sums.metrics, kPolicyMetrics, static_cast<S*>(metrics.mutable_data_ptr()));
+  convert(db.data(), db.size(), mutable_data<S>(bias_grad));
+  *mutable_data<S>(loss) = static_cast<S>(sums.loss);
+  convert(sums.metrics, kPolicyMetrics, mutable_data<S>(metrics));
   return {loss, metrics, logprobs, entropy, hidden_grad, weight_grad, bias_grad};
 }
 

@@ -5,16 +5,11 @@
 // blocks, 96 KB, into each row's sums of e^z, z e^z, Q e^z and e^(Q / beta) before the next overwrites them. 2 T (Dp +
 // Dq) V FLOP. V is cut into splits from V only, whose sums are joined in order, in double: a row's bits depend on that
 // row and the weights. Ignored rows are never read.
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
 
 #include "head/fold.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kSplitColumns = 20 * kChunk;
 
@@ -172,7 +167,7 @@ Results linear_q_values(const Tensor& policy_hidden, const Tensor& policy_weight
     critic.rows = policy.rows;
     const Folded<S> folded = fold_both(policy, critic, S(beta));
     S* out[5];
-    for (int i = 0; i < 5; ++i) out[i] = static_cast<S*>(outputs[i].mutable_data_ptr());
+    for (int i = 0; i < 5; ++i) out[i] = mutable_data<S>(outputs[i]);
     parallel(policy.rows.size(), [&](int64_t i) {
       const QStats total = folded.total(i);
       const RowResult<double> result(total.policy, folded.z[i]);

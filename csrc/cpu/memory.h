@@ -2,7 +2,6 @@
 // alone takes longer than an op that is bound by memory.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +15,7 @@
 
 #include "../dtypes.h"
 #include "../indices.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
@@ -31,22 +31,20 @@ inline void ask_for_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] in
 
 // The same tensor, uninitialised before and after, with its memory handed out. Threads that meet in a huge page would
 // each zero it, so they first take turns to touch them all.
-inline torch::stable::Tensor in_huge_pages(torch::stable::Tensor fresh) {
+inline Tensor in_huge_pages(Tensor fresh) {
   const int64_t address = reinterpret_cast<int64_t>(fresh.data_ptr()), begin = round_up(address, kPageBytes);
   const int64_t num_bytes = (address + fresh.numel() * int64_t(fresh.element_size()) - begin) / kPageBytes * kPageBytes;
   if (num_bytes < 2 * kHugePageBytes) return fresh;
   ask_for_huge_pages(reinterpret_cast<void*>(begin), num_bytes);
-  torch::stable::parallel_for(0, ceil_div(num_bytes, kHugePageBytes), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePageBytes), 0, __ATOMIC_RELAXED);
-    }
+  parallel(ceil_div(num_bytes, kHugePageBytes), [&](int64_t i) {
+    __atomic_fetch_or(reinterpret_cast<char*>(begin + i * kHugePageBytes), 0, __ATOMIC_RELAXED);
   });
   return fresh;
 }
 
 // Uninitialised [num_rows] of the dtype in which `like` is accumulated. Not by new_empty: the dispatcher looks it up by
 // name.
-inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64_t num_rows) {
+inline Tensor fresh_rows(const Tensor& like, int64_t num_rows) {
   const bool wide = acc_dtype(like.scalar_type()) == ScalarType::Double;
   const int32_t dtype = wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const int64_t stride = 1;
@@ -54,7 +52,7 @@ inline torch::stable::Tensor fresh_rows(const torch::stable::Tensor& like, int64
   const AOTITorchError error =
       aoti_torch_empty_strided(1, &num_rows, &stride, dtype, aoti_torch_device_type_cpu(), 0, &rows);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for ", num_rows, " rows");
-  return in_huge_pages(torch::stable::Tensor(rows));
+  return in_huge_pages(Tensor(rows));
 }
 
 // Uninitialised arrays in one allocation. Panels in pages scattered over the sets of L2 would not stay there.

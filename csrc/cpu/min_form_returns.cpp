@@ -3,13 +3,9 @@
 // sequence, in double, rounded by the caller; sequences run in parallel, so a step's bits depend on its sequence only.
 #include "min_form_returns.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
@@ -18,8 +14,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 // exp(-excess / temperature) of an excess >= 0 over the minimum: 1 at the minimum for temperature 0, 1 for infinity.
 inline double weight(double excess, double temperature) { return excess == 0 ? 1.0 : std::exp(-excess / temperature); }
@@ -102,12 +96,12 @@ std::tuple<Tensor, Tensor, Tensor> min_form_returns(const Tensor& step_rewards, 
   Tensor returns = torch::stable::new_empty(step_rewards, {step_rewards.size(0)}, ScalarType::Double);
   Tensor outcome = torch::stable::new_empty(step_rewards, {cu.num_sequences()}, dtype);
   Tensor worst = torch::stable::new_empty(step_rewards, {cu.num_sequences()}, ScalarType::Long);
-  double* g = static_cast<double*>(returns.mutable_data_ptr());
-  int64_t* w = static_cast<int64_t*>(worst.mutable_data_ptr());
+  double* g = mutable_data<double>(returns);
+  int64_t* w = mutable_data<int64_t>(worst);
   dispatch_floating(step_rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* r = static_cast<const T*>(step_rewards.const_data_ptr());
-    acc_t<T>* o = static_cast<acc_t<T>*>(outcome.mutable_data_ptr());
+    const T* r = data<T>(step_rewards);
+    acc_t<T>* o = mutable_data<acc_t<T>>(outcome);
     torch::stable::parallel_for(0, cu.num_sequences(), 16, [&](int64_t begin, int64_t end) {
       std::vector<double> of_sequence(whole_vectors(steps.longest()));
       for (int64_t i = begin; i < end; ++i) {

@@ -1,18 +1,13 @@
 // Min-form lambda returns over packed sequences, one reverse scan over maps x -> min(m, b + a x).
 // Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32; nothing else of length
 // T exists. packed/scan.h has the order and its reasons.
-#include <torch/csrc/stable/library.h>
 
 #include <limits>
-#include <optional>
-#include <tuple>
 
 #include "packed/scan.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 // Q_t = min(r_t, (1 - lam) V_{t+1} + lam Q_{t+1}); a row reads (1 - lam) V of its successor. The carry at the end of a
 // sequence is Q = 0 and (1 - lam) V = bootstrap, so its last row gives min(r, bootstrap).

@@ -5,23 +5,18 @@
 // the number of threads nor, per sequence, on the packing, and a constant gives a spread of exactly zero.
 #include "moments.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "../dtypes.h"
 #include "../indices.h"
 #include "packed/cu_seqlens.h"
 #include "packed/groups.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t BT = 1024;  // rows of a block
 constexpr int64_t LANES = 16;
@@ -82,18 +77,16 @@ Tensor moments(const Tensor& x, const std::optional<Tensor>& mask, const std::op
   std::vector<Moments> blocks(starts.size());
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* rows = static_cast<const T*>(x.const_data_ptr());
+    const T* rows = data<T>(x);
     const bool* m = data_or_null<bool>(mask);
-    torch::stable::parallel_for(0, blocks.size(), 8, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t eos = *std::upper_bound(bounds.begin(), bounds.end(), starts[b]);
-        blocks[b] = block_moments(rows + starts[b], m ? m + starts[b] : nullptr, std::min(BT, eos - starts[b]));
-      }
+    parallel(blocks.size(), 8, [&](int64_t b) {
+      const int64_t eos = *std::upper_bound(bounds.begin(), bounds.end(), starts[b]);
+      blocks[b] = block_moments(rows + starts[b], m ? m + starts[b] : nullptr, std::min(BT, eos - starts[b]));
     });
   });
 
   Tensor out = torch::stable::new_empty(x, {num_sets, 3}, ScalarType::Double);
-  Moments* sets = static_cast<Moments*>(out.mutable_data_ptr());
+  Moments* sets = mutable_data<Moments>(out);
   for (int64_t i = 0; i < num_sets; ++i) {
     sets[i] = join(first_block[i + 1] - first_block[i], [&](int64_t b) { return blocks[first_block[i] + b]; });
   }

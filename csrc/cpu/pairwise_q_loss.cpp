@@ -3,22 +3,17 @@
 // and writes one gradient per token; it needs only the margins and counts of the forward pass, never q. Sequences run
 // in parallel, each summed from its own start in double, so a margin's bits depend on its own pair only; pairs are
 // summed in order.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
 #include "packed/cu_seqlens.h"
+#include "parallel.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 struct Sum {
   double total = 0;
@@ -49,19 +44,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_q_loss(const Tensor& q, cons
   Tensor counts = torch::stable::new_empty(q, {2 * num_pairs}, ScalarType::Long);
   dispatch_floating(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* x = static_cast<const T*>(q.const_data_ptr());
+    const T* x = data<T>(q);
     const bool* m = data_or_null<bool>(mask);
-    acc_t<T>* margins = static_cast<acc_t<T>*>(margin.mutable_data_ptr());
-    int64_t* n = static_cast<int64_t*>(counts.mutable_data_ptr());
-    torch::stable::parallel_for(0, num_pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Sum chosen = masked_sum(x, m, cu[2 * i], cu[2 * i + 1]);
-        const Sum rejected = masked_sum(x, m, cu[2 * i + 1], cu[2 * i + 2]);
-        n[2 * i] = chosen.count;
-        n[2 * i + 1] = rejected.count;
-        const bool counted = chosen.count > 0 && rejected.count > 0;
-        margins[i] = counted ? chosen.total / chosen.count - rejected.total / rejected.count : 0;
-      }
+    acc_t<T>* margins = mutable_data<acc_t<T>>(margin);
+    int64_t* n = mutable_data<int64_t>(counts);
+    parallel(num_pairs, [&](int64_t i) {
+      const Sum chosen = masked_sum(x, m, cu[2 * i], cu[2 * i + 1]);
+      const Sum rejected = masked_sum(x, m, cu[2 * i + 1], cu[2 * i + 2]);
+      n[2 * i] = chosen.count;
+      n[2 * i + 1] = rejected.count;
+      const bool counted = chosen.count > 0 && rejected.count > 0;
+      margins[i] = counted ? chosen.total / chosen.count - rejected.total / rejected.count : 0;
     });
     double total = 0;
     int64_t num_counted = 0, num_right = 0;
@@ -75,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_q_loss(const Tensor& q, cons
       }
     }
     const double denominator = std::max<int64_t>(num_counted, 1);
-    *static_cast<acc_t<T>*>(loss.mutable_data_ptr()) = total / denominator;
-    *static_cast<acc_t<T>*>(accuracy.mutable_data_ptr()) = num_right / denominator;
+    *mutable_data<acc_t<T>>(loss) = total / denominator;
+    *mutable_data<acc_t<T>>(accuracy) = num_right / denominator;
   });
   return {loss, margin, accuracy, counts};
 }
@@ -91,29 +84,27 @@ Tensor pairwise_q_loss_backward(const Tensor& grad_loss, const Tensor& grad_marg
                                 const Tensor& counts, double beta, double gamma) {
   const CuSeqlens cu(cu_seqlens, q.size(0));
   const int64_t num_pairs = cu.num_sequences() / 2;
-  const int64_t* n = static_cast<const int64_t*>(counts.const_data_ptr());
+  const int64_t* n = data<int64_t>(counts);
   int64_t num_counted = 0;
   for (int64_t i = 0; i < num_pairs; ++i) num_counted += n[2 * i] > 0 && n[2 * i + 1] > 0;
   Tensor grad = torch::stable::empty_like(q);
   dispatch_floating(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const bool* m = data_or_null<bool>(mask);
-    const double upstream = *static_cast<const acc_t<T>*>(grad_loss.const_data_ptr());
-    const acc_t<T>* upstream_margin = static_cast<const acc_t<T>*>(grad_margin.const_data_ptr());
-    const acc_t<T>* margins = static_cast<const acc_t<T>*>(margin.const_data_ptr());
-    T* g = static_cast<T*>(grad.mutable_data_ptr());
-    torch::stable::parallel_for(0, num_pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        double grad_i = 0;
-        if (n[2 * i] > 0 && n[2 * i + 1] > 0) {
-          // d loss / d margin_i = -beta sigmoid(gamma - beta margin_i) / counted pairs
-          const double slope = -beta / (1 + std::exp(beta * margins[i] - gamma)) / num_counted;
-          grad_i = upstream * slope + upstream_margin[i];
-        }
-        for (int side = 0; side < 2; ++side) {
-          const double row = (side == 0 ? grad_i : -grad_i) / std::max<int64_t>(n[2 * i + side], 1);
-          fill_masked<T>(g, static_cast<acc_t<T>>(row), m, cu[2 * i + side], cu[2 * i + side + 1]);
-        }
+    const double upstream = *data<acc_t<T>>(grad_loss);
+    const acc_t<T>* upstream_margin = data<acc_t<T>>(grad_margin);
+    const acc_t<T>* margins = data<acc_t<T>>(margin);
+    T* g = mutable_data<T>(grad);
+    parallel(num_pairs, [&](int64_t i) {
+      double grad_i = 0;
+      if (n[2 * i] > 0 && n[2 * i + 1] > 0) {
+        // d loss / d margin_i = -beta sigmoid(gamma - beta margin_i) / counted pairs
+        const double slope = -beta / (1 + std::exp(beta * margins[i] - gamma)) / num_counted;
+        grad_i = upstream * slope + upstream_margin[i];
+      }
+      for (int side = 0; side < 2; ++side) {
+        const double row = (side == 0 ? grad_i : -grad_i) / std::max<int64_t>(n[2 * i + side], 1);
+        fill_masked<T>(g, static_cast<acc_t<T>>(row), m, cu[2 * i + side], cu[2 * i + side + 1]);
       }
     });
   });

@@ -1,18 +1,23 @@
 // Loops over units of work on torch's threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 
+#include "../tensors.h"
+
 namespace qrm_fast {
 
+// A thread takes at least `grain` of the units at a time.
 template <typename F>
-void parallel(int64_t count, F f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void parallel(int64_t count, int64_t grain, F f) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
+}
+template <typename F>
+void parallel(int64_t count, F f) {
+  parallel(count, 1, f);
 }
 
 inline int64_t max_workers(int64_t count) { return std::min<int64_t>(count, torch::stable::get_num_threads()); }

@@ -3,13 +3,9 @@
 // token per lane, and rounded once. Sums run in double over fixed lanes of fixed blocks of rows and are combined in
 // order, so their bits do not depend on the number of threads. gspo first reads logprobs, old_logprobs and weights for
 // the mean of each sequence and keeps it in a value per row.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
@@ -20,8 +16,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;
 
@@ -45,14 +39,12 @@ struct Rows {
 template <typename T>
 std::vector<acc_t<T>> sequence_log_ratios(const Rows<T>& rows, const CuSeqlens& cu, int64_t num_tokens) {
   std::vector<acc_t<T>> log_ratios(num_tokens);
-  torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      MeanLogRatio mean;
-      for (int64_t t = cu[s]; t < cu[s + 1]; ++t) {
-        if (rows.weight(t) != 0) mean.add(static_cast<acc_t<T>>(rows.logprobs[t]) - rows.old(t));
-      }
-      std::fill(log_ratios.begin() + cu[s], log_ratios.begin() + cu[s + 1], static_cast<acc_t<T>>(mean.value()));
+  parallel(cu.num_sequences(), [&](int64_t s) {
+    MeanLogRatio mean;
+    for (int64_t t = cu[s]; t < cu[s + 1]; ++t) {
+      if (rows.weight(t) != 0) mean.add(static_cast<acc_t<T>>(rows.logprobs[t]) - rows.old(t));
     }
+    std::fill(log_ratios.begin() + cu[s], log_ratios.begin() + cu[s + 1], static_cast<acc_t<T>>(mean.value()));
   });
   return log_ratios;
 }
@@ -141,15 +133,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     using A = acc_t<T>;
     const auto options = policy_options<double>(kind, clip_low, clip_high, dual_clip, kl_coef, kl_estimator);
     const Rows<T> rows{
-        static_cast<const T*>(logprobs.const_data_ptr()),
-        static_cast<const A*>(advantages.const_data_ptr()),
+        data<T>(logprobs),
+        data<A>(advantages),
         data_or_null<T>(entropy),
         data_or_null<T>(old_logprobs),
         data_or_null<T>(ref_logprobs),
         data_or_null<A>(token_weights),
         static_cast<A>(1.0 / num_tokens),
-        static_cast<A*>(dlogprobs.mutable_data_ptr()),
-        static_cast<A*>(dentropy.mutable_data_ptr()),
+        mutable_data<A>(dlogprobs),
+        mutable_data<A>(dentropy),
     };
     std::vector<A> log_ratios;
     if (cu_seqlens) log_ratios = sequence_log_ratios(rows, CuSeqlens(*cu_seqlens, num_tokens), num_tokens);
@@ -159,16 +151,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         widest([](auto bytes) { return Compiled<bytes, policy_rows<bytes, true, T>>::run; });
     const auto sum_rows = cu_seqlens ? sum_tokens_of_sequences : sum_tokens;
     std::vector<PolicySums> blocks(ceil_div(num_tokens, kBlock));
-    torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = sum_rows(rows, log_ratios.data(), options, entropy_coef, i * kBlock,
-                             std::min((i + 1) * kBlock, num_tokens));
-      }
+    parallel(blocks.size(), [&](int64_t i) {
+      blocks[i] =
+          sum_rows(rows, log_ratios.data(), options, entropy_coef, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
     });
     PolicySums sums;
     for (const PolicySums& block : blocks) sums.add(block, 1);
-    *static_cast<A*>(loss.mutable_data_ptr()) = sums.loss;
-    std::copy_n(sums.metrics, kPolicyMetrics, static_cast<A*>(metrics.mutable_data_ptr()));
+    *mutable_data<A>(loss) = sums.loss;
+    std::copy_n(sums.metrics, kPolicyMetrics, mutable_data<A>(metrics));
   });
   return {loss, metrics, dlogprobs, dentropy};
 }
@@ -178,12 +168,10 @@ Tensor scaled_derivative(const Tensor& grad_loss, const Tensor& derivative, cons
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const A scale = *static_cast<const A*>(grad_loss.const_data_ptr());
-    const A* d = static_cast<const A*>(derivative.const_data_ptr());
-    T* g = static_cast<T*>(grad.mutable_data_ptr());
-    torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) g[t] = static_cast<T>(scale * d[t]);
-    });
+    const A scale = *data<A>(grad_loss);
+    const A* d = data<A>(derivative);
+    T* g = mutable_data<T>(grad);
+    parallel(x.numel(), 32768, [&](int64_t t) { g[t] = static_cast<T>(scale * d[t]); });
   });
   return grad;
 }

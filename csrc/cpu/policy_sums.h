@@ -60,9 +60,7 @@ PolicyOptions<S> policy_options(const std::string& kind, double clip_low, double
       static_cast<S>(dual_clip),
       static_cast<S>(kl_coef),
       kl_coef != 0,
-      kl_estimator == "k1"   ? KlEstimator::kK1
-      : kl_estimator == "k2" ? KlEstimator::kK2
-                             : KlEstimator::kK3,
+      kl_estimator_of(kl_estimator),
   };
 }
 

@@ -2,13 +2,23 @@
 // one token (V a number) or of one token per lane (V a vector of numbers).
 #pragma once
 #include <cmath>
+#include <string>
 
+#include "../tensors.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
 
 enum class PolicyKind { kPpo, kReinforce, kCispo, kGspo };
-enum class KlEstimator { kK1, kK2, kK3 };
+enum class KlEstimator { kAbs, kK1, kK2, kK3 };  // kAbs is of q_token_rewards alone
+
+inline KlEstimator kl_estimator_of(const std::string& name) {
+  if (name == "abs") return KlEstimator::kAbs;
+  if (name == "k1") return KlEstimator::kK1;
+  if (name == "k2") return KlEstimator::kK2;
+  STD_TORCH_CHECK(name == "k3", "the public function admits only known estimators");
+  return KlEstimator::kK3;
+}
 
 template <typename V>
 struct PolicyOptions {

@@ -3,17 +3,13 @@
 // carry a penalty. step_rows then writes the rows. process_rows fuses all of it, step rewards to rows; returns and
 // advantages of the steps stay in cache, and each row is written once and never read. In double; sequences run in
 // parallel, groups and moments are summed in the order of the sequences, so no bit depends on the number of threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -28,8 +24,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 enum class Preset { paper, paper_step, openrlhf, verl };
 
@@ -196,21 +190,10 @@ struct Batch {
 
   // `returns`: of the sequence's steps, read in whole vectors; NaN where a step reward is not finite.
   Share process_share(int64_t i, const double* returns) const {
-    Share share;
-    switch (preset) {
-      case Preset::paper:
-        share = {sum_of_returns(i, returns) / max_gen_len, 1};
-        break;
-      case Preset::paper_step:
-        share = {returns[0] / steps.count(i), 1};
-        break;
-      case Preset::openrlhf:
-        share = {returns[0], static_cast<double>(num_rows(i))};
-        break;
-      case Preset::verl:
-        share = {sum_of_scores(i, returns) / max_gen_len, 1};
-        break;
-    }
+    const Share share = preset == Preset::paper        ? Share{sum_of_returns(i, returns) / max_gen_len, 1}
+                        : preset == Preset::paper_step ? Share{returns[0] / steps.count(i), 1}
+                        : preset == Preset::openrlhf   ? Share{returns[0], static_cast<double>(num_rows(i))}
+                                                       : Share{sum_of_scores(i, returns) / max_gen_len, 1};
     const bool counts = preset == Preset::verl ? num_rows(i) > 0 : has_steps(i);
     return counts && std::isfinite(share.numerator) ? share : Share{};
   }
@@ -330,10 +313,10 @@ std::tuple<Tensor, Tensor, Tensor> process_advantages(const Tensor& returns, con
                          process_coef,
                          outcome_coef,
                          mask_step_ends};
-    const double* given = static_cast<const double*>(returns.const_data_ptr());
+    const double* given = data<double>(returns);
     const auto take_returns = [&](int64_t i, double* x) { std::copy_n(given + steps.first(i), steps.count(i), x); };
-    step_advantages(batch, groups, take_returns, static_cast<double*>(levels.mutable_data_ptr()),
-                    static_cast<double*>(bases.mutable_data_ptr()), static_cast<Moments*>(stats.mutable_data_ptr()));
+    step_advantages(batch, groups, take_returns, mutable_data<double>(levels), mutable_data<double>(bases),
+                    mutable_data<Moments>(stats));
   });
   return {levels, bases, stats};
 }
@@ -354,7 +337,7 @@ Tensor process_rows(const Tensor& step_rewards, const Tensor& step_ends, const T
   dispatch_floating(step_rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const T* rewards = static_cast<const T*>(step_rewards.const_data_ptr());
+    const T* rewards = data<T>(step_rewards);
     const A* rows_of_penalty = data_or_null<A>(penalty);
     const Batch<A> batch{cu,
                          steps,
@@ -375,7 +358,7 @@ Tensor process_rows(const Tensor& step_rewards, const Tensor& step_ends, const T
                                 : batch.preset == Preset::verl   ? whitening_of(sets, "unbiased")
                                                                  : Whitening{};
     const StepRows<A> rows{cu, steps, level.get(), bases.data(), rows_of_penalty, whitening, mask_step_ends};
-    rows.write(num_tokens, static_cast<A*>(out.mutable_data_ptr()));
+    rows.write(num_tokens, mutable_data<A>(out));
   });
   return out;
 }

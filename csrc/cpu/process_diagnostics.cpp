@@ -1,23 +1,18 @@
 // Statistics of process rewards: reads the steps once and, for the shares of |A|, 4 bytes per row in fp32. In double;
 // sequences run in parallel and are summed in order.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
 #include "packed/cu_seqlens.h"
 #include "packed/steps.h"
+#include "parallel.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 struct Diagnosis {
   double outcome = 0;
@@ -53,8 +48,7 @@ std::tuple<Tensor, Tensor> process_diagnostics(const Tensor& step_rewards, const
                                                const std::optional<Tensor>& advantages) {
   const int64_t num_sequences = cu_seqlens.size(0) - 1;
   const bool wide_index = cu_seqlens.scalar_type() == ScalarType::Long;
-  const int64_t last = wide_index ? static_cast<const int64_t*>(cu_seqlens.const_data_ptr())[num_sequences]
-                                  : static_cast<const int32_t*>(cu_seqlens.const_data_ptr())[num_sequences];
+  const int64_t last = wide_index ? data<int64_t>(cu_seqlens)[num_sequences] : data<int32_t>(cu_seqlens)[num_sequences];
   const int64_t num_tokens = advantages.has_value() ? advantages->size(0) : last;
   const CuSeqlens cu(cu_seqlens, num_tokens);
   Steps::check(step_ends, num_tokens);
@@ -65,19 +59,17 @@ std::tuple<Tensor, Tensor> process_diagnostics(const Tensor& step_rewards, const
   dispatch_floating(step_rewards.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const T* r = static_cast<const T*>(step_rewards.const_data_ptr());
+    const T* r = data<T>(step_rewards);
     const A* a = data_or_null<A>(advantages);
-    A* out = static_cast<A*>(per_sequence.mutable_data_ptr());
+    A* out = mutable_data<A>(per_sequence);
     std::vector<double> mass(num_sequences);
-    torch::stable::parallel_for(0, num_sequences, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Diagnosis d = diagnose(r + steps.first(i), steps.count(i), temperature);
-        out[i] = d.outcome;
-        out[num_sequences + i] = d.worst_position;
-        out[2 * num_sequences + i] = d.effective_steps;
-        for (int64_t t = cu[i]; a != nullptr && t < cu[i + 1]; ++t) {
-          if (std::isfinite(a[t])) mass[i] += std::abs(a[t]);
-        }
+    parallel(num_sequences, 16, [&](int64_t i) {
+      const Diagnosis d = diagnose(r + steps.first(i), steps.count(i), temperature);
+      out[i] = d.outcome;
+      out[num_sequences + i] = d.worst_position;
+      out[2 * num_sequences + i] = d.effective_steps;
+      for (int64_t t = cu[i]; a != nullptr && t < cu[i + 1]; ++t) {
+        if (std::isfinite(a[t])) mass[i] += std::abs(a[t]);
       }
     });
     double few[2] = {}, few_mass[2] = {}, whole = 0;
@@ -89,7 +81,7 @@ std::tuple<Tensor, Tensor> process_diagnostics(const Tensor& step_rewards, const
         few_mass[j] += counts[j] ? mass[i] : 0;
       }
     }
-    A* share = static_cast<A*>(shares.mutable_data_ptr());
+    A* share = mutable_data<A>(shares);
     for (int64_t j = 0; j < 2; ++j) {
       share[j] = few[j] / std::max<int64_t>(num_sequences, 1);
       share[2 + j] = whole > 0 ? few_mass[j] / whole : 0;

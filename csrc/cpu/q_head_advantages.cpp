@@ -2,22 +2,18 @@
 // call. Reads each hidden row once, 2 D bytes in bf16 for 2 D FLOP: bound by memory; q lives in the result's
 // memory until it is normalised. The head runs over rows in parallel, the normalisation over sequences, both with the
 // bits of the two ops: a row's bits depend on its sequence only.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
+#include "parallel.h"
 #include "q_token_rewards.h"
 #include "token_q.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 Tensor q_head_advantages(const Tensor& hidden, const Tensor& head, const Tensor& cu_seqlens,
                          const std::optional<Tensor>& mask, bool center, bool rescore_last, double min_std,
@@ -28,21 +24,18 @@ Tensor q_head_advantages(const Tensor& hidden, const Tensor& head, const Tensor&
   dispatch_floating(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const T* h = static_cast<const T*>(hidden.const_data_ptr());
-    const T* w = static_cast<const T*>(head.const_data_ptr());
+    const T* h = data<T>(hidden);
+    const T* w = data<T>(head);
     const bool* m = data_or_null<bool>(mask);
-    A* a = static_cast<A*>(advantages.mutable_data_ptr());
+    A* a = mutable_data<A>(advantages);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(dim, 1));
-    torch::stable::parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) a[t] = m != nullptr && !m[t] ? A(0) : row_dot(h + t * stride, w, dim);
-    });
-    const Penalty<A> none{nullptr, nullptr, Estimator::abs, 0};
-    torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Moments set = row_moments(a + cu[i], m ? m + cu[i] : nullptr, cu[i + 1] - cu[i]);
-        sequence_rewards(a, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
-                         none, [&](int64_t t, double reward) { a[t] = reward; });
-      }
+    parallel(num_tokens, grain,
+             [&](int64_t t) { a[t] = m != nullptr && !m[t] ? A(0) : row_dot(h + t * stride, w, dim); });
+    const Penalty<A> none{nullptr, nullptr, KlEstimator::kAbs, 0};
+    parallel(cu.num_sequences(), [&](int64_t i) {
+      const Moments set = row_moments(a + cu[i], m ? m + cu[i] : nullptr, cu[i + 1] - cu[i]);
+      sequence_rewards(a, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
+                       none, [&](int64_t t, double reward) { a[t] = reward; });
     });
   });
   return advantages;

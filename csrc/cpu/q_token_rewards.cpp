@@ -4,20 +4,15 @@
 // their own start.
 #include "q_token_rewards.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <optional>
 #include <string>
 
 #include "../dtypes.h"
 #include "moments.h"
 #include "packed/cu_seqlens.h"
+#include "parallel.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& stats,
                        const std::optional<Tensor>& mask, bool center, bool rescore_last,
@@ -26,22 +21,20 @@ Tensor q_token_rewards(const Tensor& q, const Tensor& cu_seqlens, const Tensor& 
   const CuSeqlens cu(cu_seqlens, q.size(0));
   const bool joint = stats.size(0) == 1;
   STD_TORCH_CHECK(joint || stats.size(0) == cu.num_sequences(), "moments are of the batch or of every sequence");
-  const Moments* sets = static_cast<const Moments*>(stats.const_data_ptr());
-  const Estimator estimator = estimator_of(kl_estimator);
+  const Moments* sets = data<Moments>(stats);
+  const KlEstimator estimator = kl_estimator_of(kl_estimator);
   Tensor rewards = torch::stable::new_empty(q, {q.size(0)}, acc_dtype(q.scalar_type()));
   dispatch_floating(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* x = static_cast<const T*>(q.const_data_ptr());
+    const T* x = data<T>(q);
     const bool* m = data_or_null<bool>(mask);
     const Penalty<T> penalty{data_or_null<acc_t<T>>(logprobs), data_or_null<acc_t<T>>(ref_logprobs), estimator,
                              kl_coef};
-    acc_t<T>* r = static_cast<acc_t<T>*>(rewards.mutable_data_ptr());
-    torch::stable::parallel_for(0, cu.num_sequences(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Moments& set = sets[joint ? 0 : i];
-        sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
-                         penalty, [&](int64_t t, double reward) { r[t] = reward; });
-      }
+    acc_t<T>* r = mutable_data<acc_t<T>>(rewards);
+    parallel(cu.num_sequences(), [&](int64_t i) {
+      const Moments& set = sets[joint ? 0 : i];
+      sequence_rewards(x, m, cu[i], cu[i + 1], center ? set.mean : 0, inverse_spread(set, min_std, eps), rescore_last,
+                       penalty, [&](int64_t t, double reward) { r[t] = reward; });
     });
   });
   return rewards;

@@ -1,27 +1,15 @@
 // The rewards of one sequence's actions from their Q-RM scores, given shift and scale: normalise, re-score the last
 // action, subtract the KL penalty, mask. Arithmetic is in double and rounded once.
 #pragma once
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <string>
 
 #include "../dtypes.h"
 #include "moments.h"
+#include "policy_terms.h"
 
 namespace qrm_fast {
-
-enum class Estimator { abs, k1, k2, k3 };
-
-inline Estimator estimator_of(const std::string& name) {
-  if (name == "abs") return Estimator::abs;
-  if (name == "k1") return Estimator::k1;
-  if (name == "k2") return Estimator::k2;
-  STD_TORCH_CHECK(name == "k3", "the public function admits only known estimators");
-  return Estimator::k3;
-}
 
 // 1 / (sigma + eps) of a set with sigma at least min_std; 0 for a set without spread.
 inline double inverse_spread(const Moments& set, double min_std, double eps) {
@@ -33,23 +21,16 @@ template <typename T>
 struct Penalty {
   const acc_t<T>* logprobs;  // nullptr: none
   const acc_t<T>* ref_logprobs;
-  Estimator estimator;
+  KlEstimator estimator;
   double coef;
 
   double operator()(int64_t t) const {
     if (logprobs == nullptr) return 0;
     const double d = static_cast<double>(logprobs[t]) - ref_logprobs[t];
-    switch (estimator) {
-      case Estimator::abs:
-        return coef * std::abs(d);
-      case Estimator::k1:
-        return coef * d;
-      case Estimator::k2:
-        return coef * (d * d / 2);
-      case Estimator::k3:
-        return coef * (std::expm1(-d) + d);
-    }
-    return 0;
+    if (estimator == KlEstimator::kAbs) return coef * std::abs(d);
+    if (estimator == KlEstimator::kK1) return coef * d;
+    if (estimator == KlEstimator::kK2) return coef * (d * d / 2);
+    return coef * (std::expm1(-d) + d);
   }
 };
 

@@ -3,12 +3,8 @@
 // fill them by whole vectors whose excess the next step overwrites.
 #include "step_rows.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "../dtypes.h"
 #include "memory.h"
@@ -16,8 +12,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kVectors = 4;  // at once: most steps then take one turn of the loop, which predicts well
 
@@ -72,20 +66,14 @@ Tensor step_rows(const Tensor& values, const std::optional<Tensor>& base, const 
                  std::string whitening, int64_t num_tokens, bool mask_step_ends, bool wide) {
   const CuSeqlens cu(cu_seqlens, num_tokens);
   const Steps steps(step_ends, cu);
-  const Whitening map =
-      stats.has_value() ? whitening_of(static_cast<const Moments*>(stats->const_data_ptr()), whitening) : Whitening{};
+  const Whitening map = stats.has_value() ? whitening_of(data<Moments>(*stats), whitening) : Whitening{};
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
   Tensor out = fresh_rows(torch::stable::new_empty(values, {0}, dtype), num_tokens);
   dispatch_floating(dtype, [&](auto zero) {
     using A = acc_t<decltype(zero)>;
-    const StepRows<A> rows{cu,
-                           steps,
-                           static_cast<const double*>(values.const_data_ptr()),
-                           data_or_null<double>(base),
-                           data_or_null<A>(penalty),
-                           map,
-                           mask_step_ends};
-    rows.write(num_tokens, static_cast<A*>(out.mutable_data_ptr()));
+    const StepRows<A> rows{
+        cu, steps, data<double>(values), data_or_null<double>(base), data_or_null<A>(penalty), map, mask_step_ends};
+    rows.write(num_tokens, mutable_data<A>(out));
   });
   return out;
 }

@@ -6,26 +6,20 @@
 // on the number of threads and workspace is 3 D floats per block.
 #include "token_q.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../check.h"
 #include "../dtypes.h"
 #include "../indices.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kLanes = 64;     // partial sums of a dot product: enough to hide the latency of an FMA at any width
 constexpr int64_t kAhead = 4096;   // bytes
@@ -155,9 +149,9 @@ struct Operands {
 template <typename T>
 Operands<T> operands(const Tensor& hidden, const Tensor& head, const std::optional<Tensor>& targets,
                      const std::optional<Tensor>& norm_weight, double norm_eps) {
-  return {static_cast<const T*>(hidden.const_data_ptr()),
+  return {data<T>(hidden),
           hidden.stride(0),
-          static_cast<const T*>(head.const_data_ptr()),
+          data<T>(head),
           head.stride(0),
           data_or_null<int64_t>(targets),
           data_or_null<T>(norm_weight),
@@ -173,7 +167,7 @@ Tensor token_q(const Tensor& hidden, const Tensor& head, const std::optional<Ten
                const std::optional<Tensor>& bias, const std::optional<Tensor>& norm_weight, double norm_eps) {
   const int64_t num_tokens = hidden.size(0);
   if (targets.has_value()) {
-    const int64_t* ids = static_cast<const int64_t*>(targets->const_data_ptr());
+    const int64_t* ids = data<int64_t>(*targets);
     for (int64_t t = 0; t < num_tokens; ++t) {
       CHECK_VALUE(ids[t] == kIgnore || (ids[t] >= 0 && ids[t] < head.size(0)),
                   "targets must be in [0, V = ", head.size(0), ") or ", kIgnore, ", got ", ids[t], " in row ", t);
@@ -185,7 +179,7 @@ Tensor token_q(const Tensor& hidden, const Tensor& head, const std::optional<Ten
     using A = acc_t<T>;
     const Operands<T> in = operands<T>(hidden, head, targets, norm_weight, norm_eps);
     const T* b = data_or_null<T>(bias);
-    A* out = static_cast<A*>(q.mutable_data_ptr());
+    A* out = mutable_data<A>(q);
     torch::stable::parallel_for(0, num_tokens, row_grain(in.dim), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         if (in.id(t) == kIgnore) {
@@ -344,25 +338,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_q_backward(const Tensor& grad_q
     using T = decltype(zero);
     using A = acc_t<T>;
     const Operands<T> in = operands<T>(hidden, head, targets, norm_weight, norm_eps);
-    const A* g = static_cast<const A*>(grad_q.const_data_ptr());
+    const A* g = data<A>(grad_q);
     const BackwardOrder<T> order(in, g, num_tokens, need_head || need_bias || need_norm);
     const int64_t slots = order.num_blocks() * dim;
     const std::unique_ptr<A[]> tails(new A[need_head || need_norm ? slots : 0]);
     const std::unique_ptr<A[]> heads(new A[need_head || need_norm ? slots : 0]);
     const std::unique_ptr<double[]> norms(new double[need_norm ? slots : 0]);
     const Gradients<T> out{
-        need_hidden ? static_cast<T*>(dhidden.mutable_data_ptr()) : nullptr,
-        need_head ? static_cast<T*>(dhead.mutable_data_ptr()) : nullptr,
-        need_norm ? static_cast<T*>(dnorm.mutable_data_ptr()) : nullptr,
+        need_hidden ? mutable_data<T>(dhidden) : nullptr,
+        need_head ? mutable_data<T>(dhead) : nullptr,
+        need_norm ? mutable_data<T>(dnorm) : nullptr,
         tails.get(),
         heads.get(),
         norms.get(),
     };
     if (need_hidden) {
-      torch::stable::parallel_for(0, num_tokens, row_grain(dim), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          if (in.id(t) == kIgnore || g[t] == 0) std::fill_n(out.hidden + t * dim, dim, static_cast<T>(A(0)));
-        }
+      parallel(num_tokens, row_grain(dim), [&](int64_t t) {
+        if (in.id(t) == kIgnore || g[t] == 0) std::fill_n(out.hidden + t * dim, dim, static_cast<T>(A(0)));
       });
     }
     torch::stable::parallel_for(0, order.num_blocks(), 1, [&](int64_t begin, int64_t end) {
@@ -371,13 +363,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_q_backward(const Tensor& grad_q
         backward_block<T>(in, order, g, block, out, scratch.data());
       }
     });
-    torch::stable::parallel_for(0, ceil_div(dim, kColumns), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        combine_columns<T>(in, order, out, i * kColumns, std::min(kColumns, dim - i * kColumns));
-      }
+    parallel(ceil_div(dim, kColumns), [&](int64_t i) {
+      combine_columns<T>(in, order, out, i * kColumns, std::min(kColumns, dim - i * kColumns));
     });
     if (need_bias) {
-      T* db = static_cast<T*>(dbias.mutable_data_ptr());
+      T* db = mutable_data<T>(dbias);
       for (const Segment& segment : order.segments) {
         double sum = 0;
         for (int64_t i = segment.begin; i < segment.end; ++i) sum += g[order.rows[i]];

@@ -1,12 +1,8 @@
 // Squared error of a critic and its derivative in one pass over the rows: 12 bytes per token in fp32, 20 with clip and
 // weights. Terms are in double, a token per lane, and rounded once. Sums run over fixed lanes of fixed blocks of rows
 // and are combined in order: their bits do not depend on the number of threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
@@ -16,8 +12,6 @@
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 4096;
 
@@ -72,24 +66,21 @@ std::tuple<Tensor, Tensor> value_loss(const Tensor& values, const Tensor& return
     using T = decltype(zero);
     using A = acc_t<T>;
     const Rows<T> rows{
-        static_cast<const T*>(values.const_data_ptr()),
-        static_cast<const A*>(returns.const_data_ptr()),
+        data<T>(values),
+        data<A>(returns),
         data_or_null<T>(old_values),
         data_or_null<A>(token_weights),
         static_cast<A>(1.0 / num_tokens),
         clip,
-        static_cast<A*>(derivative.mutable_data_ptr()),
+        mutable_data<A>(derivative),
     };
     static const auto sum_rows = widest([](auto bytes) { return Compiled<bytes, value_rows<bytes, T>>::run; });
     std::vector<double> blocks(ceil_div(num_tokens, kBlock));
-    torch::stable::parallel_for(0, blocks.size(), 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        blocks[i] = sum_rows(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens));
-      }
-    });
+    parallel(blocks.size(), 4,
+             [&](int64_t i) { blocks[i] = sum_rows(rows, i * kBlock, std::min((i + 1) * kBlock, num_tokens)); });
     double sum = 0;
     for (double block : blocks) sum += block;
-    *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(sum);
+    *mutable_data<A>(loss) = static_cast<A>(sum);
   });
   return {loss, derivative};
 }

@@ -1,17 +1,11 @@
 // V-trace over packed sequences: clipped ratios, the recurrence, targets and advantages in one reverse scan.
 // Reads rewards, values and ratios once, writes targets and advantages once: 20 bytes per token in fp32. Clipped ratios
 // and TD errors are never written. packed/scan.h has the order and its reasons.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
-#include <tuple>
 
 #include "packed/scan.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 // A_t = rho_t (r_t + gamma V_{t+1} - V_t) + gamma c_t A_{t+1}, with rho_t = min(rho_bar, ratio_t) and
 // c_t = lam min(c_bar, ratio_t); the target of V_t is V_t + A_t.

@@ -1,17 +1,17 @@
 // Packed sequence boundaries read on the device: int32 or int64 [S+1]. Nothing can be raised here, so a boundary that a
 // CPU kernel would refuse is clamped: no kernel leaves [0, T) whatever the boundaries say.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
+
+#include "../tensors.h"
 
 namespace qrm_fast {
 
 class DeviceCuSeqlens {
  public:
-  DeviceCuSeqlens(const torch::stable::Tensor& cu_seqlens, int64_t num_tokens)
+  DeviceCuSeqlens(const Tensor& cu_seqlens, int64_t num_tokens)
       : data_(cu_seqlens.const_data_ptr()),
-        wide_(cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Long),
+        wide_(cu_seqlens.scalar_type() == ScalarType::Long),
         num_sequences_(cu_seqlens.size(0) - 1),
         num_tokens_(num_tokens) {}
 

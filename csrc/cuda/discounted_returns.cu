@@ -1,16 +1,11 @@
 // Discounted returns over packed sequences: scan_unit.h with ReturnRows.
 // Reads rewards once and writes returns once: 8 bytes per token in fp32, 9 with a mask.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
 
 #include "scan_launch.h"
 #include "scan_rules.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 Tensor discounted_returns(const Tensor& rewards, const Tensor& cu_seqlens, double gamma,
                           const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {

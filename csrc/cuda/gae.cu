@@ -1,17 +1,11 @@
 // Generalised advantage estimation over packed sequences: scan_unit.h with GaeRows.
 // Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32, 17 with a mask.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
-#include <tuple>
 
 #include "scan_launch.h"
 #include "scan_rules.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 struct GaeRules {
   using Rows = GaeRows;

@@ -1,17 +1,11 @@
 // Min-form lambda returns over packed sequences: scan_unit.h with MinRows.
 // Reads rewards and values once, writes advantages and returns once: 16 bytes per token in fp32, 17 with a mask.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
-#include <tuple>
 
 #include "scan_launch.h"
 #include "scan_rules.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> min_gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, double lam,
                                    const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {

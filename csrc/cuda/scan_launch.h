@@ -6,7 +6,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
@@ -25,7 +24,7 @@ class FloatingColumn {
   using Bits = uint32_t;
 
   FloatingColumn() = default;
-  explicit FloatingColumn(const torch::stable::Tensor& x) : data_(x.const_data_ptr()), dtype_(x.scalar_type()) {
+  explicit FloatingColumn(const Tensor& x) : data_(x.const_data_ptr()), dtype_(x.scalar_type()) {
     STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half,
                     "the public function admits only floating dtypes other than float64");
   }
@@ -114,9 +113,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<typename Rules::Rows>)
 
 // Columns in, columns out, all [T]; every row is NaN where the boundaries are not those of T packed rows.
 template <typename Rules, int kInputs, int kOutputs>
-void scan_packed(const torch::stable::Tensor (&in)[kInputs], const torch::stable::Tensor (&out)[kOutputs],
-                 const torch::stable::Tensor& cu_seqlens, const std::optional<torch::stable::Tensor>& bootstrap,
-                 const std::optional<torch::stable::Tensor>& mask, const Rules& rules) {
+void scan_packed(const Tensor (&in)[kInputs], const Tensor (&out)[kOutputs], const Tensor& cu_seqlens,
+                 const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask, const Rules& rules) {
   using Map = typename Rules::Rows::Map;
   const int64_t num_tokens = in[0].size(0), num_units = ceil_div(num_tokens, BLOCK);
   if (num_tokens == 0) return;
@@ -124,8 +122,7 @@ void scan_packed(const torch::stable::Tensor (&in)[kInputs], const torch::stable
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const torch::stable::Tensor memory =
-      torch::stable::new_empty(in[0], {ScanWorkspace<Map>::num_bytes(num_units)}, ScalarType::Byte);
+  const Tensor memory = torch::stable::new_empty(in[0], {ScanWorkspace<Map>::num_bytes(num_units)}, ScalarType::Byte);
   const ScanWorkspace<Map> workspace(memory.mutable_data_ptr(), num_units);
   const DeviceCuSeqlens cu(cu_seqlens, num_tokens);
   UnitScan<Rules, FloatingColumn, DeviceCuSeqlens> scan{{},
@@ -138,7 +135,7 @@ void scan_packed(const torch::stable::Tensor (&in)[kInputs], const torch::stable
                                                         workspace.blocks,
                                                         workspace.groups};
   for (int i = 0; i < kInputs; ++i) scan.in[i] = FloatingColumn(in[i]);
-  for (int i = 0; i < kOutputs; ++i) scan.out[i] = static_cast<float*>(out[i].mutable_data_ptr());
+  for (int i = 0; i < kOutputs; ++i) scan.out[i] = mutable_data<float>(out[i]);
   scan_setup<<<SETUP_BLOCKS, 256, 0, static_cast<cudaStream_t>(stream)>>>(cu, num_tokens, num_units, workspace);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   scan_units<<<num_units, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(scan, num_units, workspace);

@@ -1,18 +1,12 @@
 // V-trace over packed sequences: scan_unit.h with VtraceRows.
 // Reads rewards, values and ratios once, writes targets and advantages once: 20 bytes per token in fp32, 21 with a
 // mask.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
-#include <tuple>
 
 #include "scan_launch.h"
 #include "scan_rules.h"
 
 namespace qrm_fast {
 namespace {
-
-using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> vtrace(const Tensor& rewards, const Tensor& values, const Tensor& ratios,
                                   const Tensor& cu_seqlens, double gamma, double lam, double rho_bar, double c_bar,

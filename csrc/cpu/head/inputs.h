@@ -4,11 +4,8 @@
 // panels [V][lanes]: a row is a SIMD lane. All three products (products.h) then broadcast elements of one operand where
 // it lies, and stream the other from a panel in L2; the weight is packed for dX only, a chunk at a time.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "../../check.h"
@@ -20,9 +17,9 @@
 namespace qrm_fast {
 
 struct [[gnu::visibility("hidden")]] HeadOptions {
-  std::optional<torch::stable::Tensor> bias;
+  std::optional<Tensor> bias;
   double temperature;
-  std::optional<torch::stable::Tensor> temperatures;
+  std::optional<Tensor> temperatures;
   std::optional<double> softcap;
   int64_t ignore_index;
 };
@@ -32,26 +29,25 @@ struct [[gnu::visibility("hidden")]] HeadOptions {
 template <typename In, typename S>
 class Head {
  public:
-  Head(const torch::stable::Tensor& hidden, const torch::stable::Tensor& weight,
-       const torch::stable::Tensor& target_ids, const HeadOptions& options)
+  Head(const Tensor& hidden, const Tensor& weight, const Tensor& target_ids, const HeadOptions& options)
       : dim(hidden.size(1)),
         vocab(weight.size(0)),
         kernels(panel_kernels<S>()),
         paired(std::is_same_v<In, torch::headeronly::BFloat16> && kernels.pair_tile != nullptr),
         steps(paired ? ceil_div(dim, 2) : dim),
-        weight(static_cast<const In*>(weight.const_data_ptr())),
+        weight(data<In>(weight)),
         weight_stride(weight.stride(0)),
         softcap(S(options.softcap.value_or(0))),
         bias(options.bias ? vocab : 0),
-        x_(static_cast<const In*>(hidden.const_data_ptr())),
-        targets_(static_cast<const int64_t*>(target_ids.const_data_ptr())),
+        x_(data<In>(hidden)),
+        targets_(data<int64_t>(target_ids)),
         num_tokens_(hidden.size(0)),
         x_stride_(hidden.stride(0)),
         temperatures_(data_or_null<S>(options.temperatures)),
         temperature_(S(options.temperature)),
         ignore_index_(options.ignore_index) {
     if (options.bias) {
-      const In* b = static_cast<const In*>(options.bias->const_data_ptr());
+      const In* b = data<In>(*options.bias);
       std::copy(b, b + vocab, bias.begin());
     }
   }

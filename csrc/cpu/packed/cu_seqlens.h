@@ -1,13 +1,11 @@
 // Packed sequence boundaries: int32 or int64 [S+1], read as int64 without a copy.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <atomic>
 #include <cstdint>
 
 #include "../../check.h"
 #include "../../indices.h"
+#include "../../tensors.h"
 #include "../simd/instruction_set.h"
 
 namespace qrm_fast {
@@ -32,9 +30,9 @@ bool never_decreases(const I* x, int64_t count) {
 class CuSeqlens {
  public:
   // Throws ValueError unless the boundaries start at 0, never decrease and end at num_tokens.
-  CuSeqlens(const torch::stable::Tensor& cu_seqlens, int64_t num_tokens, const char* name = "cu_seqlens")
+  CuSeqlens(const Tensor& cu_seqlens, int64_t num_tokens, const char* name = "cu_seqlens")
       : data_(cu_seqlens.const_data_ptr()),
-        wide_(cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Long),
+        wide_(cu_seqlens.scalar_type() == ScalarType::Long),
         num_sequences_(cu_seqlens.size(0) - 1) {
     CHECK_VALUE((*this)[0] == 0, name, " must start at 0, got ", (*this)[0]);
     const bool sorted = wide_ ? never_decreases(static_cast<const int64_t*>(data_), num_sequences_)

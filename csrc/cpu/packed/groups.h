@@ -1,12 +1,11 @@
 // Groups of sequences: int32 or int64 ids [S] in [0, S), any order and size; listed group by group, each in the order
 // of its sequences, so that sums over a group run in a fixed order.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <vector>
 
 #include "../../check.h"
+#include "../../tensors.h"
 
 namespace qrm_fast {
 
@@ -23,9 +22,8 @@ class Groups {
   };
 
   // Throws ValueError unless every id is in [0, S).
-  explicit Groups(const torch::stable::Tensor& group_ids)
-      : bounds_(group_ids.size(0) + 1), members_(group_ids.size(0)) {
-    const bool wide = group_ids.scalar_type() == torch::headeronly::ScalarType::Long;
+  explicit Groups(const Tensor& group_ids) : bounds_(group_ids.size(0) + 1), members_(group_ids.size(0)) {
+    const bool wide = group_ids.scalar_type() == ScalarType::Long;
     const void* data = group_ids.const_data_ptr();
     const int64_t num_sequences = size();
     const auto id = [&](int64_t i) {

@@ -23,12 +23,9 @@
 // Rows are prefetched some lines ahead, across sequences: the hardware prefetcher stops at the end of a 4 KiB page.
 // Rows with holes (masked rows between them) are first moved together in a buffer, and rows of 16 bits converted there.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -395,22 +392,20 @@ class PackedScan {
 
 // The results of the op whose sequences follow `rules(S{})`, S being what is accumulated. All columns are [T].
 template <size_t kOutputs, size_t kInputs, typename MakeRules>
-std::array<torch::stable::Tensor, kOutputs> scan_packed(const torch::stable::Tensor (&in)[kInputs],
-                                                        const torch::stable::Tensor& cu_seqlens,
-                                                        const std::optional<torch::stable::Tensor>& bootstrap,
-                                                        const std::optional<torch::stable::Tensor>& mask,
-                                                        MakeRules rules) {
+std::array<Tensor, kOutputs> scan_packed(const Tensor (&in)[kInputs], const Tensor& cu_seqlens,
+                                         const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask,
+                                         MakeRules rules) {
   const int64_t num_tokens = in[0].size(0);
   const CuSeqlens cu(cu_seqlens, num_tokens);
-  std::array<torch::stable::Tensor, kOutputs> out;
-  for (torch::stable::Tensor& x : out) x = fresh_rows(in[0], num_tokens);
+  std::array<Tensor, kOutputs> out;
+  for (Tensor& x : out) x = fresh_rows(in[0], num_tokens);
   dispatch_floating(in[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using Scan = PackedScan<decltype(rules(acc_t<T>{})), T>;
     typename Scan::Inputs read;
     typename Scan::Outputs written;
-    for (size_t i = 0; i < kInputs; ++i) read[i] = static_cast<const T*>(in[i].const_data_ptr());
-    for (size_t i = 0; i < kOutputs; ++i) written[i] = static_cast<acc_t<T>*>(out[i].mutable_data_ptr());
+    for (size_t i = 0; i < kInputs; ++i) read[i] = data<T>(in[i]);
+    for (size_t i = 0; i < kOutputs; ++i) written[i] = mutable_data<acc_t<T>>(out[i]);
     Scan(cu, num_tokens, read, written, data_or_null<bool>(mask), data_or_null<acc_t<T>>(bootstrap), rules(acc_t<T>{}))
         .run();
   });

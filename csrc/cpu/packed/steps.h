@@ -1,9 +1,6 @@
 // Steps of packed sequences: the rows where one ends, int32 or int64 [K], read as int64 without a copy. A step begins
 // after the previous one of its sequence; rows after a sequence's last step end belong to none.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -26,17 +23,17 @@ QRM_FAST_CLONES static bool ascends(const I* x, int64_t begin, int64_t end) {
 class Steps {
  public:
   // Of ends that `check` has seen.
-  Steps(const torch::stable::Tensor& step_ends, const CuSeqlens& cu)
+  Steps(const Tensor& step_ends, const CuSeqlens& cu)
       : data_(step_ends.const_data_ptr()),
-        wide_(step_ends.scalar_type() == torch::headeronly::ScalarType::Long),
+        wide_(step_ends.scalar_type() == ScalarType::Long),
         cu_(cu),
         first_(cu.num_sequences() + 1) {
     wide_ ? find_firsts<int64_t>(step_ends.size(0)) : find_firsts<int32_t>(step_ends.size(0));
   }
 
   // Throws ValueError unless the ends ascend strictly within [0, num_tokens).
-  static void check(const torch::stable::Tensor& step_ends, int64_t num_tokens) {
-    const bool wide = step_ends.scalar_type() == torch::headeronly::ScalarType::Long;
+  static void check(const Tensor& step_ends, int64_t num_tokens) {
+    const bool wide = step_ends.scalar_type() == ScalarType::Long;
     wide ? check<int64_t>(step_ends, num_tokens) : check<int32_t>(step_ends, num_tokens);
   }
 
@@ -81,8 +78,8 @@ class Steps {
   }
 
   template <typename I>
-  static void check(const torch::stable::Tensor& step_ends, int64_t num_tokens) {
-    const I* ends = static_cast<const I*>(step_ends.const_data_ptr());
+  static void check(const Tensor& step_ends, int64_t num_tokens) {
+    const I* ends = data<I>(step_ends);
     const int64_t num_steps = step_ends.size(0);
     std::atomic<bool> ascending = num_steps == 0 || (0 <= ends[0] && ends[num_steps - 1] < num_tokens);
     torch::stable::parallel_for(1, num_steps, 4096, [&](int64_t begin, int64_t end) {
