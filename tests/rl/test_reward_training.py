@@ -133,3 +133,19 @@ def test_real_pairs_with_a_tokenizer_from_the_file(real_data, tmp_path):
     result = train_q_rm(config)
     assert (result.num_train, result.num_heldout) == (8, 2)
     assert len(load_tokenizer(result.directory)) <= 4096
+
+
+def test_pairs_equal_as_given_or_as_cut_are_left_out(config, tmp_path):
+    rows = [
+        Pair("1+1:", "02", "03"),
+        Pair("1+2:", "03", "03"),
+        Pair("1+3:", "04+++", "04+++1"),
+        Pair("2+3:", "05", "5"),
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    config = replace(config, heldout=0.0, max_len=8)
+    with pytest.warns(UserWarning, match=r"2 of 4 pairs have two equal sides .* the first is .*pairs.jsonl:2"):
+        assert train_q_rm(config).num_train == 2
+    write_jsonl(tmp_path / "pairs.jsonl", rows[1:2])
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: expected pairs of different answers, but 1 of 1 pairs"):
+        train_q_rm(config)

@@ -6,7 +6,7 @@ import torch
 from qrm_fast import linear_logprobs, pack
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.models import load_policy
-from qrm_fast.rl.policy import Policy
+from qrm_fast.rl.policy import Policy, PolicyHead
 from qrm_fast.rl.rollout import TransformersEngine, sample
 from qrm_fast.rl.tokenizers import load_tokenizer
 
@@ -98,16 +98,17 @@ def test_a_response_ends_at_any_of_the_stop_ids(policy):
     assert all(not {EOS, 5} & set(response[:-1]) for response in rollout.responses)
 
 
-def test_bfloat16_samples_from_float32_logits(policy):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_bfloat16_samples_from_float32_logits(softcap, biased, scale):
     """Rounded to 16 bits, logits as large as these would put the ratio of a policy to itself anywhere in .9 to 1.1."""
-    half = load_policy("scratch:demo", load_tokenizer("arithmetic"), dtype=torch.bfloat16)
-    head = Policy(half).head()
-    with torch.no_grad():
-        half.lm_head.weight.normal_(std=0.5)
-        hidden = torch.randn(64, 128, dtype=torch.bfloat16)
-        token, logprob = sample(head.logits(hidden), torch.Generator().manual_seed(0))
-        trained = head.logprobs(hidden, token).logprobs
-    assert head.logits(hidden).abs().max() > 15
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden, bias = (torch.randn(*n, generator=generator).bfloat16() for n in ((17, 128), (64, 128), (17,)))
+    head = PolicyHead(weight, bias if biased else None, softcap, scale)
+    token, logprob = sample(head.logits(hidden), generator)
+    trained = head.logprobs(hidden, token).logprobs
+    assert head.logits(hidden).abs().max() > 6
     assert ((logprob - trained).exp() - 1).abs().max() < 1e-5
 
 

@@ -287,3 +287,32 @@ def test_a_q_rm_of_another_vocabulary_is_refused(config, tmp_path):
     save_checkpoint(load_token_model("scratch:demo", other), other, tmp_path / "other")
     with pytest.raises(ValueError, match="policy and reward model must share one vocabulary, got 17 and"):
         train(replace(config, q_rm=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+@pytest.mark.parametrize(("verifier", "label"), [("arithmetic", "x"), ("number", "2 and 3"), ("number", "")])
+def test_a_label_that_cannot_be_judged_by_stops_a_run_before_a_model_is_loaded(
+    config, tmp_path, monkeypatch, where, verifier, label
+):
+    rows = arithmetic_examples(9, split="train", seed=0)
+    write_jsonl(tmp_path / "badlabel.jsonl", [*rows, Example("1+1:", label)])
+    monkeypatch.setattr("qrm_fast.rl.train.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    config = replace(config, **preset("rloo"), verifier=verifier, **{where: str(tmp_path / "badlabel.jsonl")})
+    with pytest.raises(ValueError, match=r"badlabel.jsonl:10: label must be"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("padded", ["policy", "q_rm", "both"])
+def test_embeddings_may_be_padded_beyond_the_tokenizer(config, checkpoints, tmp_path, padded):
+    """No id without a token is sampled, so none reaches a model that embeds fewer."""
+    tokenizer = load_tokenizer("arithmetic")
+    for name, load in (("policy", load_policy), ("q_rm", load_token_model)):
+        model = load(str(checkpoints / name), tokenizer)
+        if padded in (name, "both"):
+            model.resize_token_embeddings(481, mean_resizing=False)
+            model.get_input_embeddings().weight.data[17:] = 5.0  # what a head without the limit would sample
+        save_checkpoint(model, tokenizer, tmp_path / name)
+    config = replace(config, model=str(tmp_path / "policy"), q_rm=str(tmp_path / "q_rm"), temperature=5.0)
+    rows = train(replace(config, eval_data=config.data, lr=1e-5)).metrics
+    assert rows[1]["policy/ratio"] == pytest.approx(1.0, abs=1e-4)
