@@ -9,8 +9,8 @@ trained tokens, which AReaL weighs by `loss_weight_fn`.
 from qrm_fast import loss_weights, policy_loss
 
 
-def qrm_loss(logprobs, entropy, input_data, **options):
-    """`options` are those of `policy_loss`."""
+def qrm_loss(logprobs, entropy, input_data, *, vocab_min_logits=None, vocab_max_logits=None, **options):
+    """`options` are those of `policy_loss`; the extreme logits, which AReaL hands over for its log, are not used."""
     cu_seqlens = input_data["cu_seqlens"]
     if options.get("kind") == "gspo":
         options["cu_seqlens"] = cu_seqlens

@@ -24,7 +24,7 @@ def qrm_gae(token_level_rewards, response_mask, values, gamma, lambd, **_):
 
 @register_policy_loss("qrm_ppo")
 def qrm_ppo(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None):
-    """PPO, summed over tokens: SkyRL's loss reduction is in its advantages. It corrects nothing by rollout_logprobs."""
+    """SkyRL's dual_clip, summed over tokens: the loss reduction is in its advantages. Without off-policy correction."""
     mask = torch.ones_like(advantages) if loss_mask is None else loss_mask
     out = policy_loss(
         log_probs.flatten(),

@@ -93,7 +93,8 @@ def test_areal():
     data = dict(logprobs=old, advantages=a, loss_mask=mask, cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32))
     rows = mask.bool()
     for options in {}, {"kind": "cispo", "clip_high": 4.0}, {"entropy_coef": 0.1}:
-        got = example.qrm_loss(logp.requires_grad_(), entropy, data, **options)
+        logits = dict(vocab_min_logits=entropy, vocab_max_logits=entropy)
+        got = example.qrm_loss(logp.requires_grad_(), entropy, data, **logits, **options)
         want = policy_loss(logp[rows], a[rows], entropy=entropy[rows], old_logprobs=old[rows], **options).loss
         torch.testing.assert_close(got, want)
     assert example.num_trained_tokens(data) == 4
