@@ -4,7 +4,8 @@ A padded tensor [B, L] already is a packed one: B sequences of L rows under a ma
 waits for the device: the rows are flattened, the op takes the mask, and its result is viewed as [B, L].
 
 Results are float32 (float64 for float64) where the originals keep 16 bits, and 0 where a mask is False, where the
-originals leave what their formulas give. Masks are bool, or numbers of which 0 is False.
+originals leave what their formulas give there. Masks are bool, or numbers of which 0 is False. Advantages and whitened
+rows are not differentiable.
 """
 
 import torch

@@ -20,14 +20,17 @@ def character_spans(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> t
         0  # what is decoded again, for some tokenizers spell a token by those before it, and what is not new
     )
     for end in range(1, len(ids) + 1):
-        before = tokenizer.decode(ids[begin:known], skip_special_tokens=True)
-        piece = tokenizer.decode(ids[begin:end], skip_special_tokens=True)[len(before) :]
+        piece = _decode(tokenizer, ids[begin:end])[len(_decode(tokenizer, ids[begin:known])) :]
         if piece.endswith("\ufffd") and end < len(ids):  # bytes of a character that is not complete
             continue
         spans += [(len(text), len(text) + len(piece))] * (end - known)
         text += piece
         begin, known = known, end
     return text, spans
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def project_scores(scores: Tensor, spans: Sequence[Span], onto: Sequence[Span], *, additive: bool = False) -> Tensor:

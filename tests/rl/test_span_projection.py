@@ -31,6 +31,14 @@ def test_spans_of_tokens():
     assert character_spans(tokenizer, []) == ("", [])
 
 
+def test_spans_where_blanks_depend_on_the_token_before():
+    """As Llama's: the first token has no blank in front."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={"▁a": 0, "▁bc": 1, "▁.": 2}, unk_token="▁."))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert character_spans(tokenizer, [0, 1, 0, 2]) == ("a bc a .", [(0, 1), (1, 4), (4, 6), (6, 8)])
+
+
 def test_spans_of_a_cut_character_and_of_long_texts():
     tokenizer = byte_level(["a b"])
     first, _ = tokenizer("é")["input_ids"]
