@@ -1,7 +1,7 @@
 """OpenRLHF 0.11: its log-probabilities and its GAE replaced in place. Unsupported: OpenRLHF has no registry.
 
 Names are rebound in the process that imports this file, and OpenRLHF computes in Ray workers: give the function to
-Ray as `ray.init(runtime_env={"worker_process_setup_hook": "examples.openrlhf_patch.patch"})`. A name that has moved
+Ray as `ray.init(runtime_env={"worker_process_setup_hook": "openrlhf_patch.patch"})`. A name that has moved
 raises AttributeError. The logits are materialised by OpenRLHF before they arrive, so their memory stays.
 """
 

@@ -2,7 +2,7 @@
 
 [trainer.loss]
 type = "custom"
-import_path = "examples.prime_rl_loss.qrm_loss"
+import_path = "prime_rl_loss.qrm_loss"
 
 [trainer.loss.kwargs]
 kind = "cispo"

@@ -1,6 +1,6 @@
 """slime: PPO over the tokens that are trained on, with token rewards (a Q-RM's, a PRM's) where the rollout has them.
 
-    --advantage-estimator ppo --custom-advantage-function-path examples.slime_advantages.advantages
+    --advantage-estimator ppo --custom-advantage-function-path slime_advantages.advantages
 
 slime calls `fn(args, rollout_data)` after its KL pass; every entry is a list with one tensor per answer, and the
 function adds "advantages" and "returns" of the same lengths. An answer may end in tool output (`loss_masks` 0): its
@@ -22,7 +22,9 @@ def advantages(args, rollout_data):
     cu_seqlens = torch.cat([ends.new_zeros(1), ends])
 
     terminal = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=mask.device)  # [S]
-    rewards = onto_trainable(torch.zeros_like(values).index_put((ends - 1,), terminal), cu_seqlens, mask)
+    some = [i for i, length in enumerate(lengths) if length > 0]
+    rewards = torch.zeros_like(values).index_put((ends[some] - 1,), terminal[some])
+    rewards = onto_trainable(rewards, cu_seqlens, mask)
     rewards = rewards - args.kl_coef * torch.cat(rollout_data["kl"]).float()
     if "token_rewards" in rollout_data:
         rewards = rewards + torch.cat(rollout_data["token_rewards"]).float()

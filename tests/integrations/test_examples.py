@@ -36,20 +36,21 @@ def stand_in(monkeypatch, name, **content):
 
 
 def test_slime():
-    """An answer that ends in tool output, and one of a single token: by hand at gamma = lambda = 1."""
+    """No answer, one that ends in tool output, and one of a single token: by hand at gamma = lambda = 1."""
+    none = torch.tensor([])
     rollout = {
-        "rewards": [1.0, 2.0],
-        "loss_masks": [torch.tensor([1, 0, 1, 0]), torch.tensor([1])],
-        "values": [torch.tensor([0.5, 9.0, 0.25, 9.0]), torch.tensor([1.0])],
-        "kl": [torch.tensor([0.0, 7.0, 1.0, 7.0]), torch.tensor([0.0])],
-        "response_lengths": [4, 1],
+        "rewards": [5.0, 1.0, 2.0],
+        "loss_masks": [none, torch.tensor([1, 0, 1, 0]), torch.tensor([1])],
+        "values": [none, torch.tensor([0.5, 9.0, 0.25, 9.0]), torch.tensor([1.0])],
+        "kl": [none, torch.tensor([0.0, 7.0, 1.0, 7.0]), torch.tensor([0.0])],
+        "response_lengths": [0, 4, 1],
     }
     load("slime_advantages").advantages(SimpleNamespace(gamma=1.0, lambd=1.0, kl_coef=0.5), rollout)
-    assert [x.tolist() for x in rollout["returns"]] == [[0.5, 0.0, 0.5, 0.0], [2.0]]
-    assert [x.tolist() for x in rollout["advantages"]] == [[0.0, 0.0, 0.25, 0.0], [1.0]]
-    rollout["token_rewards"] = [torch.tensor([0.0, 0.0, 2.0, 0.0]), torch.tensor([0.0])]
+    assert [x.tolist() for x in rollout["returns"]] == [[], [0.5, 0.0, 0.5, 0.0], [2.0]]
+    assert [x.tolist() for x in rollout["advantages"]] == [[], [0.0, 0.0, 0.25, 0.0], [1.0]]
+    rollout["token_rewards"] = [none, torch.tensor([0.0, 0.0, 2.0, 0.0]), torch.tensor([0.0])]
     load("slime_advantages").advantages(SimpleNamespace(gamma=1.0, lambd=1.0, kl_coef=0.5), rollout)
-    assert rollout["returns"][0].tolist() == [2.5, 0.0, 2.5, 0.0]
+    assert rollout["returns"][1].tolist() == [2.5, 0.0, 2.5, 0.0]
 
 
 def test_skyrl(monkeypatch):
