@@ -10,7 +10,10 @@ from qrm_fast import loss_weights, policy_loss
 
 
 def qrm_loss(logprobs, entropy, input_data, *, vocab_min_logits=None, vocab_max_logits=None, **options):
-    """`options` are those of `policy_loss`; the extreme logits, which AReaL hands over for its log, are not used."""
+    """`options` are those of `policy_loss`; the extreme logits, which AReaL hands over for its log, are not used.
+
+    Weights of the decoupled loss, between `prox_logp` and the policy that sampled, would be factors of the advantages.
+    """
     cu_seqlens = input_data["cu_seqlens"]
     if options.get("kind") == "gspo":
         options["cu_seqlens"] = cu_seqlens
