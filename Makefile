@@ -61,3 +61,17 @@ fill:
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
 	$(pip) install -c build/constraints.txt setuptools wheel ninja pybind11 numpy
 	$(pip) install -c build/constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
+
+# OpenRLHF asks for flash-attn, which only builds with CUDA: it comes without what it depends on. torchrl comes along.
+.PHONY: test-openrlhf
+test-openrlhf: $(built) build/openrlhf/installed
+	build/openrlhf/bin/python -m pytest -rs tests/integrations/test_openrlhf.py tests/integrations/test_examples.py
+
+build/openrlhf/installed: constraints.txt | $(environment)
+	echo "installing OpenRLHF and torchrl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		torchrl==0.14.1 $$(grep -E '^(numpy|triton|pytest)==' constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps openrlhf==0.11.2
+	touch $@
