@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from inspect import getdoc
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -30,6 +31,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from .rl.reward_training import ORMConfig, QRMConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -81,28 +84,87 @@ FROM_SCRATCH = dict(lr=3e-4, num_epochs=2, batch_size=32, warmup_steps=8, decay=
 
 
 def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Train a Q-RM on preference pairs."""
-    from .rl.reward_training import QRMConfig, train_q_rm
-
-    parser.epilog = (
+    """Train a reward model: a Q-RM or an ORM on preference pairs, a PRM on solutions with a label per step (--kind)."""
+    # The kind decides which options there are, as a command would.
+    kinds: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
+        "qrm": _train_q_rm,
+        "qrm-vocab": _train_q_rm,
+        "orm": _train_orm,
+        "prm": _train_prm,
+    }
+    kind = next((b for a, b in pairwise(arguments) if a == "--kind"), "qrm")
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind}")
+    parser.epilog = f"--kind chooses among {', '.join(kinds)}; each has its own options. " + (
         f"Defaults for scratch models: {', '.join(f'{key} {value}' for key, value in FROM_SCRATCH.items())}."
     )
-    _add_options(parser, QRMConfig, out="runs/q_rm")
-    config = _parse(
-        parser, arguments, QRMConfig, lambda options: FROM_SCRATCH if options["model"].startswith("scratch:") else {}
-    )
     _expect_a_new_head()
+    kinds[kind](parser, arguments)
+
+
+def _train_q_rm(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.reward_training import QRMConfig
+
+    _add_options(parser, QRMConfig, out="runs/q_rm")
+    _train_on_pairs(_parse(parser, arguments, QRMConfig, _from_scratch), "Q-RM")
+
+
+def _train_orm(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.reward_training import ORMConfig
+
+    _add_options(parser, ORMConfig, out="runs/orm")
+    _train_on_pairs(_parse(parser, arguments, ORMConfig, _from_scratch), "ORM")
+
+
+def _train_on_pairs(config: "QRMConfig | ORMConfig", name: str) -> None:
+    from .rl.reward_training import train_q_rm
+
     with _newest_row_shown(config.out):
         result = train_q_rm(config)
     sides = (("trained on", result.train, result.num_train), ("held out", result.heldout, result.num_heldout))
     rows = []
-    for name, side, num in sides:
+    for side_name, side, num in sides:
         if side is None:
             continue
         accuracies = (_share(share, num) for share in (side.accuracy, side.action_accuracy))
-        rows.append((f"{num} pairs {name}", *accuracies, f"{side.margin:.3f}", f"{side.loss:.4f}"))
-    _print_table("Q-RM", ("", "pair accuracy", "at the first difference", "Q margin", "loss"), rows)
-    print(f"{result.tokens_per_s:,.0f} tokens/s\nQ-RM  {result.directory}")
+        rows.append((f"{num} pairs {side_name}", *accuracies, f"{side.margin:.3f}", f"{side.loss:.4f}"))
+    _print_table(name, ("", "pair accuracy", "at the first difference", "Q margin", "loss"), rows)
+    print(f"{result.tokens_per_s:,.0f} tokens/s\n{name}  {result.directory}")
+
+
+def _train_prm(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.plots import calibration
+    from .rl.prm_training import PRMConfig, train_prm
+
+    _add_options(parser, PRMConfig, out="runs/prm")
+    config = _parse(parser, arguments, PRMConfig, _from_scratch)
+    with _newest_row_shown(config.out):
+        result = train_prm(config)
+    sides = [(result.num_train, "trained on", result.train)]
+    if result.heldout is not None:
+        sides.append((result.num_heldout, "held out", result.heldout))
+    names = ("loss per step", "right judgements of steps", "of the wrong ones", "of the right ones")
+    columns = [
+        [
+            f"{side.loss:.4f}",
+            *(f"{share:.3f}" for share in (side.accuracy, side.wrong_found, side.right_kept)),
+            _share(side.first_error, num),
+            f"{side.calibration_error:.3f}",
+        ]
+        for num, _, side in sides
+    ]
+    rows = list(zip((*names, "first wrong step found", "calibration error"), *columns, strict=True))
+    _print_table("PRM", ("", *(f"{num} solutions {name}" for num, name, _ in sides)), rows)
+    calibration(result.bins).savefig(f"{result.directory}/calibration.png")
+    print(f"{result.tokens_per_s:,.0f} tokens/s\ncalibration  {result.directory}/calibration.png")
+    print(f"PRM  {result.directory}")
+
+
+def _from_scratch(options: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that hang on the model."""
+    if not options["model"].startswith("scratch:"):
+        return {}
+    return FROM_SCRATCH | (dict(num_head_epochs=0) if options["kind"] == "prm" else {})  # no backbone to keep as it is
 
 
 def train(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -160,8 +222,8 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def score(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Q of every token of an answer; of two answers, also the difference up to the first token in which they differ."""
-    parser.add_argument("--model", type=str, required=True, help="The Q-RM: Hugging Face id or directory.")
+    """What a Q-RM gives every token of an answer, and where two answers part; what a PRM gives every step."""
+    parser.add_argument("--model", type=str, required=True, help="The Q-RM or PRM: Hugging Face id or directory.")
     parser.add_argument("--prompt", type=str, required=True)
     parser.add_argument(
         "--response", type=str, action="append", required=True, help="An answer; give it twice for two."
@@ -172,6 +234,11 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     if len(options.response) > 2:
         raise ValueError(f"response must be given once or twice, got {len(options.response)}")
     _before_models(options.device)
+    from .rl.models import num_labels
+
+    if num_labels(options.model) == 2:
+        _score_steps(options.model, options.prompt, options.response, options.device, options.plot)
+        return
     from .rl.plots import Answer, first_difference, heat_map
     from .rl.score import score as run
 
@@ -191,6 +258,20 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     if options.plot:
         heat_map(options.prompt, answers).savefig(options.plot)
         print(f"heat map  {options.plot}")
+
+
+def _score_steps(model: str, prompt: str, responses: list[str], device: str, plot: str | None) -> None:
+    from .rl.score import score_steps
+
+    if plot:
+        raise ValueError(f"plot draws the tokens of a Q-RM, expected none for a PRM, got {plot}")
+    for number, scores in enumerate(score_steps(model, prompt, responses, device=device), start=1):
+        rows = [
+            (str(t), repr(step), f"{reward:+.4f}", f"{weight:.3f}")
+            for t, (step, reward, weight) in enumerate(zip(*scores[:3], strict=True))
+        ]
+        title = f"Reward of every step of response {number}; their soft minimum is {scores.outcome:+.4f}"
+        _print_table(title, ("", "step", "reward", "weight"), rows)
 
 
 def plot(parser: ArgumentParser, arguments: list[str]) -> None:
