@@ -32,6 +32,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from .rl.implicit_training import DPOConfig, ImplicitConfig
     from .rl.reward_training import ORMConfig, QRMConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -84,13 +85,15 @@ FROM_SCRATCH = dict(lr=3e-4, num_epochs=2, batch_size=32, warmup_steps=8, decay=
 
 
 def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Train a reward model: a Q-RM or an ORM on preference pairs, a PRM on solutions with a label per step (--kind)."""
+    """Train a reward model: Q-RM, ORM and DPO on pairs, a PRM on solutions with step labels, ... (--kind)."""
     # The kind decides which options there are, as a command would.
     kinds: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
         "qrm": _train_q_rm,
         "qrm-vocab": _train_q_rm,
         "orm": _train_orm,
         "prm": _train_prm,
+        "dpo": _train_dpo,
+        "implicit": _train_implicit,
     }
     kind = next((b for a, b in pairwise(arguments) if a == "--kind"), "qrm")
     if kind not in kinds:
@@ -158,6 +161,35 @@ def _train_prm(parser: ArgumentParser, arguments: list[str]) -> None:
     calibration(result.bins).savefig(f"{result.directory}/calibration.png")
     print(f"{result.tokens_per_s:,.0f} tokens/s\ncalibration  {result.directory}/calibration.png")
     print(f"PRM  {result.directory}")
+
+
+def _train_dpo(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.implicit_training import DPOConfig
+
+    _add_options(parser, DPOConfig, out="runs/dpo")
+    _train_log_ratio(_parse(parser, arguments, DPOConfig), "DPO", "pairs")
+
+
+def _train_implicit(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.implicit_training import ImplicitConfig
+
+    _add_options(parser, ImplicitConfig, out="runs/implicit")
+    _train_log_ratio(_parse(parser, arguments, ImplicitConfig), "Implicit reward model", "answers")
+
+
+def _train_log_ratio(config: "DPOConfig | ImplicitConfig", name: str, what: str) -> None:
+    from .rl.implicit_training import train_implicit
+
+    with _newest_row_shown(config.out):
+        result = train_implicit(config)
+    sides = (("trained on", result.train, result.num_train), ("held out", result.heldout, result.num_heldout))
+    rows = [
+        (f"{num} {what} {side_name}", _share(side.accuracy, num), f"{side.margin:.3f}", f"{side.loss:.4f}")
+        for side_name, side, num in sides
+        if side is not None
+    ]
+    _print_table(name, ("", "accuracy", "margin", "loss"), rows)
+    print(f"{result.tokens_per_s:,.0f} tokens/s\n{name}  {result.directory}")
 
 
 def _from_scratch(options: dict[str, Any]) -> dict[str, Any]:

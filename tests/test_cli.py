@@ -23,7 +23,7 @@ from qrm_fast.cli import COMMANDS, main
 from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
 from qrm_fast.rl.checkpoint import save_checkpoint, states
 from qrm_fast.rl.config import Config
-from qrm_fast.rl.data import STEP, Demonstration, Pair, Solution, write_jsonl
+from qrm_fast.rl.data import STEP, Demonstration, Judged, Pair, Solution, write_jsonl
 from qrm_fast.rl.metrics import MetricsLog
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.tokenizers import load_tokenizer
@@ -43,6 +43,8 @@ def inputs(tmp_path_factory):
     wrong = {prompt: arithmetic_demonstration(prompt, slips) + "0" for prompt in right}
     write_jsonl(folder / "prompts.jsonl", examples)
     write_jsonl(folder / "demonstrations.jsonl", [Demonstration(*item) for item in right.items()])
+    judged = [Judged(prompt, answer, answer is right[prompt]) for x in (right, wrong) for prompt, answer in x.items()]
+    write_jsonl(folder / "judged.jsonl", judged)
     steps = [(prompt, answer.split(STEP)) for prompt, answer in right.items()]
     solutions = [Solution(p, (*s[:-1], "0"), (*[True] * (len(s) - 1), False)) for p, s in steps]
     write_jsonl(folder / "solutions.jsonl", solutions)
@@ -139,6 +141,26 @@ def test_a_prm_from_solutions_to_scores_and_a_policy(inputs, run):
     status, out, err = run(*arguments, "--reward", "pure=1.0,verifier=1.0", "--labelled_share", 0.1)
     assert (status, err) == (0, "") and "process/short_mass" in rows_of("runs/train")[1]
     assert run("plot", ".")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["orm", "qrm-vocab", "dpo", "implicit"])
+def test_the_other_kinds_train_and_serve_a_policy(inputs, run, kind):
+    data = "judged" if kind == "implicit" else "pairs"
+    model = ["--model", inputs / "policy", "--batch_size", 4, "--lr", 1e-3, "--out", "rm"]
+    status, out, err = run("train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", *model)
+    assert (status, err) == (0, "") and "trained on" in out and "held out" in out and "tokens/s" in out
+    assert json.loads(Path("rm/options.json").read_text())["kind"] == kind
+    preset = {"dpo": "dpo-rm", "implicit": "dpo-rm"}.get(kind, kind)
+    field = {"dpo": "implicit", "qrm-vocab": "q_rm"}.get(kind, kind)
+    for algorithm in "reinforce", "ppo":
+        arguments = ["--preset", preset, "--algorithm", algorithm, f"--{field}", "rm", "--out", algorithm]
+        status, out, err = run(*train_arguments(inputs), *arguments)
+        assert (status, err) == (0, "") and rows_of(algorithm)[0]["policy/grad_norm"] > 0
+    if kind in ("dpo", "implicit"):
+        status, _, err = run(
+            "train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", "--tokenizer", "arithmetic"
+        )
+        assert status == 2 and "model must be a checkpoint, which stays as the reference, got scratch:small" in err
 
 
 def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):
@@ -297,10 +319,16 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
         (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
         (
             [*TRAIN_MD, "--reward", "fame"],
-            "reward must be one of q-rm, pure, verifier, random, or a mixture such as pure=1.0,verifier=1.0, got fame",
+            "reward must be one of q-rm, qrm-vocab, orm, implicit, random, pure, verifier, or a mixture such as pure=",
         ),
-        ([*TRAIN_MD, "--preset", "ppo"], "preset must be one of qrm-released, qrm-paper, pure-paper, pure-paper-step"),
-        (["train-rm", "--data", "d", "--kind", "fame"], "kind must be one of qrm, qrm-vocab, orm, prm, got fame"),
+        (
+            [*TRAIN_MD, "--preset", "ppo"],
+            "preset must be one of qrm-released, qrm-paper, qrm-vocab, orm, dpo-rm, pure-p",
+        ),
+        (
+            ["train-rm", "--data", "d", "--kind", "fame"],
+            "kind must be one of qrm, qrm-vocab, orm, prm, dpo, implicit, got fa",
+        ),
         ([*TRAIN_MD, "--config", "no.yaml"], "no.yaml"),
         ([*TRAIN_MD, "--device", "toaster"], "device must be one that torch can use here, got toaster"),
         (

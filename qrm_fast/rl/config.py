@@ -10,16 +10,19 @@ from .run_folder import RunOptions
 from .verifiers import find_verifier
 
 # The kinds of reward that `Config.reward` names, each a class of rewards.py.
-STREAMS = ("q-rm", "pure", "verifier", "random")
+TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
+STREAMS = (*TOKEN_SCORES, "pure", "verifier")
 MIXTURE = "pure=1.0,verifier=1.0"
 
-# What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code and the
-# paper's Algorithm 1 (arXiv 2505.23363); those of PURE its eq. 7, its eq. 8 and its two codes (arXiv 2504.15275);
-# rloo (arXiv 2402.14740), grpo (2402.03300) and dr-grpo (2503.20783) credit answers that a verifier judges.
+# What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
+# Algorithm 1 and its Proposition 3.4 (arXiv 2505.23363), orm and dpo-rm what the released code compares with. Those of
+# PURE are its eq. 7, its eq. 8 and its two codes (arXiv 2504.15275). rloo (arXiv 2402.14740), grpo (2402.03300) and
+# dr-grpo (2503.20783) credit answers that a verifier judges.
 _COMMON = dict(center=False, eos_rescore="none", process="paper", estimator="own", baseline="rloo")
-_COMMON |= dict(value_coef=0.0, value_normalize=True, loss_mode="token-mean")
+_COMMON |= dict(value_coef=0.0, value_normalize=True, loss_mode="token-mean", gamma=1.0, lam=0.95)
 _RELEASED = _COMMON | dict(reward="q-rm", kl_estimator="abs", kl_in="reward")
 _PAPER = _COMMON | dict(reward="q-rm", center=True, kl_estimator="k1", kl_in="reward")
+_SUMMED = _RELEASED | dict(estimator="gae", gamma=0.9, lam=0.8, kl_coef=0.01)
 _PURE = _COMMON | dict(reward="pure", kl_coef=0.001, kl_estimator="k1", kl_in="reward")
 _VERIFIER = _COMMON | dict(reward="verifier", kl_coef=0.0, kl_estimator="k3", kl_in="loss")
 _OF_ANSWERS: dict[str, dict[str, Any]] = {
@@ -36,6 +39,12 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("qrm-released", "ppo"): _RELEASED | dict(kl_coef=0.01, value_coef=0.01),
     ("qrm-paper", "reinforce"): _PAPER | dict(kl_coef=0.0),
     ("qrm-paper", "ppo"): _PAPER | dict(kl_coef=0.01, value_coef=1.0, value_normalize=False),
+    ("qrm-vocab", "reinforce"): _COMMON | dict(reward="qrm-vocab", kl_coef=0.0, kl_estimator="k1", kl_in="reward"),
+    ("qrm-vocab", "ppo"): _COMMON | dict(reward="qrm-vocab", kl_coef=0.01, kl_estimator="k1", kl_in="reward"),
+    ("orm", "reinforce"): _RELEASED | dict(reward="orm", kl_coef=0.0),
+    ("orm", "ppo"): _SUMMED | dict(reward="orm"),
+    ("dpo-rm", "reinforce"): _RELEASED | dict(reward="implicit", kl_coef=0.0, eos_rescore="mean"),
+    ("dpo-rm", "ppo"): _SUMMED | dict(reward="implicit"),
     **{(name, algorithm): values for name, values in _OF_ANSWERS.items() for algorithm in ("reinforce", "ppo")},
 }
 
@@ -58,9 +67,13 @@ class Config(RunOptions):
     data: str
     """JSONL file of prompts: {"instruction"}, and {"label"} for the reward "verifier"."""
     q_rm: str | None = None
-    """Directory or id of the Q-RM; needed where the reward is "q-rm"."""
+    """Directory or id of the Q-RM; needed where the reward is "q-rm", or "qrm-vocab" for one with a vocabulary head."""
     prm: str | None = None
     """Directory or id of the PRM; needed where the reward is "pure"."""
+    orm: str | None = None
+    """Directory or id of the ORM; needed where the reward is "orm"."""
+    implicit: str | None = None
+    """Directory or id of a model trained with --kind dpo or implicit; needed where the reward is "implicit"."""
     eval_data: str | None = None
     """JSONL file of prompts with labels, on which Pass@1 is measured."""
     verifier: str = "number"
@@ -68,7 +81,8 @@ class Config(RunOptions):
     algorithm: Literal["reinforce", "ppo"] = "reinforce"
 
     reward: str = "q-rm"
-    """Token scores of the Q-RM ("q-rm"), step scores of the PRM ("pure"), answers judged by the verifier ("verifier"),
+    """Token scores of the Q-RM ("q-rm"; "qrm-vocab": over what the policy expects of it), step scores of the PRM
+    ("pure"), scores of answers ("orm"), log-ratios of tokens ("implicit"), answers judged by the verifier ("verifier"),
     one normal draw per answer ("random", a control), or a weighted mixture: "pure=1.0,verifier=1.0"."""
     labelled_share: Share = 1.0
     """Share of the labelled prompts on which a mixture uses the verifier; a prompt without a label is never judged."""
@@ -150,25 +164,33 @@ def check(config: Config) -> None:
     if config.loss_mode not in MODES:
         raise ValueError(f"loss_mode must be one of {', '.join(MODES)}, got {config.loss_mode}")
     streams = parse_streams(config.reward)
-    for stream, name, model in (("q-rm", "q_rm", "Q-RM"), ("pure", "prm", "PRM")):
+    for stream, name, model in (
+        ("q-rm", "q_rm", "Q-RM"),
+        ("qrm-vocab", "q_rm", "Q-RM"),
+        ("pure", "prm", "PRM"),
+        ("orm", "orm", "ORM"),
+        ("implicit", "implicit", "implicit reward model"),
+    ):
         if stream in streams and getattr(config, name) is None:
             raise ValueError(f'reward "{stream}" needs {name}, the directory of a trained {model}, got None')
+    if {"q-rm", "qrm-vocab"} <= streams.keys():
+        raise ValueError(f"reward must name one kind of Q-RM, for there is one q_rm, got {config.reward}")
     if config.labelled_share < 1 and ("verifier" not in streams or len(streams) == 1):
         raise ValueError(f"labelled_share is for a mixture with the verifier, expected 1, got {config.labelled_share}")
-    tokenwise = "q-rm" in streams or "pure" in streams or "random" in streams or config.estimator == "gae"
+    scored = [name for name in TOKEN_SCORES if name in streams]
+    tokenwise = scored or "pure" in streams or config.estimator == "gae"
     if not tokenwise and config.kl_coef and config.kl_in == "reward":
         raise ValueError('kl_in "reward" needs token rewards, expected kl_in "loss" with reward "verifier"')
-    if not {"q-rm", "random"} & streams.keys() and config.value_coef:
+    if config.value_coef and (len(scored) != 1 or config.estimator != "own"):
         raise ValueError(
-            f'value_coef is of the reward "q-rm", expected 0 with reward "{config.reward}", got {config.value_coef}'
+            'value_coef needs the token scores of one model and estimator "own", expected 0 with reward '
+            f'"{config.reward}", got {config.value_coef}'
         )
-    if config.estimator == "gae" and {"q-rm", "random"} & streams.keys():
-        raise ValueError(f'estimator "gae" sums rewards, which scores of a Q-RM are not, got reward "{config.reward}"')
-    if config.estimator == "min-gae" and ("pure" not in streams or config.value_coef):
-        raise ValueError(
-            'estimator "min-gae" is the critic of the reward "pure" alone, got reward '
-            f'"{config.reward}", value_coef {config.value_coef}'
-        )
+    returns = {"q-rm", "qrm-vocab", "random"} & streams.keys()
+    if config.estimator == "gae" and returns:
+        raise ValueError(f'estimator "gae" sums rewards, which {min(returns)} has none of, got "{config.reward}"')
+    if config.estimator == "min-gae" and "pure" not in streams:
+        raise ValueError(f'estimator "min-gae" is for the steps of the reward "pure", got "{config.reward}"')
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "abs":
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
 

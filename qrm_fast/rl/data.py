@@ -42,13 +42,19 @@ class Pair(NamedTuple):
     rejected: str
 
 
+class Judged(NamedTuple):
+    instruction: Instruction
+    response: str
+    label: bool  # whether the response is right
+
+
 class Solution(NamedTuple):
     instruction: Instruction
     steps: tuple[str, ...]
     labels: tuple[bool, ...]  # whether each step is right
 
 
-Row = TypeVar("Row", Prompt, Example, Question, Demonstration, Pair, Solution)
+Row = TypeVar("Row", Prompt, Example, Question, Demonstration, Pair, Judged, Solution)
 T = TypeVar("T")
 
 # The names a field may have in a file: ours, TRL's, GSM8K's. A row with several of them is read by the first.
@@ -167,10 +173,13 @@ def _row(fields: object, row: type[Row]) -> Row:
         values["instruction"] = tuple(_messages(values["instruction"], "instruction"))
     if any(before):
         values["instruction"] = _one_prompt(before, values["instruction"])
+    if row is Judged:
+        values["label"] = _label(fields.get("label"))
     if row is Solution:
         values["steps"], values["labels"] = _steps(values["steps"], values["labels"], fields)
     for name, value in values.items():
-        if name in ("steps", "labels") or (value is None and name in row._field_defaults):
+        read = name in ("steps", "labels") or (name == "label" and row is Judged)
+        if read or (value is None and name in row._field_defaults):
             continue
         if isinstance(value, tuple):
             if value[-1].role == "assistant":
@@ -198,12 +207,16 @@ def _steps(steps: object, labels: object, fields: dict) -> tuple[tuple[str, ...]
         raise ValueError(f"expected a list of labels in 'labels', got {_kind(labels, fields)}")
     for number, step in enumerate(steps, start=1):
         check_text(step, f"step {number}")
-    for number, label in enumerate(labels, start=1):
-        if not isinstance(label, int | float) or label not in (0, 1):
-            raise ValueError(f"labels must be true or false, 1 or 0, got {label!r} for step {number}")
+    judged = [_label(label, f" for step {number}") for number, label in enumerate(labels, start=1)]
     if len(labels) != len(steps):
         raise ValueError(f"expected one label for each step, got {len(labels)} labels and {len(steps)} steps")
-    return tuple(steps), tuple(map(bool, labels))
+    return tuple(steps), tuple(judged)
+
+
+def _label(label: object, where: str = "") -> bool:
+    if not isinstance(label, int | float) or label not in (0, 1):
+        raise ValueError(f"labels must be true or false, 1 or 0, got {label!r}{where}")
+    return bool(label)
 
 
 def _messages(value: list, name: str) -> list[Message]:
@@ -258,7 +271,8 @@ def texts(rows: Iterable[Row]) -> Iterator[str]:
     for instruction, *rest in rows:
         yield from [instruction] if isinstance(instruction, str) else (message.content for message in instruction)
         for field in rest:
-            yield from [field] if isinstance(field, str) else (text for text in field if isinstance(text, str))
+            fields = field if isinstance(field, tuple) else (field,)
+            yield from (text for text in fields if isinstance(text, str))
 
 
 def fit(prompt: list[int], response: list[int], max_len: int, name: str) -> list[int]:

@@ -125,6 +125,23 @@ def load_vocabulary_q(
     return model.eval().requires_grad_(False)
 
 
+def load_implicit(
+    spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedModel, float]:
+    """A trained implicit reward model (DPO's policy), the same; its reference, and beta of its rewards.
+
+    Raises ValueError for a model that was not trained as one, OSError where the reference is gone.
+    """
+    model = load_policy(spec, tokenizer, device=device, dtype=dtype)
+    reference = getattr(model.config, "reference_model", None)
+    if reference is None:
+        raise ValueError(f"{spec} must be an implicit reward model, which names its reference, got one without")
+    models = (
+        x.eval().requires_grad_(False) for x in (model, load_policy(reference, tokenizer, device=device, dtype=dtype))
+    )
+    return (*models, model.config.implicit_beta)
+
+
 def num_labels(spec: str) -> int:
     """Labels of the token classifier at `spec`: 1 of a Q-RM, 2 of a PRM. 0 for any other model."""
     _check_whole(spec)

@@ -225,7 +225,7 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         return Policy(model, num_ids=num_token_ids(tokenizer))
 
     policy = load_start()
-    credit = load_credit(config, tokenizer)
+    credit = load_credit(config, tokenizer, policy)
     reference = load_start().requires_grad_(False) if config.kl_coef else None
     critic = critic_optimizer = None
     if config.value_coef or config.estimator != "own":

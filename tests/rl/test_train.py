@@ -33,6 +33,11 @@ def checkpoints(tmp_path_factory):
     prm = load_token_model("scratch:demo", tokenizer, num_labels=2)
     prm.config.step_separator = STEP
     save_checkpoint(prm, tokenizer, folder / "prm")
+    q_model = load_policy("scratch:demo", tokenizer)
+    q_model.config.reward_model = "qrm-vocab"
+    save_checkpoint(q_model, tokenizer, folder / "q_vocab")
+    q_model.config.reference_model, q_model.config.implicit_beta = str(folder / "policy"), 0.1
+    save_checkpoint(q_model, tokenizer, folder / "implicit")
     write_jsonl(folder / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
     return folder
 
@@ -43,6 +48,8 @@ def config(checkpoints, tmp_path):
         model=str(checkpoints / "policy"),
         q_rm=str(checkpoints / "q_rm"),
         prm=str(checkpoints / "prm"),
+        orm=str(checkpoints / "q_rm"),
+        implicit=str(checkpoints / "implicit"),
         data=str(checkpoints / "prompts.jsonl"),
         out=str(tmp_path / "run"),
         overwrite=True,
@@ -66,6 +73,8 @@ def same_bits(a, b):
 @pytest.mark.parametrize(("name", "algorithm"), PRESETS)
 def test_presets_run_and_report(config, name, algorithm):
     steps = dict(num_epochs=2, num_minibatches=2) if algorithm == "ppo" else {}
+    if name == "qrm-vocab":
+        steps["q_rm"] = config.q_rm.replace("q_rm", "q_vocab")
     result = train(replace(config, **preset(name, algorithm), **steps))
     with open(result.directory + "/metrics.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
@@ -254,6 +263,8 @@ def test_the_policy_climbs_its_q_rm(config):
     dict(reward="pure=1.0,verifier=0.5", labelled_share=0.5, operator="revmin", process="verl"),
     dict(reward="q-rm=1.0,pure=0.5,verifier=2.0,random=0.1", num_epochs=2, num_minibatches=2),
     dict(reward="verifier", estimator="gae", kl_coef=0.1),
+    dict(reward="orm=1.0,implicit=0.5,verifier=1.0", estimator="gae", kl_coef=0.1),
+    dict(reward="orm,verifier", value_coef=0.5, kl_in="reward"),
     dict(operator="sum", kl_in="loss", kl_estimator="k2"),
 ])  # fmt: skip
 def test_mixtures_and_critics_run_and_report(config, algorithm, options):
@@ -324,14 +335,22 @@ def test_bad_input(config, tmp_path):
         train(replace(config, **preset("pure-paper"), prm=config.q_rm))
     with pytest.raises(ValueError, match=r"labelled_share is for a mixture with the verifier, expected 1, got 0\.5"):
         train(replace(config, **preset("rloo"), labelled_share=0.5))
-    with pytest.raises(ValueError, match='estimator "gae" sums rewards, which scores of a Q-RM are not, got reward "q'):
+    with pytest.raises(ValueError, match="reward must name one kind of Q-RM, for there is one q_rm, got q-rm,qr"):
+        train(replace(config, reward="q-rm,qrm-vocab"))
+    with pytest.raises(ValueError, match="value_coef needs the token scores of one model"):
+        train(replace(config, reward="q-rm,orm", value_coef=1.0))
+    with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a causal language model without"):
+        train(replace(config, **preset("qrm-vocab"), q_rm=config.model))
+    with pytest.raises(ValueError, match="must be an implicit reward model, which names its reference, got one"):
+        train(replace(config, **preset("dpo-rm"), implicit=config.model))
+    with pytest.raises(ValueError, match='estimator "gae" sums rewards, which q-rm has none of, got "q-rm"'):
         train(replace(config, estimator="gae"))
-    with pytest.raises(ValueError, match='estimator "min-gae" is the critic of the reward "pure" alone, got reward "v'):
+    with pytest.raises(ValueError, match='estimator "min-gae" is for the steps of the reward "pure", got "verifier"'):
         train(replace(config, **{**preset("rloo"), "estimator": "min-gae"}))
     with pytest.raises(ValueError, match='expected kl_in "loss" with reward "verifier"'):
         train(replace(config, **{**preset("rloo"), "kl_coef": 0.1, "kl_in": "reward"}))
     with pytest.raises(
-        ValueError, match='value_coef is of the reward "q-rm", expected 0 with reward "verifier", got 0'
+        ValueError, match=r'value_coef needs the token scores of one model .* expected 0 with reward "verifier", got 0'
     ):
         train(replace(config, **{**preset("rloo"), "value_coef": 0.5}))
     with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, math, got judge"):

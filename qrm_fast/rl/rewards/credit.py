@@ -10,8 +10,11 @@ from ... import PackedBatch, per_token
 from ...ops.gae import Advantages
 from ..config import Config
 from ..data import Example, Prompt
+from ..policy import Policy
 from ..rollout import Rollout
-from ..scorer import StepScorer, TokenScorer
+from ..scorer import StepScorer, TokenScorer, VocabularyScorer
+
+Model = TokenScorer | StepScorer | VocabularyScorer | Policy
 
 
 class Packed(NamedTuple):
@@ -35,7 +38,7 @@ class Packed(NamedTuple):
 class Credit(Protocol):
     """A reward stream, as the loop asks for it: first about answers, then about the tokens of those that are packed."""
 
-    models: list[TokenScorer | StepScorer]  # resident, for the checks at the start
+    models: list[Model]  # resident, for the checks at the start
 
     def of_answers(self, rollout: Rollout, examples: Sequence[Prompt | Example], group_ids: Tensor) -> Tensor | None:
         """[S] advantages of whole answers, 0 for one that would change nothing; None where only tokens have one."""

@@ -20,8 +20,8 @@ from ..config import Config
 from ..data import Example, Prompt
 from ..prm import ends_a_step, find_steps, separator_id, separator_of
 from ..rollout import Rollout
-from ..scorer import StepScorer, TokenScorer
-from .credit import Packed, penalty
+from ..scorer import StepScorer
+from .credit import Model, Packed, penalty
 from .verifier import Verifier
 
 
@@ -41,7 +41,7 @@ class Process:
         verifier_weight: float,
     ) -> None:
         self.scorer, self.config, self.verifier = scorer, config, verifier
-        self.models: list[TokenScorer | StepScorer] = [scorer]
+        self.models: list[Model] = [scorer]
         self.coefs = dict(process_coef=weight, outcome_coef=verifier_weight)
         self.separator = separator_id(tokenizer, separator_of(scorer.model.config))
         self.ends_a_step = ends_a_step(tokenizer).to(scorer.model.device)

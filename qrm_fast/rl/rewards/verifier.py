@@ -12,9 +12,8 @@ from ...ops.gae import Advantages
 from ..config import Config
 from ..data import Example, Prompt
 from ..rollout import Rollout
-from ..scorer import StepScorer, TokenScorer
 from ..verifiers import find_verifier
-from .credit import Packed, at_the_end
+from .credit import Model, Packed, at_the_end
 
 
 class Verifier:
@@ -22,7 +21,7 @@ class Verifier:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.models: list[TokenScorer | StepScorer] = []
+        self.models: list[Model] = []
 
     def of_answers(self, rollout: Rollout, examples: Sequence[Prompt | Example], group_ids: Tensor) -> Tensor:
         config, device = self.config, group_ids.device

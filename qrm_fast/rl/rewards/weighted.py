@@ -9,15 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ... import gae
 from ...ops.gae import Advantages
-from ..config import Config, parse_streams
+from ..config import TOKEN_SCORES, Config, parse_streams
 from ..data import Example, Prompt
-from ..models import load_prm, load_q_rm
+from ..models import load_implicit, load_prm, load_q_rm, load_vocabulary_q, num_token_ids
+from ..policy import Policy
 from ..rollout import Rollout
-from ..scorer import StepScorer, TokenScorer
+from ..scorer import StepScorer, TokenScorer, VocabularyScorer
 from ..tokenizers import check_same_vocabulary, load_tokenizer
 from .credit import Packed, Stream, penalty
 from .process import Process
-from .q_rm import QRM, Random
+from .q_rm import QRM, Implicit, Outcome, Random, VocabularyQ
 from .verifier import Verifier
 
 
@@ -47,7 +48,8 @@ class Weighted:
         parts = {name: stream.of_tokens(packed) for name, (_, stream) in self.streams.items()}
         weights = [weight for weight, _ in self.streams.values()]
         advantages = torch.stack([w * part.advantages for w, part in zip(weights, parts.values(), strict=True)]).sum(0)
-        valued = parts.get("pure" if config.estimator == "min-gae" else "q-rm", next(iter(parts.values())))
+        with_critic = ("pure",) if config.estimator == "min-gae" else TOKEN_SCORES
+        valued = next((parts[name] for name in with_critic if name in parts), next(iter(parts.values())))
         return Advantages(advantages, valued.returns)  # what the critic is of, where there is one
 
     def metrics(self) -> dict[str, Tensor]:
@@ -61,31 +63,42 @@ class Weighted:
             stream.load_state_dict(state[name])
 
 
-def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase) -> Weighted:
+def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Weighted:
     """The streams that `config.reward` names, with their models.
 
-    Raises ValueError for a reward model of another vocabulary than `tokenizer`'s, or without a trained head.
+    Raises ValueError for a reward model of another vocabulary than `tokenizer`'s, or of another kind than is asked for.
     """
     weights = parse_streams(config.reward)
     options: dict[str, Any] = dict(device=config.device, dtype=getattr(torch, config.dtype))
-    kl_coefs = dict.fromkeys(weights, 0.0)
-    if config.kl_in == "reward":  # taken off once, by the first of these
-        taker = next((name for name in ("pure", "q-rm", "random") if name in weights), "")
-        kl_coefs[taker] = config.kl_coef / weights.get(taker, 1.0)
+    taker = next((name for name in ("pure", *TOKEN_SCORES) if name in weights), "")
 
-    streams: dict[str, tuple[float, Stream]] = {}
-    if "q-rm" in weights:
-        assert config.q_rm is not None  # `check` refuses it
-        check_same_vocabulary(tokenizer, load_tokenizer(config.q_rm))
-        q_rm = load_q_rm(config.q_rm, tokenizer, **options)
-        streams["q-rm"] = weights["q-rm"], QRM(TokenScorer(q_rm, reads_action=True), config, kl_coefs["q-rm"])
-    if "random" in weights:
-        streams["random"] = weights["random"], Random(config, kl_coefs["random"])
+    def checked(spec: str | None) -> str:
+        assert spec is not None  # `check` refuses it
+        check_same_vocabulary(tokenizer, load_tokenizer(spec))
+        return spec
+
+    def token_scores(name: str) -> QRM:
+        # taken off the reward once, by the first that can
+        kl_coef = config.kl_coef / weights[name] if config.kl_in == "reward" and name == taker else 0.0
+        if name == "random":
+            return Random(config, kl_coef)
+        if name == "qrm-vocab":
+            q_model = load_vocabulary_q(checked(config.q_rm), tokenizer, **options)
+            return VocabularyQ(VocabularyScorer(q_model), policy, config, kl_coef)
+        if name == "implicit":
+            model, reference, beta = load_implicit(checked(config.implicit), tokenizer, **options)
+            num_ids = num_token_ids(tokenizer)
+            return Implicit(Policy(model, num_ids=num_ids), Policy(reference, num_ids=num_ids), beta, config, kl_coef)
+        kind, spec = (QRM, config.q_rm) if name == "q-rm" else (Outcome, config.orm)
+        model = load_q_rm(checked(spec), tokenizer, **options)
+        return kind(TokenScorer(model, reads_action=True), config, kl_coef)
+
+    streams: dict[str, tuple[float, Stream]] = {
+        name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
+    }
     verifier = Verifier(tokenizer, config) if "verifier" in weights else None
     if "pure" in weights:
-        assert config.prm is not None  # `check` refuses it
-        check_same_vocabulary(tokenizer, load_tokenizer(config.prm))
-        scorer = StepScorer(load_prm(config.prm, tokenizer, **options))
+        scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
         share = weights.get("verifier", 0.0)
         streams["pure"] = 1.0, Process(scorer, tokenizer, config, weights["pure"], verifier, share)
     elif verifier is not None:
