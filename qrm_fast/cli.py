@@ -223,8 +223,9 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Greedy and sampled Pass@1 of a policy on the problems of a file."""
+    """Greedy and sampled Pass@1 of a policy; with --best_of, of the answers that a reward model would choose."""
     from .rl.attention import check_packing
+    from .rl.best_of import Judge, best_of, check_choice
     from .rl.config import Config
     from .rl.models import check_context, load_policy, num_token_ids
     from .rl.policy import Policy
@@ -235,9 +236,22 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     from .rl.train import longest_answer
     from .rl.verifiers import read_examples
 
-    only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
+    only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "max_tokens", "seed", "device", "dtype")
     _add_options(parser, Config, only=only)
+    parser.add_argument("--best_of", type=int, default=1, help="Answers to choose from, sampled to each problem.")
+    parser.add_argument("--rerank", type=str, default="verifier", help="Who chooses: qrm, prm, orm or verifier.")
+    parser.add_argument("--reward_model", type=str | None, help="Directory or id of the Q-RM, PRM or ORM that chooses.")
+    parser.add_argument(
+        "--aggregation",
+        type=str | None,
+        help="From tokens or steps to an answer: mean (Q-RM's), min, last (ORM's), product, soft-min (PRM's).",
+    )
+    parser.add_argument("--plot", type=str | None, help="PNG file to draw: right answers by tokens sampled.")
     config = _parse(parser, arguments, Config, out="")
+    options = parser.parse_args(arguments)
+    aggregation = check_choice(options.rerank, options.reward_model, options.aggregation)
+    if options.best_of < 1:
+        raise ValueError(f"best_of must be at least 1, got {options.best_of}")
     check_ranges(config)
     examples = read_examples(config.data, config.verifier)
     tokenizer = load_tokenizer(config.model)
@@ -248,9 +262,27 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     check_context(model, longest)
     check_packing(model, longest)
     check_sampling(engine, policy, longest)
-    result = run(engine, tokenizer, examples, config)
-    rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
-    _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
+    if options.best_of == 1:
+        result = run(engine, tokenizer, examples, config)
+        rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
+        _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
+        return
+    judge = None
+    if options.reward_model is not None:
+        how: dict[str, Any] = dict(aggregation=aggregation, longest=longest, config=config)
+        judge = Judge(options.rerank, options.reward_model, tokenizer, **how)
+    results = best_of(engine, tokenizer, examples, config, options.best_of, judge)
+    rows_of_k = [
+        (str(x.num_answers), _share(x.accuracy, len(examples)), f"{x.some_right:.3f}", f"{x.num_tokens:,.0f}")
+        for x in results
+    ]
+    title = f"Best of k on {len(examples)} problems, chosen by {options.rerank}"
+    _print_table(title, ("k", "right answers", "one of k right", "tokens per problem"), rows_of_k)
+    if options.plot:
+        from .rl.plots import accuracy_by_tokens
+
+        accuracy_by_tokens(results, options.rerank).savefig(options.plot)
+        print(f"best of k  {options.plot}")
 
 
 def score(parser: ArgumentParser, arguments: list[str]) -> None:

@@ -189,6 +189,31 @@ def calibration(bins: Sequence[tuple[float, float, int]]) -> Figure:
     return figure
 
 
+# ---- best of k
+
+
+def accuracy_by_tokens(results: Sequence[tuple[int, float, float, float]], chooser: str) -> Figure:
+    """Of `best_of`: the share of right answers by the tokens sampled, as `chooser` chooses and at best."""
+    figure = Figure(figsize=(4.4, 3.4), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    num_answers, accuracy, some_right, num_tokens = zip(*results, strict=True)
+    axes.plot(num_tokens, some_right, color="0.5", linewidth=1.3, linestyle="--", marker="o", markersize=3)
+    axes.plot(num_tokens, accuracy, color="C0", linewidth=1.3, marker="o", markersize=3)
+    axes.axhline(accuracy[0], color="0.5", linewidth=1, linestyle=":")
+    for k, x, y in zip(num_answers, num_tokens, accuracy, strict=True):
+        axes.annotate(f"k = {k}", (x, y), textcoords="offset points", xytext=(0, -11), fontsize=7)
+    axes.legend(["one of k is right", f"chosen by {chooser}", "one answer"], fontsize=7, framealpha=0.7)
+    axes.set_xscale("log")
+    axes.set_ylim(*SHARE)
+    axes.set_xlabel("tokens sampled for a problem", fontsize=9)
+    axes.set_ylabel("right answers (share)", fontsize=9)
+    axes.set_title("Best of k", fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 # ---- heat maps
 
 
