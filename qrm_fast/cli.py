@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import torch
 
 try:
+    import yaml  # type: ignore[import-untyped]
     from jsonargparse import ArgumentParser, set_parsing_settings
     from rich import box
     from rich.console import Console
@@ -95,7 +96,7 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
         "dpo": _train_dpo,
         "implicit": _train_implicit,
     }
-    kind = next((b for a, b in pairwise(arguments) if a == "--kind"), "qrm")
+    kind = _kind(arguments) or "qrm"
     if kind not in kinds:
         raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind}")
     parser.epilog = f"--kind chooses among {', '.join(kinds)}; each has its own options. " + (
@@ -103,6 +104,18 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     _expect_a_new_head()
     kinds[kind](parser, arguments)
+
+
+def _kind(arguments: list[str]) -> str | None:
+    """What --kind says, or else the file of --config. A file that cannot be read is left to the parser to refuse."""
+    said = dict(x.split("=", 1) for x in arguments if x.startswith("--") and "=" in x) | dict(pairwise(arguments))
+    if "--kind" in said or "--config" not in said:
+        return said.get("--kind")
+    try:
+        values = yaml.safe_load(Path(said["--config"]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return str(values["kind"]) if isinstance(values, dict) and "kind" in values else None
 
 
 def _train_q_rm(parser: ArgumentParser, arguments: list[str]) -> None:

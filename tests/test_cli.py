@@ -125,7 +125,7 @@ def test_a_prm_from_solutions_to_scores_and_a_policy(inputs, run):
     options = json.loads(Path("prm/options.json").read_text())
     assert (options["kind"], options["separator"], options["num_head_epochs"]) == ("prm", STEP, 0)
     assert AutoModelForTokenClassification.from_pretrained("prm").config.num_labels == 2
-    status, out, err = run("train-rm", "--config", "prm/options.json", "--kind", "prm", "--out", "again")
+    status, out, err = run("train-rm", "--config", "prm/options.json", "--out", "again")
     assert (status, err) == (0, "") and rows_of("again")[0]["prm/loss"] == rows_of("prm")[0]["prm/loss"]
 
     response = "07+6=13\n\n#13"
@@ -159,6 +159,9 @@ def test_the_other_kinds_train_and_serve_a_policy(inputs, run, kind):
     status, out, err = run("train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", *model)
     assert (status, err) == (0, "") and "trained on" in out and "held out" in out and "tokens/s" in out
     assert json.loads(Path("rm/options.json").read_text())["kind"] == kind
+    if kind in ("orm", "qrm-vocab"):
+        status, out, err = run("score", "--model", "rm", "--prompt", "1+1:", "--response", "01+1=02")
+        assert (status, err) == (0, "") and len(cells(out)) == 8
     preset = {"dpo": "dpo-rm", "implicit": "dpo-rm"}.get(kind, kind)
     field = {"dpo": "implicit", "qrm-vocab": "q_rm"}.get(kind, kind)
     for algorithm in "reinforce", "ppo":

@@ -119,10 +119,16 @@ def load_vocabulary_q(
 
     Raises ValueError for a model that was not trained as one, such as a policy.
     """
+    if not is_vocabulary_q(spec):
+        raise ValueError(f"{spec} must be a Q-RM with a vocabulary head, got a model that was not trained as one")
     model = load_policy(spec, tokenizer, device=device, dtype=dtype)
-    if getattr(model.config, "reward_model", None) != "qrm-vocab":
-        raise ValueError(f"{spec} must be a Q-RM with a vocabulary head, got a causal language model without the mark")
     return model.eval().requires_grad_(False)
+
+
+def is_vocabulary_q(spec: str) -> bool:
+    """Whether the checkpoint at `spec` was trained as a Q-RM with a vocabulary head. Refuses an adapter."""
+    _check_whole(spec)
+    return getattr(AutoConfig.from_pretrained(spec), "reward_model", None) == "qrm-vocab"
 
 
 def load_implicit(

@@ -10,9 +10,9 @@ from .. import min_form_returns, pack, prm_rewards, q_token_rewards, unpack
 from .attention import check_packing
 from .control_tokens import text_ids
 from .data import STEP
-from .models import check_context, load_prm, load_q_rm
+from .models import check_context, is_vocabulary_q, load_prm, load_q_rm, load_vocabulary_q
 from .prm import separator_id, separator_of
-from .scorer import StepScorer, TokenScorer
+from .scorer import StepScorer, TokenScorer, VocabularyScorer
 from .tokenizers import encode_prompt, encode_response, load_stop_ids, load_tokenizer
 
 TEMPERATURE = 0.1  # of PURE's soft minimum
@@ -37,18 +37,23 @@ def score(
     """Q of every token of each response to one prompt, EOS included, by the Q-RM at the directory or id `q_rm`.
 
     The loss over pairs (arXiv 2505.23363) leaves Q an offset per prompt, so only differences between tokens after one
-    prompt mean something: `normalized` removes the mean. Raises ValueError where `q_rm` has no trained scalar head or
-    the prompt is empty, an answer passes the Q-RM's context or a score is not finite, OSError where there is no such
+    prompt mean something: `normalized` removes the mean. Raises ValueError where `q_rm` has no trained head or the
+    prompt is empty, an answer passes the Q-RM's context or a score is not finite, OSError where there is no such
     checkpoint.
     """
     tokenizer = load_tokenizer(q_rm)
-    model = load_q_rm(q_rm, tokenizer, device=device, dtype=dtype)
+    scorer: TokenScorer | VocabularyScorer
+    if is_vocabulary_q(q_rm):
+        scorer = VocabularyScorer(load_vocabulary_q(q_rm, tokenizer, device=device, dtype=dtype))
+    else:
+        scorer = TokenScorer(load_q_rm(q_rm, tokenizer, device=device, dtype=dtype), reads_action=True)
     prompt_ids = encode_prompt(tokenizer, prompt)
     end_id = load_stop_ids(q_rm, tokenizer)[0]
     answers = [encode_response(tokenizer, response, end_id) for response in responses]
-    _check_model(model, len(prompt_ids) + max(map(len, answers)))
+    _check_model(scorer.model, len(prompt_ids) + max(map(len, answers)))
     batch = pack([prompt_ids + answer for answer in answers], [len(prompt_ids)] * len(answers), device=device)
-    q = TokenScorer(model, reads_action=True)(batch)  # [T]
+    with torch.no_grad():
+        q = scorer(batch)  # [T]
     _check_scores(q, batch.seq_ids, "token")
     columns = (q, q_token_rewards(q, batch.action_cu_seqlens, center=True))
     per_answer = zip(answers, *(unpack(x.cpu(), batch.action_cu_seqlens.cpu()) for x in columns), strict=True)

@@ -96,7 +96,7 @@ def test_the_other_kinds_learn_pairs_too(config, kind):
         assert AutoModelForCausalLM.from_pretrained(result.directory).config.vocab_size == 17
         load_vocabulary_q(result.directory, tokenizer)
         save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, config.out)
-        with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a causal language model"):
+        with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a model that was not"):
             load_vocabulary_q(config.out, tokenizer)
 
 

@@ -339,7 +339,7 @@ def test_bad_input(config, tmp_path):
         train(replace(config, reward="q-rm,qrm-vocab"))
     with pytest.raises(ValueError, match="value_coef needs the token scores of one model"):
         train(replace(config, reward="q-rm,orm", value_coef=1.0))
-    with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a causal language model without"):
+    with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a model that was not"):
         train(replace(config, **preset("qrm-vocab"), q_rm=config.model))
     with pytest.raises(ValueError, match="must be an implicit reward model, which names its reference, got one"):
         train(replace(config, **preset("dpo-rm"), implicit=config.model))
