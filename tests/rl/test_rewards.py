@@ -9,7 +9,7 @@ import torch
 
 from qrm_fast import loss_weights, pack, policy_loss
 from qrm_fast.rl.arithmetic import STEP
-from qrm_fast.rl.config import Config, parse_streams, preset
+from qrm_fast.rl.config import PRESETS, Config, parse_streams, preset
 from qrm_fast.rl.data import Example, Prompt
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.policy import Policy
@@ -21,9 +21,11 @@ from qrm_fast.rl.rewards.weighted import Weighted
 from qrm_fast.rl.rollout import Rollout
 from qrm_fast.rl.scorer import VocabularyScorer
 from qrm_fast.rl.tokenizers import load_tokenizer
+from qrm_fast.rl.update import Denominators, weights_of
 from qrm_fast.rl.verifiers import VERIFIERS
 
 BLANK, DIGIT, EOS = 16, 4, 1
+PURE = ("pure-paper", "pure-paper-step", "pure-openrlhf", "pure-verl")
 TOKENIZER = load_tokenizer("arithmetic")
 
 
@@ -284,25 +286,90 @@ def test_an_orm_gives_the_golden_vectors():
     torch.testing.assert_close(got, torch.tensor([2.020726] * 4 + [4.041452] * 3), rtol=0, atol=2e-6)
 
 
+def policy(logprobs):
+    return lambda batch: SimpleNamespace(logprobs=logprobs)
+
+
 def test_dense_rewards_under_gae_give_the_golden_vectors():
     """The released code's case D, by the stream of an implicit reward model whose log-ratios are R / .1."""
     packed = packed_of(answers_of([(4, [3]), (3, [2])]), logprobs=LOG[0], ref_logprobs=LOG[1], values=V)
     config = config_of("dpo-rm", kl_coef=0.01, min_std_share=0.0)
-
-    def policy(logprobs):
-        return lambda batch: SimpleNamespace(logprobs=logprobs)
-
     implicit = Implicit(policy(10 * R - 1), policy(torch.full((7,), -1.0)), 0.1, config, kl_coef=0.0)
     advantages = Weighted({"implicit": (1.0, implicit)}, config).of_tokens(packed).advantages
     expected = [0.897355, 0.498453, 2.182486, 1.431406, 0.451096, 1.363978, 2.078811]
     torch.testing.assert_close(advantages, torch.tensor(expected), rtol=0, atol=5e-6)
 
 
+SD, MEAN = 1.3141692, 0.8214286
+DISTANCE = [a - b for a, b in zip(*LOG, strict=True)]
+SCALED = [(r - MEAN) / SD for r in R.tolist()]
+EOS_MEAN = [0.380469, -0.760937, 1.521874, 0.570703, -0.380469, 0.190234, 0.697526]  # case B
+RELEASED = [0.371249, -0.777377, 1.518264, 1.142236, -0.402628, 0.169184, 2.271591]  # case A
+SUMMED = [0.897355, 0.498453, 2.182486, 1.431406, 0.451096, 1.363978, 2.078811]  # case D
+NEW = [-0.2, -0.5, -0.2, -1.5, -0.3, -0.9, -0.04]
+BY_HAND = {
+    ("qrm-released", "reinforce"): EOS_MEAN,
+    ("qrm-released", "ppo"): RELEASED,
+    ("qrm-paper", "reinforce"): SCALED,
+    ("qrm-paper", "ppo"): [s - 0.01 * d - v for s, d, v in zip(SCALED, DISTANCE, V, strict=True)],
+    ("qrm-vocab", "reinforce"): [r / SD for r in R.tolist()],
+    ("qrm-vocab", "ppo"): [r / SD - 0.01 * d for r, d in zip(R.tolist(), DISTANCE, strict=True)],
+    ("orm", "reinforce"): [2.020726] * 4 + [4.041452] * 3,  # case E
+    ("orm", "ppo"): [0.604026, 0.619480, 1.293723, 2.310726, 1.606275, 2.439965, 3.837452],  # case C
+    ("dpo-rm", "reinforce"): EOS_MEAN,
+    ("dpo-rm", "ppo"): SUMMED,
+    **{("rloo", x): [-1.0] * 4 + [1.0] * 3 for x in ("reinforce", "ppo")},
+    **{("grpo", x): [-(0.5**0.5)] * 4 + [0.5**0.5] * 3 for x in ("reinforce", "ppo")},
+    **{("dr-grpo", x): [-0.5] * 4 + [0.5] * 3 for x in ("reinforce", "ppo")},
+}
+
+
+def test_every_preset_is_worked_by_hand():
+    assert PRESETS.keys() - BY_HAND.keys() == {(n, x) for n in PURE for x in ("reinforce", "ppo")}
+
+
+@pytest.mark.parametrize(("name", "algorithm"), BY_HAND)
+def test_two_rows_by_hand_from_scores_to_loss(name, algorithm):
+    """Two answers of 4 and 3 actions with scores R, the second right; the released code's golden vectors."""
+    values = {**preset(name, algorithm), "min_std_share": 0.0, "max_new_tokens": 12, "verifier": "label"}
+    config = Config(model="m", data="d", out="o", **values)
+    reward, responses = config.reward, answers_of([(4, [3]), (3, [2])])
+    kl_coef = config.kl_coef if config.kl_in == "reward" else 0.0
+    stream = {
+        "q-rm": lambda: QRM(lambda batch: R, config, kl_coef),
+        "qrm-vocab": lambda: QRM(lambda batch: R, config, kl_coef),  # Q - E_pi[Q] is R
+        "orm": lambda: Outcome(lambda batch: R, config, kl_coef),
+        "implicit": lambda: Implicit(policy(10 * R - 1), policy(torch.full((7,), -1.0)), 0.1, config, kl_coef),
+        "verifier": lambda: Verifier(TOKENIZER, config),
+    }[reward]()
+    credit = Weighted({reward: (1.0, stream)}, config)
+    tell(credit, responses, [0, 1])
+    has_critic = config.value_coef or config.estimator != "own"
+    reference = LOG[1] if config.kl_coef else None
+    packed = packed_of(responses, logprobs=LOG[0], ref_logprobs=reference, values=V if has_critic else None)
+    advantages = credit.of_tokens(packed).advantages
+    expected = BY_HAND[name, algorithm]
+    torch.testing.assert_close(advantages, torch.tensor(expected), rtol=0, atol=1e-5)
+
+    of_rows = {"grpo": [1 / 8] * 4 + [1 / 6] * 3, "dr-grpo": [1 / 24] * 7}.get(name, [1 / 7] * 7)
+    weights = weights_of(packed.batches[0], Denominators(2, 7), config)
+    assert weights.tolist() == pytest.approx(of_rows)
+    got = policy_loss(
+        torch.tensor(NEW), advantages, old_logprobs=packed.logprobs, token_weights=weights, kind=config.algorithm
+    ).loss.item()
+    loss = 0.0
+    for a, w, new, old in zip(expected, of_rows, NEW, LOG[0], strict=True):
+        ratio = math.exp(new - old)
+        clipped = min(a * ratio, a * min(max(ratio, 0.8), 1.2))
+        loss -= w * (a * new if algorithm == "reinforce" else clipped)
+    assert got == pytest.approx(loss, abs=1e-5)
+
+
 def test_a_vocabulary_head_is_above_what_the_policy_expects_of_it():
     torch.manual_seed(0)
-    policy, q_model = (load_policy("scratch:demo", TOKENIZER) for _ in range(2))
+    actor, q_model = (load_policy("scratch:demo", TOKENIZER) for _ in range(2))
     config = config_of("qrm-vocab", temperature=0.7, min_std_share=0.0)
-    stream = VocabularyQ(VocabularyScorer(q_model), Policy(policy), config, kl_coef=0.0)
+    stream = VocabularyQ(VocabularyScorer(q_model), Policy(actor), config, kl_coef=0.0)
     responses = answers_of([(4, [1]), (3, [2])])
     packed = packed_of(responses)
     with torch.no_grad():
@@ -310,9 +377,9 @@ def test_a_vocabulary_head_is_above_what_the_policy_expects_of_it():
         expected = []
         for response in responses:
             ids = torch.tensor([[2, *response]])
-            for model in (policy, q_model):
+            for model in (actor, q_model):
                 model.set_attn_implementation("sdpa")
-            z, q = (model(ids, use_cache=False).logits[0, :-1].double() for model in (policy, q_model))
+            z, q = (model(ids, use_cache=False).logits[0, :-1].double() for model in (actor, q_model))
             p = (z / 0.7).softmax(-1)
             expected.append(q.gather(1, ids[0, 1:, None])[:, 0] - (p * q).sum(-1))
     expected = torch.cat(expected)
