@@ -238,7 +238,7 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     """Greedy and sampled Pass@1 of a policy; with --best_of, of the answers that a reward model would choose."""
     from .rl.attention import check_packing
-    from .rl.best_of import Judge, best_of, check_choice
+    from .rl.best_of import Judge, best_of, check_choice, early_reject, sample_answers
     from .rl.config import Config
     from .rl.models import check_context, load_policy, num_token_ids
     from .rl.policy import Policy
@@ -259,12 +259,17 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
         type=str | None,
         help="From tokens or steps to an answer: mean (Q-RM's), min, last (ORM's), product, soft-min (PRM's).",
     )
+    parser.add_argument(
+        "--early_reject", type=int, default=0, help="Drop the half of the answers that scores lowest by then: tokens."
+    )
     parser.add_argument("--plot", type=str | None, help="PNG file to draw: right answers by tokens sampled.")
     config = _parse(parser, arguments, Config, out="")
     options = parser.parse_args(arguments)
     aggregation = check_choice(options.rerank, options.reward_model, options.aggregation)
     if options.best_of < 1:
         raise ValueError(f"best_of must be at least 1, got {options.best_of}")
+    if options.early_reject < 0 or (options.early_reject and (options.best_of == 1 or options.reward_model is None)):
+        raise ValueError(f"early_reject needs best_of and a reward_model, and at least 0, got {options.early_reject}")
     check_ranges(config)
     examples = read_examples(config.data, config.verifier)
     tokenizer = load_tokenizer(config.model)
@@ -284,13 +289,20 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     if options.reward_model is not None:
         how: dict[str, Any] = dict(aggregation=aggregation, longest=longest, config=config)
         judge = Judge(options.rerank, options.reward_model, tokenizer, **how)
-    results = best_of(engine, tokenizer, examples, config, options.best_of, judge)
+    answers = sample_answers(engine, tokenizer, examples, config, options.best_of, judge)
+    results = best_of(answers)
     rows_of_k = [
         (str(x.num_answers), _share(x.accuracy, len(examples)), f"{x.some_right:.3f}", f"{x.num_tokens:,.0f}")
         for x in results
     ]
     title = f"Best of k on {len(examples)} problems, chosen by {options.rerank}"
     _print_table(title, ("k", "right answers", "one of k right", "tokens per problem"), rows_of_k)
+    if judge is not None and options.early_reject:
+        early = early_reject(answers, judge, options.early_reject)
+        print(
+            f"half dropped after {options.early_reject} tokens: {_share(early.accuracy, len(examples))} right, "
+            f"{early.num_tokens:,.0f} tokens per problem, {early.saved:.1%} saved"
+        )
     if options.plot:
         from .rl.plots import accuracy_by_tokens
 

@@ -137,11 +137,12 @@ def test_a_prm_from_solutions_to_scores_and_a_policy(inputs, run):
     status, out, err = run("score", "--model", "prm", "--prompt", "7+6:", "--response", response, "--plot", "x.png")
     assert (status, out) == (2, "") and "plot draws the tokens of a Q-RM" in err
 
-    chosen = ["--best_of", 3, "--rerank", "prm", "--reward_model", "prm", "--plot", "best.png"]
+    chosen = ["--best_of", 3, "--rerank", "prm", "--reward_model", "prm", "--plot", "best.png", "--early_reject", 2]
     arguments = ["--data", inputs / "prompts.jsonl", "--verifier", "arithmetic", "--max_new_tokens", 4, *chosen]
     status, out, err = run("eval", "--model", inputs / "policy", *arguments)
     assert (status, err) == (0, "") and "Best of k on 16 problems, chosen by prm" in out
     assert [row[:2] for row in cells(out)] == [[k, "0.000"] for k in "123"]
+    assert "half dropped after 2 tokens" in out
     assert Path("best.png").read_bytes().startswith(b"\x89PNG")
     status, _, err = run("eval", "--model", inputs / "policy", *arguments, "--best_of", 0)
     assert status == 2 and "best_of must be at least 1, got 0" in err

@@ -30,6 +30,12 @@ class BestOf(NamedTuple):
     num_tokens: float  # sampled for a prompt
 
 
+class EarlyReject(NamedTuple):
+    accuracy: float  # share of prompts where the answer of the highest score among those kept is right
+    num_tokens: float  # sampled for a prompt, of those dropped only the first ones
+    saved: float  # share of the tokens that all answers have
+
+
 class Judge:
     """Scores whole answers by a reward model: of tokens (Q-RM, ORM) or of steps (PRM)."""
 
@@ -97,22 +103,30 @@ def aggregate(rewards: Tensor, aggregation: Aggregation) -> Tensor:
     return ((-rewards / 0.1).softmax(0) * rewards).sum()
 
 
-def best_of(
+class Answers(NamedTuple):
+    """N answers to each of P prompts."""
+
+    prompts: list[list[int]]  # of each of the P N answers
+    responses: list[list[int]]
+    right: Tensor  # [P, N] float64, 1 or 0
+    scores: Tensor  # [P, N] float64
+
+
+def sample_answers(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     examples: Rows[Example],
     config: Config,
     num_answers: int,
     judge: Judge | None,
-) -> list[BestOf]:
-    """Best of k for k = 1, 2, 4, ... up to `num_answers` answers, sampled at temperature 1 to each prompt.
+) -> Answers:
+    """`num_answers` answers to each prompt at temperature 1, judged; by the verifier where `judge` is None.
 
-    `judge` None chooses by the verifier. Each share is the mean over all subsets of k of a prompt's answers, not over
-    one of them; of equal scores none is preferred. Raises ValueError naming the prompt for a score that is not finite.
+    Raises ValueError naming the prompt for a score that is not finite.
     """
     prompts = encode_prompts(tokenizer, examples)
-    options = dict(max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed)
-    rollout = engine.generate(prompts, num_samples=num_answers, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = dict(max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed)
+    rollout = engine.generate(prompts, num_samples=num_answers, **options)
     labels = [example.label for example in examples for _ in range(num_answers)]
     right = verified(config.verifier, tokenizer, rollout.responses, rollout.finished, labels).double()
     asked = [prompt for prompt in prompts for _ in range(num_answers)]
@@ -121,10 +135,38 @@ def best_of(
         first = int((~scores.isfinite()).nonzero()[0, 0])
         place = examples.places[first // num_answers]
         raise ValueError(f"scores must be finite, got {scores[first].item()} for an answer to {place}")
-    right, scores = right.view(-1, num_answers), scores.view(-1, num_answers)
-    num_tokens = sum(map(len, rollout.responses)) / len(rollout.responses)
-    sizes = [k for k in (2**i for i in range(num_answers.bit_length())) if k < num_answers] + [num_answers]
-    return [BestOf(k, _chosen_right(scores, right, k), _chosen_right(right, right, k), k * num_tokens) for k in sizes]
+    return Answers(asked, rollout.responses, right.view(-1, num_answers), scores.view(-1, num_answers))
+
+
+def best_of(answers: Answers) -> list[BestOf]:
+    """Best of k for k = 1, 2, 4, ... N. Each share is the mean over all subsets of k of a prompt's N answers, not over
+    one of them; of equal scores none is preferred."""
+    num_answers = answers.scores.shape[1]
+    num_tokens = sum(map(len, answers.responses)) / len(answers.responses)
+    sizes = [*(k for k in (2**i for i in range(num_answers.bit_length())) if k < num_answers), num_answers]
+    chosen, any_of = (
+        [_chosen_right(scores, answers.right, k) for k in sizes] for scores in (answers.scores, answers.right)
+    )
+    return [BestOf(k, a, b, k * num_tokens) for k, a, b in zip(sizes, chosen, any_of, strict=True)]
+
+
+def early_reject(answers: Answers, judge: Judge, after: int) -> EarlyReject:
+    """Best of N where the half of the answers with the lowest scores of their first `after` tokens is dropped there.
+
+    An answer that has ended by then keeps its score. Of equal scores the earlier answers are kept.
+    """
+    num_prompts, num_answers = answers.scores.shape
+    partial = judge(answers.prompts, [response[:after] for response in answers.responses]).view(num_prompts, -1)
+    order = partial.argsort(dim=1, descending=True, stable=True)
+    kept = order[:, : -(-num_answers // 2)]
+    scores, right = answers.scores.gather(1, kept), answers.right.gather(1, kept)
+    lengths = torch.tensor(list(map(len, answers.responses))).view(num_prompts, -1)
+    spent = lengths.clamp(max=after).scatter(1, kept, lengths.gather(1, kept)).double()
+    return EarlyReject(
+        accuracy=_chosen_right(scores, right, kept.shape[1]),
+        num_tokens=spent.sum().item() / num_prompts,
+        saved=1 - (spent.sum() / lengths.sum()).item(),
+    )
 
 
 def _chosen_right(scores: Tensor, right: Tensor, k: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qrm_fast.rl.arithmetic import arithmetic_examples
-from qrm_fast.rl.best_of import Judge, _chosen_right, aggregate, best_of, check_choice
+from qrm_fast.rl.best_of import Judge, _chosen_right, aggregate, best_of, check_choice, early_reject, sample_answers
 from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.config import Config
 from qrm_fast.rl.data import STEP, Rows
@@ -58,6 +58,10 @@ def problems(num=3):
     return Rows(arithmetic_examples(num, split="train", seed=0), [f"p.jsonl:{i}" for i in range(1, num + 1)])
 
 
+def sampled(num, judge):
+    return sample_answers(Engine(), TOKENIZER, problems(), CONFIG, num, judge)
+
+
 def by_length(sign, prompts, responses):
     return torch.tensor([sign * len(response) for response in responses]).double()
 
@@ -66,15 +70,27 @@ def test_the_answer_of_the_highest_score_is_chosen(monkeypatch):
     monkeypatch.setitem(VERIFIERS, "short", lambda response, label: len(response) < 2)
     for sign, at_two, at_four in ((1, 0.0, 0.0), (-1, 0.5, 1.0)):
         judge = partial(by_length, sign)
-        results = best_of(Engine(), TOKENIZER, problems(), CONFIG, 4, judge)
+        results = best_of(sampled(4, judge))
         assert [x.num_answers for x in results] == [1, 2, 4]
         assert [x.accuracy for x in results] == [0.25, at_two, at_four]
         assert [x.some_right for x in results] == [0.25, 0.5, 1.0]
         assert [x.num_tokens for x in results] == [4.25, 8.5, 17.0]
-    by_verifier = best_of(Engine(), TOKENIZER, problems(), CONFIG, 3, None)
+    by_verifier = best_of(sampled(3, None))
     assert [(x.num_answers, x.accuracy) for x in by_verifier] == [(1, 1 / 3), (2, 2 / 3), (3, 1.0)]
     with pytest.raises(ValueError, match=r"scores must be finite, got nan for an answer to p.jsonl:2"):
-        best_of(Engine(), TOKENIZER, problems(), CONFIG, 4, lambda _, rows: torch.tensor([0.0] * 4 + [math.nan] * 8))
+        sampled(4, lambda _, rows: torch.tensor([0.0] * 4 + [math.nan] * 8))
+
+
+def test_the_half_that_scores_lowest_by_then_is_dropped(monkeypatch):
+    """Answers of 4, 2, 6 and 5 tokens. After 3 of them: 3, 2, 3 and 3, of which the longest, then the earliest stay."""
+    monkeypatch.setitem(VERIFIERS, "short", lambda response, label: len(response) < 6)
+    judge = partial(by_length, 1)
+    accuracy, num_tokens, saved = early_reject(sampled(4, judge), judge, 3)
+    assert (num_tokens, saved) == (4 + 2 + 6 + 3, pytest.approx(2 / 17))
+    assert accuracy == 0.0  # of 4 and 6 tokens the latter is chosen, which is not right
+    shortest = partial(by_length, -1)
+    assert early_reject(sampled(3, shortest), shortest, 3)[:2] == (1.0, 4 + 2 + 3)
+    assert early_reject(sampled(4, judge), judge, 100).saved == 0.0
 
 
 @pytest.mark.parametrize("rerank", ["qrm", "orm", "prm"])
