@@ -13,7 +13,7 @@ PYTHON ?= python
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test bench gpu lint docs
+.PHONY: install demo test test-trl bench bench-trl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -25,6 +25,21 @@ demo: $(built)
 test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# Other people's trainers pin packages of their own: each has an environment, from the package index.
+test-trl: $(built) build/venv-trl/installed
+	build/venv-trl/bin/python -m pytest -rs tests/integrations/test_trl.py
+
+bench-trl: $(built) build/venv-trl/installed
+	build/venv-trl/bin/python -m bench trainers
+
+build/venv-trl/installed: constraints.txt | $(environment)
+	echo "installing TRL into build/venv-trl"
+	$(PYTHON) -m venv build/venv-trl
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install \
+		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
+	touch $@
 
 bench: $(built)
 	$(PYTHON) -m bench
