@@ -13,7 +13,7 @@ PYTHON ?= python
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test bench gpu lint docs
+.PHONY: install demo test test-verl bench bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -25,6 +25,18 @@ demo: $(built)
 test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# Trainers of others are tested in environments of their own, for their pins exclude ours. What is tested is the wheel
+# that pip installs beside them, and that it changes nothing there (before.txt).
+test-verl: $(built) build/venv-verl/installed
+	rm -rf build/lib* build/bdist* build/venv-verl/*.whl
+	$(pip) wheel --no-deps --no-build-isolation --wheel-dir build/venv-verl .
+	build/venv-verl/bin/python -m pip --quiet uninstall --yes qrm_fast
+	build/venv-verl/bin/python -m pip --quiet install build/venv-verl/*.whl
+	build/venv-verl/bin/pytest -rs --durations=5 tests/integrations/test_verl.py
+
+bench-verl: $(built) build/venv-verl/installed
+	build/venv-verl/bin/python -m bench verl
 
 bench: $(built)
 	$(PYTHON) -m bench
@@ -43,6 +55,17 @@ $(built): setup.py $(shell find csrc -type f) | $(environment)
 	echo "compiling the kernels (build/log)"
 	mkdir -p $(@D)
 	$(PYTHON) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
+	touch $@
+
+# fastapi and the three behind it are what verl imports without asking for them.
+build/venv-verl/installed: constraints.txt | $(environment)
+	echo "installing verl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton|pytest)==' constraints.txt) numpy
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton)==' constraints.txt) verl==0.9.1 fastapi uvicorn cachetools TransferQueue==0.1.11
+	$(@D)/bin/python -m pip freeze >$(@D)/before.txt
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
