@@ -6,6 +6,7 @@ Without verl there is no case here.
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,22 @@ import torch
 from torch import Tensor
 
 from .harness import Case, Provider, case, copy, gemm
+from .provenance import ROOT
 
 INSTALLED = importlib.util.find_spec("verl") is not None
 VERL = f"verl {importlib.metadata.version('verl')}" if INSTALLED else ""
 
 
+def on_cpu():
+    """What the tests run verl's engine with. Its environment has to be there before verl."""
+    sys.path.append(str(ROOT / "tests/integrations"))
+    return importlib.import_module("verl_on_cpu")
+
+
 @case(cpu=[{"num_sequences": 64, "width": 8192}] if INSTALLED else [])
 def verl_gae(device: torch.device, num_sequences: int, width: int) -> Case:
     """Padded [B, T] in, whitened advantages and returns out; a tenth of the tokens are a tool's."""
-    from tests.integrations.verl_on_cpu import untouched  # isort: skip  before verl
+    verl_on_cpu = on_cpu()
     from verl.trainer.ppo import core_algos
 
     from qrm_fast.integrations.verl.estimators import compute_gae_advantage_return
@@ -33,7 +41,7 @@ def verl_gae(device: torch.device, num_sequences: int, width: int) -> Case:
     mask = (torch.arange(width) < lengths) & (torch.rand(num_sequences, width, generator=generator) > 0.1)
     given = rewards, values, mask.long(), 0.99, 0.95
     ours = partial(compute_gae_advantage_return, *given)
-    theirs = partial(untouched(core_algos).compute_gae_advantage_return, *given)
+    theirs = partial(verl_on_cpu.untouched(core_algos).compute_gae_advantage_return, *given)
 
     def gate():
         for got, want in zip(ours(), theirs(), strict=True):
@@ -46,7 +54,7 @@ def verl_gae(device: torch.device, num_sequences: int, width: int) -> Case:
 @case(cpu=[{"vocab": 32768, "dim": 256, "layers": 6}] if INSTALLED else [])
 def verl_update(device: torch.device, vocab: int, dim: int, layers: int) -> Case:
     """Forward and backward pass of verl's FSDP engine: PPO with entropy on 4 answers, float32, a random Qwen2."""
-    from tests.integrations import verl_on_cpu  # isort: skip  before verl
+    verl_on_cpu = on_cpu()
     from verl.utils.experimental import torch_functional
     from verl.workers.config import PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
