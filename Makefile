@@ -13,7 +13,7 @@ PYTHON ?= python
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-verl bench bench-verl gpu lint docs
+.PHONY: install demo test test-trl test-verl bench bench-trl bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -26,8 +26,22 @@ test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# Trainers of others are tested in environments of their own, for their pins exclude ours. What is tested is the wheel
-# that pip installs beside them, and that it changes nothing there (before.txt).
+# Other people's trainers pin packages of their own: each has an environment, from the package index.
+test-trl: $(built) build/venv-trl/installed
+	build/venv-trl/bin/python -m pytest -rs tests/integrations/test_trl.py
+
+bench-trl: $(built) build/venv-trl/installed
+	build/venv-trl/bin/python -m bench trainers
+
+build/venv-trl/installed: constraints.txt | $(environment)
+	echo "installing TRL into build/venv-trl"
+	$(PYTHON) -m venv build/venv-trl
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install \
+		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
+	touch $@
+
+# verl loads plugins of installed packages, so here a wheel is tested, and that it changes nothing there (before.txt).
 test-verl: $(built) build/venv-verl/installed
 	rm -rf build/lib* build/bdist* build/venv-verl/*.whl
 	$(pip) wheel --no-deps --no-build-isolation --wheel-dir build/venv-verl .
