@@ -1,4 +1,4 @@
-"""The verl plugins against verl's own functions, engine and configuration: `make test-verl`."""
+"""The verl plugins against verl's own functions, engine, reward loop and configuration: `make test-verl`."""
 
 import importlib.util
 
@@ -7,6 +7,7 @@ import pytest
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed here: make test-verl", allow_module_level=True)
 
+import asyncio
 import importlib.metadata
 import os
 import re
@@ -21,6 +22,7 @@ import torch
 import verl_on_cpu  # isort: split  its environment has to be there before verl
 from omegaconf import OmegaConf
 from verl import DataProto
+from verl.experimental.agent_loop import agent_loop
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
@@ -31,6 +33,8 @@ from verl.workers.utils.losses import ppo_loss
 import qrm_fast
 from qrm_fast.integrations.verl.hooks import HOOKS, HookMoved
 from qrm_fast.integrations.verl.losses import LOSSES
+from qrm_fast.rl.arithmetic import arithmetic_tokenizer
+from qrm_fast.rl.models import load_token_model
 
 ROOT = Path(__file__).parents[2]
 GLOBAL = dict(dp_size=4, batch_num_tokens=731, global_batch_size=37, loss_scale_factor=50)
@@ -111,6 +115,8 @@ MOVED = [
     ("verl.utils.kernel.linear_cross_entropy", "LinearCrossEntropy.forward"),
     ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead.forward_step"),
     ("verl.workers.engine.fsdp.transformer_impl", "EngineRegistry.register"),
+    ("verl.experimental.reward_loop.reward_manager.naive", "NaiveRewardManager.run_single"),
+    ("verl.experimental.agent_loop.agent_loop", "AgentLoopOutput.as_dict"),
 ]
 
 
@@ -406,9 +412,150 @@ def test_the_engine_refuses_what_it_cannot_serve(model, vendor):
             verl_on_cpu.engine(model, **options)
 
 
+@pytest.fixture(scope="module")
+def reward_models(tmp_path_factory):
+    """A Q-RM and a PRM with random weights, of the embedded task's vocabulary."""
+    torch.manual_seed(0)
+    tokenizer, folders = arithmetic_tokenizer(), {}
+    for name, num_labels in ("q_rm", 1), ("prm", 2):
+        folders[name] = tmp_path_factory.mktemp(name)
+        load_token_model("scratch:demo", tokenizer, num_labels=num_labels).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+ANSWERS = [
+    ("7+6:", "07+6=13\n\n#13<eos>"),
+    ("1+2+3:", "#9"),
+    ("4:", "4\n\n"),
+    ("5:", "<eos>"),
+    ("6+1:", "06+1=07\n\n<eos>"),
+]
+
+
+def answers():
+    """As verl hands them to a reward manager: prompts padded left, responses right."""
+    tokenizer = arithmetic_tokenizer()
+    ids = [[tokenizer.encode(text) for text in pair] for pair in ANSWERS]
+    widths = [max(len(pair[i]) for pair in ids) for i in (0, 1)]
+    prompts = torch.tensor([[0] * (widths[0] - len(p)) + p for p, _ in ids])
+    responses = torch.tensor([r + [0] * (widths[1] - len(r)) for _, r in ids])
+    mask = torch.tensor(
+        [[0] * (widths[0] - len(p)) + [1] * (len(p) + len(r)) + [0] * (widths[1] - len(r)) for p, r in ids]
+    )
+    rows = dict(data_source=["x"] * len(ids), reward_model=[{"ground_truth": str(i)} for i in range(len(ids))])
+    return ids, DataProto.from_dict(
+        {"prompts": prompts, "responses": responses, "attention_mask": mask},
+        non_tensors={name: np.array(values, dtype=object) for name, values in rows.items()},
+    )
+
+
+def scored(options, compute_score=None):
+    """The manager's scores [B, T] of `answers`, which wait together, and how many were scored at once."""
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+
+    ids, data = answers()
+    sizes = []
+
+    async def score_all():
+        cls = get_reward_manager_cls("qrm_token")
+        config = OmegaConf.create({"reward": {"reward_kwargs": options}})
+        manager = cls(config, arithmetic_tokenizer(), compute_score, reward_router_address=None)
+        score = manager.score
+        manager.score = lambda prompts, responses: sizes.append(len(prompts)) or score(prompts, responses)
+        rows = await asyncio.gather(*(manager.run_single(data[i : i + 1]) for i in range(len(data))))
+        return cls.assemble_rm_scores(data, [row["reward_score"] for row in rows])
+
+    return ids, asyncio.run(score_all()), sizes
+
+
+def test_a_q_rm_scores_every_token(reward_models):
+    ids, got, sizes = scored({"q_rm": str(reward_models["q_rm"]), "max_tokens": 30})
+    assert sizes == [len(ANSWERS)]
+    tokenizer = arithmetic_tokenizer()
+    model = load_token_model(str(reward_models["q_rm"]), tokenizer).eval()
+    model.set_attn_implementation("sdpa")
+    for row, (prompt, response) in zip(got, ids, strict=True):
+        want = model(torch.tensor([prompt + response])).logits[0, len(prompt) :, 0]
+        torch.testing.assert_close(row[: len(response)], want.detach(), rtol=1e-4, atol=1e-5)
+        assert not row[len(response) :].any()
+
+
+@pytest.mark.parametrize("verifier", [False, True])
+def test_a_prm_scores_the_ends_of_steps(reward_models, verifier):
+    options = {"prm": str(reward_models["prm"]), "step_token": "\n\n", "verifier": verifier}
+    ids, got, _ = scored(options, lambda ground_truth, **_: float(int(ground_truth) % 2))
+    model = load_token_model(str(reward_models["prm"]), arithmetic_tokenizer(), num_labels=2).eval()
+    model.set_attn_implementation("sdpa")
+    step = 16  # the blank line
+    for i, (prompt, response) in enumerate(ids):
+        ends = sorted({t for t, token in enumerate(response) if token == step} | {len(response) - 1})
+        read = list(response)
+        for t in ends:
+            read[t] = step
+        logits = model(torch.tensor([prompt + read])).logits[0, len(prompt) :]
+        rewards = (logits[:, 1] - logits[:, 0]).div(2).tanh().detach()
+        want = torch.zeros(got.shape[1])
+        want[ends] = rewards[ends]
+        if verifier:  # the last token is the verifier's, the last step moves to the one before unless a step is there
+            last = len(response) - 1
+            if last > 0 and last - 1 not in ends:
+                want[last - 1] = rewards[last]
+            want[last] = float(i % 2)
+        torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_manager_refuses_in_sentences(reward_models):
+    q_rm, prm = str(reward_models["q_rm"]), str(reward_models["prm"])
+    for options, error in (
+        ({}, "must name a q_rm or a prm .* got nothing"),
+        ({"q_rm": q_rm, "prm": prm}, "must name a q_rm or a prm"),
+        ({"q_rm": q_rm, "modle": 1}, "got q_rm, modle"),
+        ({"q_rm": q_rm, "verifier": True}, "verifier belongs to a prm"),
+        ({"q_rm": prm}, "must be a Q-RM"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            scored(options)
+
+
+def test_an_error_while_scoring_reaches_every_answer(reward_models):
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+
+    _, data = answers()
+
+    async def score_all():
+        config = OmegaConf.create({"reward": {"reward_kwargs": {"q_rm": str(reward_models["q_rm"])}}})
+        manager = get_reward_manager_cls("qrm_token")(config, arithmetic_tokenizer(), None)
+
+        def broken(prompts, responses):
+            raise RuntimeError("no memory left")
+
+        manager.score = broken
+        runs = (manager.run_single(data[i : i + 1]) for i in range(len(data)))
+        return await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), timeout=60)
+
+    assert [str(error) for error in asyncio.run(score_all())] == ["no memory left"] * len(ANSWERS)
+
+
+def test_an_answer_of_the_agent_loop_carries_a_score_per_token():
+    answer = agent_loop.AgentLoopOutput(
+        prompt_ids=[1], response_ids=[5, 6, 7], response_mask=[1, 0, 1], metrics=agent_loop.AgentLoopMetrics()
+    )
+    answer.reward_score = 0.5
+    torch.testing.assert_close(answer.as_dict()["rm_scores"], torch.tensor([0.0, 0.0, 0.5]))
+    answer.reward_score = [0.1, 0.2, 0.3]
+    fields = answer.as_dict()
+    torch.testing.assert_close(fields["rm_scores"], torch.tensor([0.1, 0.2, 0.3]))
+    assert "reward_score" not in fields and answer.reward_score == [0.1, 0.2, 0.3]
+    answer.reward_score = [0.1]
+    with pytest.raises(ValueError, match="a score per token, 3, got 1"):
+        answer.as_dict()
+
+
 def test_the_recipe_resolves_to_a_configuration_of_verls():
     from hydra import compose, initialize_config_module
     from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
+    from verl.trainer.ppo.reward import resolve_reward_manager_cls
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -422,6 +569,7 @@ def test_the_recipe_resolves_to_a_configuration_of_verls():
         validate_config(config, need_reference_policy(config), need_critic(config))
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     assert core_algos.get_policy_loss_fn(actor.policy_loss.loss_mode) is LOSSES["qrm_ppo"]
+    assert resolve_reward_manager_cls(config).__name__ == "TokenRewardManager"
     rewards = torch.tensor([[0.0, 0.4, 1.0], [0.3, 0.0, 0.0]])
     advantages, _ = core_algos.get_adv_estimator_fn(config.algorithm.adv_estimator)(
         rewards, torch.ones(2, 3), config=config.algorithm, index=np.array(["p", "p"], dtype=object)

@@ -1,4 +1,4 @@
-"""verl 0.9: estimators, losses, a faster GAE and head, by verl's own plugin door.
+"""verl 0.9: estimators, losses, a token-level reward manager, a faster GAE and head, by verl's own plugin door.
 
 Three entry points of the group `verl.plugins`, which `import verl` loads: `qrm_fast` (this package) adds names and
 changes nothing that works without them; `qrm_fast_gae` and `qrm_fast_head` put our ops behind verl's own names.
@@ -9,6 +9,8 @@ changes nothing that works without them; `qrm_fast_gae` and `qrm_fast_head` put 
 import inspect
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from .estimators import ESTIMATORS, qrm_gae
 from .hooks import HookMoved, after_import, hooked
@@ -65,3 +67,32 @@ def _(transformer_impl: ModuleType) -> None:
     from .engine import register
 
     register(transformer_impl)
+
+
+@after_import(
+    "verl.experimental.reward_loop.reward_manager.naive", "reward.reward_manager.name: qrm_token, scores of tokens"
+)
+def _(naive: ModuleType) -> None:
+    hooked(naive.NaiveRewardManager, "__init__", "self config tokenizer compute_score")
+    hooked(naive.NaiveRewardManager, "run_single", "self data")
+    hooked(naive.NaiveRewardManager, "assemble_rm_scores", "data scores")
+    from .reward import TokenRewardManager
+
+    naive.register("qrm_token")(TokenRewardManager)
+
+
+@after_import("verl.experimental.agent_loop.agent_loop", "qrm_token: an answer may carry a list of scores, [T]")
+def _(agent_loop: ModuleType) -> None:
+    output = agent_loop.AgentLoopOutput
+    theirs = hooked(output, "as_dict", "self")
+
+    def as_dict(self: Any) -> dict[str, Any]:
+        scores = self.reward_score
+        if not isinstance(scores, list):
+            return theirs(self)
+        if len(scores) != len(self.response_ids):
+            raise ValueError(f"an answer must have a score per token, {len(self.response_ids)}, got {len(scores)}")
+        fields = theirs(self.model_copy(update={"reward_score": None}))
+        return fields | {"rm_scores": torch.tensor(scores, dtype=torch.float32)}
+
+    output.as_dict = as_dict
