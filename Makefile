@@ -13,7 +13,7 @@ PYTHON ?= python
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-trl bench bench-trl gpu lint docs
+.PHONY: install demo test test-trl test-verl bench bench-trl bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -41,6 +41,17 @@ build/venv-trl/installed: constraints.txt | $(environment)
 		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
 	touch $@
 
+# verl loads plugins of installed packages, so here a wheel is tested, and that it changes nothing there (before.txt).
+test-verl: $(built) build/venv-verl/installed
+	rm -rf build/lib* build/bdist* build/venv-verl/*.whl
+	$(pip) wheel --no-deps --no-build-isolation --wheel-dir build/venv-verl .
+	build/venv-verl/bin/python -m pip --quiet uninstall --yes qrm_fast
+	build/venv-verl/bin/python -m pip --quiet install build/venv-verl/*.whl
+	build/venv-verl/bin/pytest -rs --durations=5 tests/integrations/test_verl.py
+
+bench-verl: $(built) build/venv-verl/installed
+	build/venv-verl/bin/python -m bench verl
+
 bench: $(built)
 	$(PYTHON) -m bench
 
@@ -58,6 +69,17 @@ $(built): setup.py $(shell find csrc -type f) | $(environment)
 	echo "compiling the kernels (build/log)"
 	mkdir -p $(@D)
 	$(PYTHON) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
+	touch $@
+
+# fastapi and the three behind it are what verl imports without asking for them.
+build/venv-verl/installed: constraints.txt | $(environment)
+	echo "installing verl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton|pytest)==' constraints.txt) numpy
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton)==' constraints.txt) verl==0.9.1 fastapi uvicorn cachetools TransferQueue==0.1.11
+	$(@D)/bin/python -m pip freeze >$(@D)/before.txt
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
