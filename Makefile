@@ -13,7 +13,7 @@ PYTHON ?= python
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-trl bench bench-trl gpu lint docs
+.PHONY: install demo test test-trl test-verl bench bench-trl bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -41,6 +41,17 @@ build/venv-trl/installed: constraints.txt | $(environment)
 		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
 	touch $@
 
+# verl loads plugins of installed packages, so here a wheel is tested, and that it changes nothing there (before.txt).
+test-verl: $(built) build/venv-verl/installed
+	rm -rf build/lib* build/bdist* build/venv-verl/*.whl
+	$(pip) wheel --no-deps --no-build-isolation --wheel-dir build/venv-verl .
+	build/venv-verl/bin/python -m pip --quiet uninstall --yes qrm_fast
+	build/venv-verl/bin/python -m pip --quiet install build/venv-verl/*.whl
+	build/venv-verl/bin/pytest -rs --durations=5 tests/integrations/test_verl.py
+
+bench-verl: $(built) build/venv-verl/installed
+	build/venv-verl/bin/python -m bench verl
+
 bench: $(built)
 	$(PYTHON) -m bench
 
@@ -60,6 +71,17 @@ $(built): setup.py $(shell find csrc -type f) | $(environment)
 	$(PYTHON) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
 	touch $@
 
+# fastapi and the three behind it are what verl imports without asking for them.
+build/venv-verl/installed: constraints.txt | $(environment)
+	echo "installing verl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton|pytest)==' constraints.txt) numpy
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton)==' constraints.txt) verl==0.9.1 fastapi uvicorn cachetools TransferQueue==0.1.11
+	$(@D)/bin/python -m pip freeze >$(@D)/before.txt
+	touch $@
+
 .venv/installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(MAKE) --no-print-directory fill PYTHON=python
@@ -76,3 +98,17 @@ fill:
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
 	$(pip) install -c build/constraints.txt setuptools wheel ninja pybind11 numpy
 	$(pip) install -c build/constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
+
+# OpenRLHF asks for flash-attn, which only builds with CUDA: it comes without what it depends on. torchrl comes along.
+.PHONY: test-openrlhf
+test-openrlhf: $(built) build/openrlhf/installed
+	build/openrlhf/bin/python -m pytest -rs tests/integrations/test_openrlhf.py tests/integrations/test_examples.py
+
+build/openrlhf/installed: constraints.txt | $(environment)
+	echo "installing OpenRLHF and torchrl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		torchrl==0.14.1 $$(grep -E '^(numpy|triton|pytest)==' constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps openrlhf==0.11.2
+	touch $@

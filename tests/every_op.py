@@ -41,6 +41,7 @@ def calls() -> dict[str, object]:
         "linear_q_values": qrm_fast.linear_q_values(
             hidden.detach(), weight.detach(), hidden.detach(), weight.detach(), TARGETS
         ),
+        "linear_sample": qrm_fast.linear_sample(hidden.detach(), weight.detach(), torch.rand(T, dtype=torch.float64)),
         "loss_weights": qrm_fast.loss_weights(CU_SEQLENS),
         "merge_logprobs": qrm_fast.merge_logprobs(
             qrm_fast.LogprobsPartial(*map(torch.stack, zip(*shards, strict=True)))

@@ -29,6 +29,8 @@ CASES = [
     (torch.bfloat16, "gspo-on-policy"),
     (torch.bfloat16, "cispo"),
     (torch.float16, "reinforce"),
+    (torch.bfloat16, "sapo"),
+    (torch.float32, "gspo-dual"),
 ]
 
 

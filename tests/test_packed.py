@@ -28,7 +28,6 @@ from qrm_fast.ops.min_form_returns import OPERATORS
 from qrm_fast.ops.prm_rewards import _prm_rewards
 from qrm_fast.ops.process_advantages import PRESETS
 from qrm_fast.ops.progress_rewards import _progress_rewards
-from qrm_fast.ops.q_advantages import _q_advantages
 from qrm_fast.ops.segments import sequence_ids, sequence_sum
 from qrm_fast.ops.whiten import _whiten
 
@@ -268,7 +267,6 @@ def test_references_that_serve_cuda_read_nothing_on_the_host(monkeypatch):
             _informative_groups.reference(x[:3], cu[:3]),
             _whiten.reference(x, stats, mask, True, True, 1e-8),
             *_merge_logprobs.reference(*shards),
-            *_q_advantages.reference(x, x, cu, None, None, mask, 0.01, True, True, True, x, x, 0.1, "k3", 0.0, 1e-8),
         ]
     assert all(isinstance(result, FakeTensor) for result in results)
 

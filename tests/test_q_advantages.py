@@ -10,7 +10,6 @@ from grids import LENGTHS
 from test_q_token_rewards import CASES, CU, KL, SCORES, VALUES, close, float32_path, inputs, oracle
 
 from qrm_fast import q_advantages, q_token_rewards
-from qrm_fast.ops.q_advantages import _q_advantages
 from qrm_fast.ops.q_token_rewards import _q_token_rewards
 from qrm_fast.triton import moments as triton_moments
 from qrm_fast.triton import q_token_rewards as triton_rows
@@ -23,9 +22,10 @@ def on(request, monkeypatch, triton_device):
         monkeypatch.setitem(triton_moments.ROWS, "BT", 32)
         monkeypatch.setitem(triton_rows.LAUNCH, "BT", 32)
         monkeypatch.setattr("qrm_fast.ops.moments._moments", triton_moments.launch)
-        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_token_rewards", triton_rows.launch)
-    elif request.param == "reference":
-        monkeypatch.setattr("qrm_fast.ops.q_advantages._q_token_rewards", _q_token_rewards.reference)
+    if request.param != "kernel":
+        rows = triton_rows.launch if request.param == "triton" else _q_token_rewards.reference
+        for page in "q_token_rewards", "q_advantages":
+            monkeypatch.setattr(f"qrm_fast.ops.{page}._q_token_rewards", rows)
     return triton_device if request.param == "triton" else "cpu"
 
 
@@ -148,15 +148,6 @@ def test_nothing_waits_on_cuda_and_a_graph_captures_it(scope):
 def test_not_differentiable():
     with pytest.raises(RuntimeError, match="is not differentiable"):
         q_advantages(SCORES, VALUES.clone().requires_grad_(), CU).advantages.sum().backward()
-
-
-def test_opcheck():
-    q, cu, mask, _, logprobs, ref_logprobs = inputs([3, 0, 4, 6])
-    stats = torch.tensor([[13.0, 0.5, 20.0]], dtype=torch.float64)
-    options = (0.01, True, True, True, logprobs, ref_logprobs, 0.1, "k3", 0.0, 1e-8)
-    torch.library.opcheck(_q_advantages.op, (q, q + 1, cu, stats, stats, mask, *options))
-    options = (0.01, True, False, False, None, None, 0.0, "abs", 0.1, 1e-8)
-    torch.library.opcheck(_q_advantages.op, (q.bfloat16(), None, cu, None, None, None, *options))
 
 
 def test_compiles_whole_and_for_any_length():

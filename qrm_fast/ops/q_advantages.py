@@ -6,12 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import Checker
-from .constant_op import constant_op
-from .dtypes import acc_dtype
+from .checks import FLOATS, Checker
 from .gae import Advantages
-from .moments import moments
-from .q_token_rewards import _q_token_rewards, check_rewards
+from .q_token_rewards import _q_token_rewards, q_token_rewards
 
 
 def q_advantages(
@@ -48,79 +45,19 @@ def q_advantages(
 
     Raises as `q_token_rewards` does, and TypeError or ValueError for values of a wrong dtype, shape or device.
     """
-    check = Checker()
-    options: dict[str, Any] = dict(
-        mask=mask, scope=scope, group_ids=group_ids, eos_rescore=eos_rescore, kl_coef=kl_coef
+    rows: dict[str, Any] = dict(mask=mask, scope=scope, group_ids=group_ids, eps=eps, process_group=process_group)
+    penalty: dict[str, Any] = dict(
+        kl_coef=kl_coef, kl_estimator=kl_estimator, logprobs=logprobs, ref_logprobs=ref_logprobs
     )
-    options |= dict(kl_estimator=kl_estimator, logprobs=logprobs, ref_logprobs=ref_logprobs, min_std=min_std, eps=eps)
-    check_rewards(check, q, cu_seqlens, process_group=process_group, **options)
-    if values is not None:
-        check("values", values, "T", (q.dtype,))
-    if kl_coef == 0:
-        logprobs = ref_logprobs = None
-    stats = value_stats = None
-    if scope != "sequence":
-        bounds = None if scope == "batch" else cu_seqlens
-        stats = moments(q, mask, bounds, group_ids, process_group)
-        if values is not None and value_normalize:
-            value_stats = moments(values, mask, bounds, group_ids, process_group)
-    return Advantages(
-        *_q_advantages(
-            q,
-            values,
-            cu_seqlens,
-            stats,
-            value_stats,
-            mask,
-            float(value_coef),
-            bool(value_normalize),
-            bool(center),
-            eos_rescore == "mean",
-            logprobs,
-            ref_logprobs,
-            float(kl_coef),
-            kl_estimator,
-            float(min_std),
-            float(eps),
-        )
-    )
-
-
-@constant_op("q_advantages", on_every_device=True)
-def _q_advantages(
-    q: Tensor,
-    values: Tensor | None,
-    cu_seqlens: Tensor,
-    stats: Tensor | None,
-    value_stats: Tensor | None,
-    mask: Tensor | None,
-    value_coef: float,
-    value_normalize: bool,
-    center: bool,
-    rescore_last: bool,
-    logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    min_std: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Without statistics each sequence has its own."""
-    stats = moments(q, mask, cu_seqlens) if stats is None else stats
-    penalty = logprobs, ref_logprobs, kl_coef, kl_estimator
-    returns = _q_token_rewards(q, cu_seqlens, stats, mask, center, rescore_last, *penalty, min_std, eps)
+    returns = q_token_rewards(q, cu_seqlens, center=center, eos_rescore=eos_rescore, min_std=min_std, **penalty, **rows)
     if values is None:
-        return returns.clone(), returns
+        return Advantages(returns.clone(), returns)
+    check = Checker()
+    check("q", q, "T", FLOATS)
+    check("values", values, "T", (q.dtype,))
     if value_normalize:
-        value_stats = moments(values, mask, cu_seqlens) if value_stats is None else value_stats
-        v = _q_token_rewards(values, cu_seqlens, value_stats, mask, False, False, None, None, 0.0, "abs", 0.0, eps)
+        v = q_token_rewards(values, cu_seqlens, **rows)
     else:
-        v = values.to(returns.dtype, copy=True) if mask is None else values.to(returns.dtype).where(mask, 0.0)
-    v.mul_(value_coef)
-    return torch.sub(returns, v, out=v), returns
-
-
-@_q_advantages.register_fake
-def _(q, values, cu_seqlens, *options):
-    acc = acc_dtype(q.dtype)
-    return torch.empty_like(q, dtype=acc), torch.empty_like(q, dtype=acc)
+        unit = values.new_ones(1, 3, dtype=torch.float64)  # the moments of a sigma of 1
+        v = _q_token_rewards(values, cu_seqlens, unit, mask, False, False, None, None, 0.0, "abs", 0.0, 0.0)
+    return Advantages(v.mul_(-value_coef).add_(returns), returns)

@@ -51,59 +51,7 @@ def q_token_rewards(
     together, and, on CPU, ValueError where cu_seqlens do not start at 0, decrease, or do not end at T, or a group id is
     out of range (on CUDA its sequence is NaN).
     """
-    check_rewards(
-        Checker(),
-        q,
-        cu_seqlens,
-        mask=mask,
-        scope=scope,
-        group_ids=group_ids,
-        eos_rescore=eos_rescore,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        min_std=min_std,
-        eps=eps,
-        process_group=process_group,
-    )
-    if kl_coef == 0:
-        logprobs = ref_logprobs = None
-    stats = moments(q, mask, None if scope == "batch" else cu_seqlens, group_ids, process_group)
-    return _q_token_rewards(
-        q,
-        cu_seqlens,
-        stats,
-        mask,
-        bool(center),
-        eos_rescore == "mean",
-        logprobs,
-        ref_logprobs,
-        float(kl_coef),
-        kl_estimator,
-        float(min_std),
-        float(eps),
-    )
-
-
-def check_rewards(
-    check: Checker,
-    q: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    mask: Tensor | None,
-    scope: str,
-    group_ids: Tensor | None,
-    eos_rescore: str,
-    kl_coef: float,
-    kl_estimator: str,
-    logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    min_std: float,
-    eps: float,
-    process_group: dist.ProcessGroup | None,
-) -> None:
-    """Raise as `q_token_rewards` says for arguments that are wrong or do not go together."""
+    check = Checker()
     check("q", q, "T", FLOATS)
     check("cu_seqlens", cu_seqlens, "S+1", INTS)
     if mask is not None:
@@ -130,6 +78,23 @@ def check_rewards(
             check(name, x, "T", (acc,))
         elif kl_coef != 0:
             raise ValueError(f"{name} must be given for kl_coef = {kl_coef}, got None")
+    if kl_coef == 0:
+        logprobs = ref_logprobs = None
+    stats = moments(q, mask, None if scope == "batch" else cu_seqlens, group_ids, process_group)
+    return _q_token_rewards(
+        q,
+        cu_seqlens,
+        stats,
+        mask,
+        bool(center),
+        eos_rescore == "mean",
+        logprobs,
+        ref_logprobs,
+        float(kl_coef),
+        kl_estimator,
+        float(min_std),
+        float(eps),
+    )
 
 
 @constant_op("q_token_rewards")

@@ -43,10 +43,12 @@ def linear_logprobs_fold(
     target_logits,  # [T]
     kept,  # [T, V] or None: e^(z - top), or z where tops is None
     tops,  # [blocks of columns, T] or None: the top of each block of BV columns
+    running,  # [2, blocks of columns, T] or None: maximum and sum of the split after each block of BV columns
     stride_hidden,
     stride_weight,
     stride_statistics,
     stride_kept,
+    stride_running,
     num_rows,
     vocab,
     dim,
@@ -85,6 +87,10 @@ def linear_logprobs_fold(
         b_max, b_sum, b_weighted = merged(
             b_max, b_sum, b_weighted, b_top, tl.sum(b_e, 1), tl.sum(b_e * tl.maximum(b_shift, -1000.0), 1)
         )
+        if running is not None:
+            p = running + i_v // BV * num_rows + o_t
+            tl.store(p, b_max, m_t)
+            tl.store(p + stride_running, b_sum, m_t)
     p = statistics + i_s.to(tl.int64) * num_rows + o_t
     tl.store(p, b_max, m_t)
     p += stride_statistics
@@ -161,10 +167,17 @@ def linear_logprobs_merge(
         tl.store(outputs[i] + o_t, results[i], m_t)
 
 
-def fold(head: Head, target_logits: Tensor, kept: Tensor | None = None, tops: Tensor | None = None) -> Tensor:
+def fold(
+    head: Head,
+    target_logits: Tensor,
+    kept: Tensor | None = None,
+    tops: Tensor | None = None,
+    running: Tensor | None = None,
+) -> Tensor:
     """Statistics [3, splits, T] of every split; writes the logits of those targets that are columns.
 
-    `kept` [T, V] receives the logits, or their exponentials where `tops` receives what they are relative to.
+    `kept` [T, V] receives the logits, or their exponentials where `tops` receives what they are relative to; `running`
+    maximum and sum of a split after each of its blocks of columns.
     """
     hidden, weight, targets, bias, temperatures, softcap = head
     (num_rows, dim), vocab = hidden.shape, len(weight)
@@ -183,10 +196,12 @@ def fold(head: Head, target_logits: Tensor, kept: Tensor | None = None, tops: Te
         target_logits,
         None if kept is None else operand(kept, described, launch["BT"], launch["BV"]),
         tops,
+        running,
         hidden.stride(0),
         weight.stride(0),
         statistics.stride(0),
         0 if kept is None else kept.stride(0),
+        0 if running is None else running.stride(0),
         num_rows,
         vocab,
         dim,

@@ -143,7 +143,8 @@ def linear_policy_loss_dz(
     BT: tl.constexpr,
     BV: tl.constexpr,
 ):
-    i_b, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    num_blocks = tl.cdiv(num_rows, HEIGHT)
+    i_b, i_c = (tl.program_id(0) % num_blocks).to(tl.int64), (tl.program_id(0) // num_blocks).to(tl.int64)
     o_v = i_c * BV + tl.arange(0, BV)
     b_sum = tl.zeros([BV], tl.float32)
     for i_t in range(0, HEIGHT, BT):
@@ -259,7 +260,7 @@ def in_blocks(
         factors, scale_tops = finish_rows(part, policy.rows(rows), kept, tops, finished, sums[:, row // MERGE["BT"] :])
         num_blocks = triton.cdiv(len(dz), HEIGHT)
         bias_sums = hidden.new_empty(num_blocks, vocab, dtype=torch.float32) if need_bias else None
-        linear_policy_loss_dz[(num_blocks, triton.cdiv(vocab, width))](
+        linear_policy_loss_dz[(num_blocks * triton.cdiv(vocab, width),)](
             kept,
             tops,
             part.targets,

@@ -367,32 +367,15 @@ def launch(
     return levels, base, stats
 
 
-def launch_rows(
-    step_rewards: Tensor,
-    step_ends: Tensor,
-    cu_seqlens: Tensor,
-    group_ids: Tensor,
-    outcome_rewards: Tensor | None,
-    has_answer: Tensor | None,
-    penalty: Tensor | None,
-    num_tokens: int,
-    form: str,
-    temperature: float,
-    preset: str,
-    max_gen_len: float,
-    process_coef: float,
-    outcome_coef: float,
-    mask_step_ends: bool,
-) -> Tensor:
+def launch_rows(step_rewards: Tensor, *options) -> Tensor:
     """The launches of min_form_returns, those above and that of step_rows, without the dispatch between them."""
+    *of_sequence, num_tokens, form, temperature, preset, max_gen_len, process_coef, outcome_coef, masked = options
+    step_ends, cu_seqlens, _, _, _, penalty = of_sequence
     returns, _, _ = min_form_returns.launch(step_rewards, step_ends, cu_seqlens, num_tokens, form, temperature)
-    of_sequence = step_ends, cu_seqlens, group_ids, outcome_rewards, has_answer, penalty, num_tokens
-    of_step = preset, max_gen_len, process_coef, outcome_coef, mask_step_ends
-    levels, base, stats = launch(returns, *of_sequence, *of_step)
+    of_step = preset, max_gen_len, process_coef, outcome_coef, masked
+    levels, base, stats = launch(returns, *of_sequence, num_tokens, *of_step)
     to_whiten = (stats, WHITENING[preset]) if preset in WHITENING else (None, "")
-    return step_rows.launch(
-        levels, base, step_ends, cu_seqlens, penalty, *to_whiten, num_tokens, mask_step_ends, wide=False
-    )
+    return step_rows.launch(levels, base, step_ends, cu_seqlens, penalty, *to_whiten, num_tokens, masked, wide=False)
 
 
 _process_advantages.register_kernel("cuda")(launch)
