@@ -86,9 +86,9 @@ class ProcessCredit:
 
     `prm`: a token classifier with two labels, as `qrm-fast train-rm --kind prm` writes it or PURE published it.
     `tokenizer`: the policy's. A step ends at a token whose text ends with a blank line, and at the last token of the
-    answer; the model reads its own separator in that place (`rl.prm.find_steps`). `preset`, `operator`, `temperature`,
-    `max_gen_len` and the coefficients are those of `process_advantages`. `outcomes`: the trainer's rewards are verified
-    answers, 1 or 0, and take part.
+    answer; the model reads `step_token` in that place, None: the separator that its checkpoint names. `preset`,
+    `operator`, `temperature`, `max_gen_len` and the coefficients are those of `process_advantages`. `outcomes`: the
+    trainer's rewards are verified answers, 1 or 0, and take part.
 
     Raises ValueError for a checkpoint that is no such model, one of another vocabulary, a tokenizer without tokens for
     steps and the model's separator, and a model that does not compute packed sequences as it does each alone.
@@ -101,6 +101,7 @@ class ProcessCredit:
         *,
         preset: str = "paper",
         outcomes: bool = True,
+        step_token: str | None = None,
         operator: str = "soft",
         temperature: float = 0.1,
         max_gen_len: int | None = None,
@@ -109,8 +110,10 @@ class ProcessCredit:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_same_vocabulary(tokenizer, load_tokenizer(prm))
-        self.scorer = StepScorer(load_prm(prm, tokenizer, dtype=dtype))
-        self.separator = separator_id(tokenizer, separator_of(self.scorer.model.config))
+        self.model = load_prm(prm, tokenizer, dtype=dtype)
+        self.scorer = StepScorer(self.model)
+        separator = separator_of(self.model.config) if step_token is None else step_token
+        self.separator = separator_id(tokenizer, separator)
         self.ends_a_step = ends_a_step(tokenizer)
         self.outcomes = outcomes
         self.options: dict[str, Any] = dict(preset=preset, operator=operator, temperature=temperature)
@@ -118,28 +121,28 @@ class ProcessCredit:
         self.num_tokens_checked = 0
 
     def __call__(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
-        self.num_tokens_checked = _check_model(self.scorer.model, answers, self.num_tokens_checked)
-        step_rewards, step_ends, start = [], [], 0
-        for batch in answers.batches:
-            read, ends = find_steps(batch, self.ends_a_step.to(batch.targets.device), self.separator)
-            step_rewards.append(prm_rewards(self.scorer(read, ends)))
-            step_ends.append(ends + start)
-            start += len(batch.action_index)
-        scored = torch.cat(step_rewards)  # [K]
+        self.num_tokens_checked = _check_model(self.model, answers, self.num_tokens_checked)
+        step_rewards, ends = (torch.cat(x) for x in zip(*map(self.step_rewards, answers.batches), strict=True))
         rewards = answers.rewards
         advantages = process_advantages(
-            scored,
-            torch.cat(step_ends),
+            step_rewards,
+            ends.nonzero()[:, 0],
             answers.cu_seqlens,
             answers.group_ids,
             outcome_rewards=rewards.nan_to_num(0.0) if self.outcomes else None,
             has_answer=~rewards.isnan() if self.outcomes else None,
-            num_tokens=start,
+            num_tokens=len(ends),
             process_group=_all_ranks(),
             **self.options,
         )
-        num_steps = scored.new_tensor(len(scored) / len(rewards))
-        return advantages, {"step_reward_mean": scored.mean(), "steps_per_answer": num_steps}
+        num_steps = step_rewards.new_tensor(len(step_rewards) / len(rewards))
+        return advantages, {"step_reward_mean": step_rewards.mean(), "steps_per_answer": num_steps}
+
+    def step_rewards(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Rewards [K] of the steps of a batch, and for each of its T actions whether it ends one."""
+        read, rows = find_steps(batch, self.ends_a_step.to(batch.targets.device), self.separator)
+        ends = torch.zeros_like(batch.action_index, dtype=torch.bool).index_fill(0, rows, True)
+        return prm_rewards(self.scorer(read, rows)), ends
 
 
 def _check_model(model: Any, answers: Answers, num_tokens_checked: int) -> int:
