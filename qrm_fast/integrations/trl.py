@@ -91,9 +91,10 @@ class use_linear_logprobs:
     """
 
     def __init__(self) -> None:
-        for name in (f"{_HEAD}.forward", _COMPACT, _FUSED_HEAD):
-            find_hook(name)
         self.module = find_hook("trl.trainer.utils")
+        if getattr(self.module, "_ChunkedLogProbFunction", None) is not LinearLogprobsHead:  # as in a nested call
+            for name in (f"{_HEAD}.forward", _COMPACT, _FUSED_HEAD):
+                find_hook(name)
         self.before = (self.module._ChunkedLogProbFunction, self.module._use_triton)
         self.module._ChunkedLogProbFunction, self.module._use_triton = LinearLogprobsHead, _compact_everywhere
 

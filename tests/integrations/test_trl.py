@@ -307,6 +307,8 @@ def test_wpo_asks_for_what_our_head_has_not(tiny):
 def test_the_head_goes_back(tiny):
     before = trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton
     with use_linear_logprobs():
+        with use_linear_logprobs():  # as by a packed trainer after the plain call
+            pass
         assert trl.trainer.utils._ChunkedLogProbFunction is ours.LinearLogprobsHead
     assert (trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton) == before
 
