@@ -125,7 +125,7 @@ def registered_small(case):
 
         def register(build):
             if "NUM_TOKENS" in build.__globals__:
-                build.__globals__["NUM_TOKENS"] = 4096
+                build.__globals__["NUM_TOKENS"] = 512
             return case(environment, **grids)(build)
 
         return register

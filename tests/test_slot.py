@@ -97,7 +97,10 @@ def test_a_test_is_lost_alone(tmp_path, rehearsed):
     assert by_name["tests/test_needs_a_package.py"] == "no package jsonargparse"
     assert "row 3 is off" in by_name["test_wrong"] and "illegal memory access" in by_name["test_sticky"]
 
-    lines = list(slot.table(Journal(tmp_path / "slot/journal.jsonl").entries()[0], {"heads": "the time"}))
+    entries = Journal(tmp_path / "slot/journal.jsonl").entries()[0]
+    begun = [entry["begin"] for entry in entries if "begin" in entry]
+    assert len(begun) == len(set(begun)), "each by one worker, and nothing twice"
+    lines = list(slot.table(entries, {"heads": "the time"}))
     assert "tests: 6 passed, 2 skipped, 4 failed, 3 lost" in lines and len(lines) < 20
     assert any("test_wrong: " in line and "row 3 is off" in line for line in lines)
     assert any(line.startswith("stopped: heads: the time is over") for line in lines)
@@ -192,8 +195,9 @@ def test_a_line_cut_short_takes_no_other_with_it(tmp_path):
 
 def test_every_benchmark_for_cuda_passes_its_gate(tmp_path, rehearsed):
     """The whole of it but the sizes: harness, gates, errors, journal, table."""
-    built = "import sys; from bench import slot; sys.exit(slot.main(slot.PLAN[1:]))"
-    command = [sys.executable, "-c", built, *slot.BENCHES, "--out", str(tmp_path / "slot"), "--seconds", "240"]
+    plan = "[slot.Suite('benches', lambda: [task for name in slot.BENCHES for task in slot.bench(name)], 2)]"
+    command = [sys.executable, "-c", f"import sys; from bench import slot; sys.exit(slot.main({plan}))"]
+    command += ["--out", str(tmp_path / "slot"), "--seconds", "240"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [
