@@ -1,5 +1,7 @@
 # Outside a virtual environment every verb first fills .venv (torch and the pins of constraints.txt); inside one it uses
-# that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch.
+# that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch, and
+# installs nothing. SUITE="heads tests" runs these of its suites, for SECONDS at most, with the journal in OUT; COMMIT
+# names the commit of a tree without git.
 # DATA=DIR gives the tests the folder of real data, which they otherwise skip. One process per core runs them, a file at
 # a time and in the order of their names: the longest, test_build.py, is among the first.
 
@@ -9,7 +11,7 @@ environment := .venv/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 endif
-PYTHON ?= python
+PYTHON ?= python3
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
@@ -55,8 +57,9 @@ bench-verl: $(built) build/venv-verl/installed
 bench: $(built)
 	$(PYTHON) -m bench
 
-gpu: $(built)
-	$(PYTHON) -m bench --device cuda --tests $(if $(DATA),--real-data $(DATA))
+gpu:
+	$(if $(DATA),PYTEST_ADDOPTS="--real-data $(abspath $(DATA))") $(if $(COMMIT),COMMIT=$(COMMIT)) \
+		$(PYTHON) -m bench.slot $(SUITE) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUT),--out $(OUT))
 
 lint: $(environment)
 	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc) && mypy

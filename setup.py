@@ -12,7 +12,8 @@ from setuptools import Extension, setup
 
 if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrapper: it knows where its toolkit is
     dryrun = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    os.environ["CUDA_HOME"] = os.path.realpath(re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)[1])
+    if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

@@ -119,6 +119,12 @@ def assert_gradients_exact(ours: Callable, theirs: Callable, hidden: Tensor, wei
         assert error <= max(allowed if got.element_size() < 4 else 0, 1e-5 * want.norm())
 
 
+def clipped(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, token_weights: Tensor) -> Tensor:
+    """The clipped PPO loss by its formula."""
+    ratio = (logprobs - old_logprobs).exp()
+    return (token_weights * torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))).sum()
+
+
 GATED = slice(0, 256)  # rows of a backward pass that the gate looks at
 
 
@@ -194,6 +200,8 @@ def linear_policy_loss_forward_backward(device: torch.device, dtype: str, **shap
     def loss(rows: slice, logprobs: Tensor, entropy: Tensor | None = None) -> Tensor:
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
         a, o, w = (x[rows].to(dtype) for x in (advantages, old, token_weights))
+        if dtype == torch.float64:  # the truth, where CUDA's kernels refuse it
+            return clipped(logprobs, a, o, w) - 0.01 * (0 if entropy is None else (w * entropy).sum())
         bonus = {} if entropy is None else {"entropy": entropy.to(dtype), "entropy_coef": 0.01}
         return policy_loss(logprobs.to(dtype), a, old_logprobs=o, token_weights=w, **bonus).loss
 

@@ -54,6 +54,14 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def waiting_allowed():
+    """After a test that failed where waiting for the device is an error, the next one may wait again."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """A device with registered kernels; the CUDA case carries the mark `gpu`."""
