@@ -33,7 +33,7 @@ gpu: $(built)
 	$(PYTHON) -m bench --device cuda --tests $(if $(DATA),--real-data $(DATA))
 
 lint: $(environment)
-	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc) && mypy
+	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc 'tests/ptx/*.cpp' 'tests/ptx/*.h') && mypy
 
 docs: $(environment)
 	$(PYTHON) -m bench --render
