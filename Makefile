@@ -13,7 +13,7 @@ PYTHON ?= python
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test bench gpu lint docs
+.PHONY: install demo test test-ptx bench gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -25,6 +25,14 @@ demo: $(built)
 test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 as well; instructions per row.
+test-ptx: export PYTHONPATH := tests:.
+test-ptx: $(built)
+	$(PYTHON) -m pytest -q tests/ptx
+	EMULATED=90 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py $$(grep -l triton_device tests/*.py)
+	EMULATED=80 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/test_linear_*.py
+	EMULATED=90 $(PYTHON) -m ptx.instructions
 
 bench: $(built)
 	$(PYTHON) -m bench

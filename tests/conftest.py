@@ -37,6 +37,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; `make gpu` runs these")
     config.addinivalue_line("markers", "unpoisoned: runs as users do, without PyTorch's deterministic mode")
+    config.addinivalue_line("markers", "overlapping: sequences share rows, for which blocks may then race")
     config.addinivalue_line("markers", "vectors: test_narrower_vectors.py runs it on CPU kernels of narrower vectors")
 
 
@@ -56,6 +57,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     if EMULATED:
         triton_launches.state["seed"] = zlib.crc32(item.nodeid.encode())  # alone as among others
+        triton_launches.state["blocks_may_race"] = item.get_closest_marker("overlapping") is not None
 
 
 def pytest_sessionfinish():

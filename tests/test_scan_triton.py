@@ -17,7 +17,7 @@ from triton import knobs
 from qrm_fast.triton import discounted_returns, gae, min_gae, scan, vtrace
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
-LENGTHS = [3, 1, 0, 8, 140, 0, 33, 9, 0]
+LENGTHS = [3, 1, 0, 8, 140 if knobs.runtime.interpret else 5000, 0, 33, 9, 0]  # one has several groups of pieces
 every_scan = pytest.mark.parametrize("name", SCANS)
 
 

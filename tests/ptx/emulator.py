@@ -57,7 +57,7 @@ def _library() -> ctypes.CDLL:
     library.ptx_parameter_offset.argtypes = library.ptx_parameter_bytes.argtypes = [pointer, ctypes.c_int]
     library.ptx_run.restype = ctypes.c_uint64
     library.ptx_run.argtypes = [pointer, text, pointer, ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int]
-    library.ptx_run.argtypes += [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, text]
+    library.ptx_run.argtypes += [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, text]
     return library
 
 
@@ -106,6 +106,7 @@ class Kernel:
         tensors: Iterable[torch.Tensor],
         seed: int,
         most_steps: int = 0,
+        blocks_may_race: bool = False,
     ) -> int:
         """Runs a launch that may touch these tensors; returns how many instructions its warps executed."""
         extents = list(itertools.chain(*_extents(tensors)))
@@ -113,7 +114,7 @@ class Kernel:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         instructions = _library().ptx_run(
             *(self._kernel, parameters, (ctypes.c_int * 3)(*grid), threads, shared_bytes),
-            *(regions, len(extents) // 3, seed, MOST_BLOCKS, most_steps, message),
+            *(regions, len(extents) // 3, seed, MOST_BLOCKS, most_steps, blocks_may_race, message),
         )
         if message.value:
             raise Fault(f"{message.value.decode()} (seed {seed})")

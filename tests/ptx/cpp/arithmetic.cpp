@@ -1,7 +1,7 @@
 // Moves, integer and floating-point arithmetic, comparisons, conversions.
 //
-// The multifunction unit's results (ex2, rsqrt, div.full, ...) are within a few units in the last place on a GPU, and
-// which is not documented: here each is moved by an error within that bound, drawn from its input's bits.
+// The multifunction unit's results (ex2, rsqrt, div.full, ...) are within 1 or 2 units in the last place on a GPU, and
+// which is not documented: here each is moved by up to half its bound, drawn from its input's bits.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -36,14 +36,14 @@ _Float16 rounded_half(float x) { return x != x ? value_of<_Float16>(0x7fff) : st
 float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x; }
 double flushed(double x) { return x; }
 
-// x moved by up to `ulps` units in the last place; what float32 holds exactly stays, as ex2(0) = 1.
+// x, whose bound is `ulps` units in the last place; what float32 holds exactly stays, as ex2(0) = 1.
 float approximate(double x, double ulps, uint64_t key) {
   const float rounded = static_cast<float>(x);
   if (rounded == x || !std::isfinite(rounded)) return rounded;
   uint64_t hash = key * 0x9E3779B97F4A7C15;
   hash = (hash ^ hash >> 29) * 0xBF58476D1CE4E5B9;
   const double unit = static_cast<double>((hash ^ hash >> 32) >> 11) / (1ull << 52) - 1;
-  return static_cast<float>(x * (1 + ulps * unit * 0x1p-24));
+  return static_cast<float>(x * (1 + ulps * unit * 0x1p-25));
 }
 
 // Calls v with a value of the type that the instruction names.
@@ -260,7 +260,7 @@ struct Exp2 {
 struct Log2 {
   float operator()(float a) const { return approximate(std::log2(static_cast<double>(a)), 2, bits_of(a)); }
 };
-// Of a double, rcp.approx and rsqrt.approx give the upper half.
+// Of a double, the flushing instructions give the upper half.
 double upper_half(double x) { return std::isfinite(x) ? value_of<double>(bits_of(x) & 0xffffffff00000000) : x; }
 struct Rcp {
   float operator()(float a) const { return approximate(1 / static_cast<double>(a), 1, bits_of(a)); }
@@ -268,7 +268,7 @@ struct Rcp {
 };
 struct Rsqrt {
   float operator()(float a) const { return approximate(1 / std::sqrt(static_cast<double>(a)), 2, bits_of(a)); }
-  double operator()(double a) const { return upper_half(1 / std::sqrt(a)); }
+  double operator()(double a) const { return 1 / std::sqrt(a); }
 };
 struct DivFull {
   float operator()(float a, float b) const {
@@ -616,7 +616,7 @@ const Decoders& arithmetic() {
       {"lg2.approx.ftz", {1, single1_flushed<Log2>}},
       {"rcp.approx.ftz", {1, float1<Rcp, true>}},
       {"rsqrt.approx", {1, float1<Rsqrt>}},
-      {"rsqrt.approx.ftz", {1, float1<Rsqrt, true>}},
+      {"rsqrt.approx.ftz", {1, single1_flushed<Rsqrt>}},
       {"cvt", {1, exact_conversions}},
       {"cvt.rn", {1, nearest_conversions}},
       {"cvt.rzi", {1, truncating_conversions}},

@@ -38,7 +38,7 @@ int ptx_parameter_bytes(const Kernel* kernel, int i) { return kernel->parameters
 // regions: begin, end and element size of each; returns how many instructions warps executed, 0 with a message.
 uint64_t ptx_run(const Kernel* kernel, const uint8_t* parameters, const int* grid, int threads, int shared_bytes,
                  const uint64_t* regions, int num_regions, uint64_t seed, int most_blocks, uint64_t most_steps,
-                 char* message) {
+                 int blocks_may_race, char* message) {
   uint64_t steps = 0;
   guarded(message, [&] {
     Machine machine(*kernel, parameters, {grid[0], grid[1], grid[2]}, threads, shared_bytes,
@@ -46,6 +46,7 @@ uint64_t ptx_run(const Kernel* kernel, const uint8_t* parameters, const int* gri
     for (int i = 0; i < num_regions; ++i) {
       machine.global.add(regions[3 * i], regions[3 * i + 1], regions[3 * i + 2]);
     }
+    machine.global.blocks_may_race = blocks_may_race;
     machine.run();
     steps = machine.steps;
   });

@@ -32,7 +32,13 @@ void GroupQueue::wait(size_t pending) {
   }
 }
 
-// Operations of a queue are carried out in their order.
+bool GroupQueue::all_performed() const {
+  const auto done = [](const auto& group) {
+    return std::all_of(group.begin(), group.end(), [](const auto& operation) { return operation.performed; });
+  };
+  return done(open) && std::all_of(groups.begin(), groups.end(), done);
+}
+
 void GroupQueue::perform_some(std::mt19937_64& random) {
   for (auto& group : groups) {
     for (auto& operation : group) {
@@ -211,13 +217,12 @@ bool Machine::step(Block& block, Warp& warp) {
   }
 }
 
-void Machine::issue(std::vector<Asynchronous>& open, Asynchronous operation) {
-  const bool before_done = std::all_of(open.begin(), open.end(), [](const auto& o) { return o.performed; });
-  if (before_done && (timing == Timing::Eager || (timing == Timing::Mixed && random() % 2))) {
+void Machine::issue(GroupQueue& queue, Asynchronous operation) {
+  if (queue.all_performed() && (timing == Timing::Eager || (timing == Timing::Mixed && random() % 2))) {
     operation.perform();
     operation.performed = true;
   }
-  open.push_back(std::move(operation));
+  queue.open.push_back(std::move(operation));
 }
 
 void Machine::arrive(Step& s) {
@@ -345,6 +350,10 @@ void elect(Step& s) {
   }
 }
 
+void warp_barrier(Step& s) {
+  if (s.uniform(0) << 32 >> 32 != ALL_LANES) throw Fault("a barrier of some lanes is not known");
+}
+
 void sleep(Step& s) { s.yields = true; }
 
 void nothing(Step&) {}
@@ -370,6 +379,7 @@ const Decoders& control() {
       {"exit", {0, always<leave>}},
       {"bar.sync", {0, always<barrier>}},
       {"bar.red.or", {1, always<barrier_any>}},
+      {"bar.warp.sync", {0, always<warp_barrier>, true}},
       {"nanosleep", {0, always<sleep>}},
       {"shfl.sync.up", {1, always<shuffle<'u'>>, true}},
       {"shfl.sync.down", {1, always<shuffle<'d'>>, true}},

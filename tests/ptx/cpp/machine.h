@@ -21,7 +21,7 @@ struct Asynchronous {
   bool performed = false;
 };
 
-// Asynchronous operations of a warp, waited for by groups.
+// Asynchronous operations of a warp, waited for by groups, carried out in their order.
 struct GroupQueue {
   std::vector<Asynchronous> open;
   std::deque<std::vector<Asynchronous>> groups;
@@ -30,6 +30,7 @@ struct GroupQueue {
     groups.push_back(std::move(open));
     open.clear();
   }
+  bool all_performed() const;
   void wait(size_t pending);
   void perform_some(std::mt19937_64& random);
 };
@@ -104,7 +105,7 @@ class Machine {
   uint64_t quiet = 0;  // steps since anything was written, arrived at or left
 
   // Carries out an operation now or leaves it for later.
-  void issue(std::vector<Asynchronous>& open, Asynchronous operation);
+  void issue(GroupQueue& queue, Asynchronous operation);
   // Lanes wait for the rest of their block.
   void arrive(Step& s);
   void exit(Block& block, Warp& warp, uint32_t lanes);

@@ -185,7 +185,7 @@ void multiply_group(Step& s) {
     block.shared.end_async_read(id);
     for (int k = 0; k < count; ++k) --warp.written_later[i.slots[k]];
   };
-  s.machine.issue(warp.products.open, std::move(operation));
+  s.machine.issue(warp.products, std::move(operation));
   s.machine.quiet = 0;
 }
 

@@ -44,10 +44,12 @@ void GlobalMemory::read(const Accessor& who, uint64_t address, int bytes, void* 
   Region& r = region(address, bytes);
   std::memcpy(to, reinterpret_cast<void*>(address), bytes);
   const uint32_t time = who.time();
+  const auto tolerated = [&](uint32_t block) { return blocks_may_race && block != who.block; };
   for (uint64_t k = (address - r.begin) / r.granule; k <= (address + bytes - 1 - r.begin) / r.granule; ++k) {
     Cell& cell = r.cells[k];
     const bool both_atomic = cell.atomic && access == Access::Atomic;
-    if (cell.write_time && !both_atomic && !who.knows(cell.writer, cell.writer_warp, cell.write_time)) {
+    if (cell.write_time && !both_atomic && !tolerated(cell.writer) &&
+        !who.knows(cell.writer, cell.writer_warp, cell.write_time)) {
       throw Fault(cell.writer == who.block ? "race in global memory: read of what another warp of the block wrote"
                                            : "race in global memory: read of what another block wrote");
     }
@@ -66,17 +68,18 @@ void GlobalMemory::read(const Accessor& who, uint64_t address, int bytes, void* 
 
 void GlobalMemory::write(const Accessor& who, uint64_t address, int bytes, const void* from, Access access) {
   Region& r = region(address, bytes);
+  const auto tolerated = [&](uint32_t block) { return blocks_may_race && block != who.block; };
   // Threads of a block that hold the same element store it several times over: no race where nothing changes.
   const bool same = std::memcmp(reinterpret_cast<void*>(address), from, bytes) == 0;
   for (uint64_t k = (address - r.begin) / r.granule; k <= (address + bytes - 1 - r.begin) / r.granule; ++k) {
     Cell& cell = r.cells[k];
     const bool both_atomic = cell.atomic && access == Access::Atomic;
-    if (cell.write_time && !both_atomic && !(same && cell.writer == who.block) &&
+    if (cell.write_time && !both_atomic && !(same && cell.writer == who.block) && !tolerated(cell.writer) &&
         !who.knows(cell.writer, cell.writer_warp, cell.write_time)) {
       throw Fault(cell.writer == who.block ? "race in global memory: two warps of a block write"
                                            : "race in global memory: two blocks write");
     }
-    if (cell.read_time && !(same && cell.reader == who.block)) {
+    if (cell.read_time && !(same && cell.reader == who.block) && !tolerated(cell.reader)) {
       for (uint32_t left = cell.readers; left; left &= left - 1) {
         if (!who.knows(cell.reader, __builtin_ctz(left), cell.read_time)) {
           throw Fault(cell.reader == who.block ? "race in global memory: write of what another warp of the block reads"
@@ -84,7 +87,7 @@ void GlobalMemory::write(const Accessor& who, uint64_t address, int bytes, const
         }
       }
     }
-    if (cell.other_time && !(same && cell.other == who.block) &&
+    if (cell.other_time && !(same && cell.other == who.block) && !tolerated(cell.other) &&
         !who.knows(cell.other, cell.other_warp, cell.other_time)) {
       throw Fault("race in global memory: write of what another block reads");
     }

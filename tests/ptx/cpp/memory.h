@@ -37,6 +37,9 @@ enum class Access { Plain, Atomic };
 
 class GlobalMemory {
  public:
+  // Whether races between blocks are none: for sequences that overlap, against an op's contract.
+  bool blocks_may_race = false;
+
   // `granule`: the element size, at which accesses are told apart.
   void add(uint64_t begin, uint64_t end, uint32_t granule);
 

@@ -170,7 +170,7 @@ void copy(Step& s) {
       std::memcpy(block.shared.data(to, bytes), data, bytes);
     };
     operation.finish = [=, &block, &warp] { block.shared.end_copy(warp.id, block.epoch, to, bytes); };
-    machine.issue(warp.copies.open, std::move(operation));
+    machine.issue(warp.copies, std::move(operation));
   });
   s.machine.quiet = 0;
 }
@@ -267,7 +267,7 @@ void store_box(Step& s) {
       });
     };
     operation.finish = [=, &block] { block.shared.end_async_read(id); };
-    machine.issue(warp.stores.open, std::move(operation));
+    machine.issue(warp.stores, std::move(operation));
   });
   s.machine.quiet = 0;
 }
