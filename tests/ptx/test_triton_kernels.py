@@ -25,6 +25,10 @@ SAMPLE = {  # tests of each file, or the whole file
     "test_linear_logprobs_triton.py": ["test_each_gradient_alone", "test_rows_without_gradient_never_leak"],
     "test_linear_policy_loss_triton.py": ["test_only_needed_gradients_are_formed", "test_idle_rows_and_wild_targets"],
     "test_linear_q_values.py": ["test_triton_non_finite_rows_stay_alone", "test_triton_table"],
+    "test_linear_sample.py": [
+        "test_by_hand",
+        "test_the_logprob_has_the_bits_of_linear_logprobs_by_triton[torch.bfloat16-plain]",
+    ],
     "test_min_form_returns.py": ["test_triton_agrees_with_the_definition"],
     "test_moments.py": ["test_hand_computed", "test_triton_bits_depend_on_the_own_rows_only"],
     "test_pairwise_q_loss.py": ["test_triton_bits_depend_on_the_own_pair_only", "test_triton_extreme_margins_and_nan"],
