@@ -15,7 +15,7 @@ PYTHON ?= python3
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test bench gpu lint docs
+.PHONY: install demo test test-ptx test-trl test-verl test-openrlhf bench bench-trl bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -28,6 +28,35 @@ test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 as well; instructions per row.
+test-ptx: export PYTHONPATH := tests:.
+test-ptx: $(built)
+	$(PYTHON) -m pytest -q tests/ptx
+	EMULATED=90 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py $$(grep -l triton_device tests/*.py)
+	EMULATED=80 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/test_linear_*.py
+	EMULATED=90 $(PYTHON) -m ptx.instructions
+
+# Other people's trainers pin packages of their own: each has an environment, from the package index.
+test-trl: $(built) build/venv-trl/installed
+	build/venv-trl/bin/python -m pytest -rs tests/integrations/test_trl.py
+
+bench-trl: $(built) build/venv-trl/installed
+	build/venv-trl/bin/python -m bench trainers
+
+# verl loads plugins of installed packages, so here a wheel is tested, and that it changes nothing there (before.txt).
+test-verl: $(built) build/venv-verl/installed
+	rm -rf build/lib* build/bdist* build/venv-verl/*.whl
+	$(pip) wheel --no-deps --no-build-isolation --wheel-dir build/venv-verl .
+	build/venv-verl/bin/python -m pip --quiet uninstall --yes qrm_fast
+	build/venv-verl/bin/python -m pip --quiet install build/venv-verl/*.whl
+	build/venv-verl/bin/pytest -rs --durations=5 tests/integrations/test_verl.py
+
+bench-verl: $(built) build/venv-verl/installed
+	build/venv-verl/bin/python -m bench verl
+
+test-openrlhf: $(built) build/openrlhf/installed
+	build/openrlhf/bin/python -m pytest -rs tests/integrations/test_openrlhf.py tests/integrations/test_examples.py
+
 bench: $(built)
 	$(PYTHON) -m bench
 
@@ -36,7 +65,7 @@ gpu:
 		$(PYTHON) -m bench.slot $(SUITE) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUT),--out $(OUT))
 
 lint: $(environment)
-	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc) && mypy
+	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc 'tests/ptx/*.cpp' 'tests/ptx/*.h') && mypy
 
 docs: $(environment)
 	$(PYTHON) -m bench --render
@@ -64,3 +93,32 @@ fill:
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
 	$(pip) install -c build/constraints.txt setuptools wheel ninja pybind11 numpy
 	$(pip) install -c build/constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
+
+build/venv-trl/installed: constraints.txt | $(environment)
+	echo "installing TRL into build/venv-trl"
+	$(PYTHON) -m venv build/venv-trl
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install \
+		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
+	touch $@
+
+# fastapi and the three behind it are what verl imports without asking for them.
+build/venv-verl/installed: constraints.txt | $(environment)
+	echo "installing verl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton|pytest)==' constraints.txt) numpy
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton)==' constraints.txt) verl==0.9.1 fastapi uvicorn cachetools TransferQueue==0.1.11
+	$(@D)/bin/python -m pip freeze >$(@D)/before.txt
+	touch $@
+
+# OpenRLHF asks for flash-attn, which only builds with CUDA: it comes without what it depends on. torchrl comes along.
+build/openrlhf/installed: constraints.txt | $(environment)
+	echo "installing OpenRLHF and torchrl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		torchrl==0.14.1 $$(grep -E '^(numpy|triton|pytest)==' constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps openrlhf==0.11.2
+	touch $@

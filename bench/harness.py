@@ -36,6 +36,7 @@ class Case:
     flops: int = 0  # the least arithmetic
     error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
     absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
+    repeats: int = 15  # fewer where a call takes many seconds
 
 
 # A process started so keeps what it frees (glibc): only its first call waits for fresh pages.
@@ -241,7 +242,7 @@ def _figures(name: str, built: Case, allow_busy: bool) -> dict:
         except Exception as error:  # a rival takes no other figure with it
             absent[way] = _sentence(error)
     ways = providers | built.baseline
-    timings, other = interleaved(ways, torch.device(CASES[name].device), allow_busy=allow_busy)
+    timings, other = interleaved(ways, torch.device(CASES[name].device), repeats=built.repeats, allow_busy=allow_busy)
     times = {way: timing.summary() for way, timing in timings.items()}
     baseline_ms = built.num_baselines * min(times[way]["median_ms"] for way in built.baseline)
     for way, row in times.items():

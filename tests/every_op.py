@@ -84,6 +84,12 @@ def calls(device: str, times: int) -> dict[str, list[Callable]]:
         "linear_q_values": [
             lambda h=h: f.linear_q_values(h["hidden"], h["weight"], h["hidden"], h["weight"], targets) for h in frozen
         ],
+        "linear_sample": [
+            lambda head=head, options=options: f.linear_sample(
+                head["hidden"], head["weight"], torch.rand(num_tokens, dtype=torch.float64, device=device), **options
+            )
+            for head, options in ((frozen[0], {}), (frozen[1], {"bias": capped["bias"].detach(), "softcap": 30.0}))
+        ],
         "loss_weights": [
             lambda mode=mode: f.loss_weights(cu_seqlens, mask=mask, mode=mode, num_tokens=num_tokens)
             for mode in ("token-mean", "seq-mean-token-mean")

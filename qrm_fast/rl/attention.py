@@ -18,7 +18,7 @@ try:
 except ImportError:  # not installed, not built for this machine, or flash-attn-4, whose package has the same name
     flash_attn_varlen_func = None
 
-# Boundaries and the largest length of the batch that `packed_hidden` runs, for models that do not hand them down.
+# Boundaries and the largest length of the batch that `packed_inputs` has open, for models that do not hand them down.
 _running: ContextVar[tuple[Tensor | None, int]] = ContextVar("running", default=(None, 0))
 
 
@@ -125,12 +125,13 @@ def _attend(
 AttentionInterface.register("qrm_packed", packed_attention)
 
 
-def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """Final-norm hidden states [N, D] of the backbone over a packed batch; the model's own head is never called."""
+@contextmanager
+def packed_inputs(batch: PackedBatch) -> Iterator[dict[str, Any]]:
+    """What a model is called with over a packed batch, [1, N]; models that hand no boundaries down find them too."""
     cu_seqlens = batch.cu_seqlens.to(torch.int32)
     running = _running.set((cu_seqlens, batch.max_seqlen))
     try:
-        out = backbone(model)(
+        yield dict(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
@@ -142,7 +143,16 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
         )
     finally:
         _running.reset(running)
-    return out.last_hidden_state[0]
+
+
+def inside_packed_inputs() -> bool:
+    return _running.get()[0] is not None
+
+
+def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """Final-norm hidden states [N, D] of the backbone over a packed batch; the model's own head is never called."""
+    with packed_inputs(batch) as inputs:
+        return backbone(model)(**inputs).last_hidden_state[0]
 
 
 def backbone(model: Any) -> PreTrainedModel:
