@@ -272,6 +272,13 @@ def test_the_limit_is_the_larger_of_bytes_and_flops():
     assert slot.limit_ms(record | {"provenance": {"hardware": "another"}}) is None
 
 
+def test_every_suite_with_cases_for_cuda_is_in_the_slot():
+    from bench import conftest  # which imports the suites
+
+    cases = conftest.CASES.values()
+    assert {case.suite for case in cases if case.device == "cuda"} == set(slot.BENCHES)
+
+
 def test_make_gpu_installs_nothing(tmp_path):
     """Not even where no environment is active: the GPU's machine has no network."""
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
