@@ -31,7 +31,7 @@ def merged(b_max, b_sum, b_weighted, b_max2, b_sum2, b_weighted2):
     return b_top, b_scale * b_sum + b_scale2 * b_sum2, b_weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_fold(
     hidden,  # [T, D]
     weight,  # [V, D]
@@ -139,7 +139,7 @@ def finished_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_merge(
     statistics,  # [3, splits, T]
     target_logits,  # [T]
