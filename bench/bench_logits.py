@@ -1,13 +1,13 @@
-"""What stands beside the heads: logits at hand and gathered Q, bound by memory, and two heads at once."""
+"""What stands beside the heads: logits at hand and gathered Q, bound by memory, two heads at once, and sampling."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from qrm_fast import gather_logprobs, linear_q_values, token_q
+from qrm_fast import gather_logprobs, linear_q_values, linear_sample, token_q
 
-from .bench_heads import inputs, of_logits
+from .bench_heads import inputs, limit, of_logits
 from .harness import Case, case, copy, gemm
 
 CPU = {"num_tokens": 2048, "vocab": 32768}
@@ -151,7 +151,9 @@ def linear_q_values_of_two_heads(
         return max((x[rows].double() - y).abs().max().item() for x, y in zip(results, exact, strict=True))
 
     def gate() -> None:
-        assert (far := error("qrm_fast", linear_q_values(*tensors))) <= 2e-5, f"off by {far:.3g}"
+        heads = (policy_hidden[:64], policy_weight), (q_hidden[:64], q_weight)
+        allowed = max(limit(*head) for head in heads)
+        assert (far := error("qrm_fast", linear_q_values(*tensors))) <= allowed, f"off by {far:.3g}, {allowed=:.3g}"
 
     dim = policy_dim + q_dim
     return Case(
@@ -160,5 +162,37 @@ def linear_q_values_of_two_heads(
         baseline=gemm(torch.cat([policy_hidden, q_hidden], 1), torch.cat([policy_weight, q_weight], 1)),
         bytes=(num_tokens + vocab) * dim * policy_hidden.element_size() + 28 * num_tokens,
         flops=2 * num_tokens * dim * vocab,
+        error=error,
+    )
+
+
+@case(
+    cpu=[{"dtype": dtype, "num_rows": 64, "dim": 512, "vocab": 32768} for dtype in ("float32", "bfloat16")],
+    cuda=[{"dtype": "bfloat16", "num_rows": 512, "dim": 3584, "vocab": 152064}],
+)
+def linear_sample_step(device: torch.device, dtype: str, num_rows: int, dim: int, vocab: int) -> Case:
+    """A token per row, as a decoder draws it, and its log-probability, whose error is the largest in 64 rows."""
+    hidden, weight, _ = inputs(device, getattr(torch, dtype), num_rows, dim, vocab)
+    uniforms = torch.rand(num_rows, dtype=torch.float64, device=device)
+
+    def multinomial() -> tuple[Tensor, Tensor]:
+        logp = (hidden @ weight.T).float().log_softmax(-1)
+        tokens = torch.multinomial(logp.exp(), 1)
+        return tokens[:, 0], logp.gather(-1, tokens)[:, 0]
+
+    def error(_: str, results: tuple[Tensor, ...]) -> float:
+        tokens, logprobs = (x[:64] for x in results)
+        exact = (hidden[:64].double() @ weight.double().T).log_softmax(-1)
+        return (logprobs - exact.gather(-1, tokens[:, None])[:, 0]).abs().max().item()
+
+    def gate() -> None:
+        assert (far := error("qrm_fast", linear_sample(hidden, weight, uniforms))) <= 2e-5, f"off by {far:.3g}"
+
+    return Case(
+        {"qrm_fast": lambda: linear_sample(hidden, weight, uniforms), "log_softmax, multinomial": multinomial},
+        gate,
+        baseline=gemm(hidden, weight),
+        bytes=(num_rows + vocab) * dim * hidden.element_size() + 20 * num_rows,
+        flops=2 * num_rows * dim * vocab,
         error=error,
     )

@@ -16,6 +16,7 @@ from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
 from .ops.linear_logprobs_partial import LogprobsPartial, linear_logprobs_partial
 from .ops.linear_policy_loss import linear_policy_loss
 from .ops.linear_q_values import QValues, linear_q_values
+from .ops.linear_sample import SampledTokens, linear_sample
 from .ops.loss_weights import loss_weights
 from .ops.merge_logprobs import merge_logprobs
 from .ops.min_form_returns import MinForm, min_form_returns
@@ -73,6 +74,7 @@ __all__ = [
     "PolicyMetrics",
     "ProcessDiagnostics",
     "QValues",
+    "SampledTokens",
     "TokenLogprobs",
     "VTrace",
     "clip_delta",
@@ -87,6 +89,7 @@ __all__ = [
     "linear_logprobs_partial",
     "linear_policy_loss",
     "linear_q_values",
+    "linear_sample",
     "loss_weights",
     "merge_logprobs",
     "min_form_returns",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from inspect import getdoc
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import torch
 
 try:
+    import yaml  # type: ignore[import-untyped]
     from jsonargparse import ArgumentParser, set_parsing_settings
     from rich import box
     from rich.console import Console
@@ -30,6 +32,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from .rl.implicit_training import DPOConfig, ImplicitConfig
+    from .rl.reward_training import ORMConfig, QRMConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -81,28 +86,130 @@ FROM_SCRATCH = dict(lr=3e-4, num_epochs=2, batch_size=32, warmup_steps=8, decay=
 
 
 def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Train a Q-RM on preference pairs."""
-    from .rl.reward_training import QRMConfig, train_q_rm
-
-    parser.epilog = (
+    """Train a reward model: Q-RM, ORM and DPO on pairs, a PRM on solutions with step labels, ... (--kind)."""
+    # The kind decides which options there are, as a command would.
+    kinds: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
+        "qrm": _train_q_rm,
+        "qrm-vocab": _train_q_rm,
+        "orm": _train_orm,
+        "prm": _train_prm,
+        "dpo": _train_dpo,
+        "implicit": _train_implicit,
+    }
+    kind = _kind(arguments) or "qrm"
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind}")
+    parser.epilog = f"--kind chooses among {', '.join(kinds)}; each has its own options. " + (
         f"Defaults for scratch models: {', '.join(f'{key} {value}' for key, value in FROM_SCRATCH.items())}."
     )
-    _add_options(parser, QRMConfig, out="runs/q_rm")
-    config = _parse(
-        parser, arguments, QRMConfig, lambda options: FROM_SCRATCH if options["model"].startswith("scratch:") else {}
-    )
     _expect_a_new_head()
+    kinds[kind](parser, arguments)
+
+
+def _kind(arguments: list[str]) -> str | None:
+    """What --kind says, or else the file of --config. A file that cannot be read is left to the parser to refuse."""
+    said = dict(x.split("=", 1) for x in arguments if x.startswith("--") and "=" in x) | dict(pairwise(arguments))
+    if "--kind" in said or "--config" not in said:
+        return said.get("--kind")
+    try:
+        values = yaml.safe_load(Path(said["--config"]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return str(values["kind"]) if isinstance(values, dict) and "kind" in values else None
+
+
+def _train_q_rm(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.reward_training import QRMConfig
+
+    _add_options(parser, QRMConfig, out="runs/q_rm")
+    _train_on_pairs(_parse(parser, arguments, QRMConfig, _from_scratch), "Q-RM")
+
+
+def _train_orm(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.reward_training import ORMConfig
+
+    _add_options(parser, ORMConfig, out="runs/orm")
+    _train_on_pairs(_parse(parser, arguments, ORMConfig, _from_scratch), "ORM")
+
+
+def _train_on_pairs(config: "QRMConfig | ORMConfig", name: str) -> None:
+    from .rl.reward_training import train_q_rm
+
     with _newest_row_shown(config.out):
         result = train_q_rm(config)
     sides = (("trained on", result.train, result.num_train), ("held out", result.heldout, result.num_heldout))
     rows = []
-    for name, side, num in sides:
+    for side_name, side, num in sides:
         if side is None:
             continue
         accuracies = (_share(share, num) for share in (side.accuracy, side.action_accuracy))
-        rows.append((f"{num} pairs {name}", *accuracies, f"{side.margin:.3f}", f"{side.loss:.4f}"))
-    _print_table("Q-RM", ("", "pair accuracy", "at the first difference", "Q margin", "loss"), rows)
-    print(f"{result.tokens_per_s:,.0f} tokens/s\nQ-RM  {result.directory}")
+        rows.append((f"{num} pairs {side_name}", *accuracies, f"{side.margin:.3f}", f"{side.loss:.4f}"))
+    _print_table(name, ("", "pair accuracy", "at the first difference", "Q margin", "loss"), rows)
+    print(f"{result.tokens_per_s:,.0f} tokens/s\n{name}  {result.directory}")
+
+
+def _train_prm(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.plots import calibration
+    from .rl.prm_training import PRMConfig, train_prm
+
+    _add_options(parser, PRMConfig, out="runs/prm")
+    config = _parse(parser, arguments, PRMConfig, _from_scratch)
+    with _newest_row_shown(config.out):
+        result = train_prm(config)
+    sides = [(result.num_train, "trained on", result.train)]
+    if result.heldout is not None:
+        sides.append((result.num_heldout, "held out", result.heldout))
+    names = ("loss per step", "right judgements of steps", "of the wrong ones", "of the right ones")
+    columns = [
+        [
+            f"{side.loss:.4f}",
+            *(f"{share:.3f}" for share in (side.accuracy, side.wrong_found, side.right_kept)),
+            _share(side.first_error, num),
+            f"{side.calibration_error:.3f}",
+        ]
+        for num, _, side in sides
+    ]
+    rows = list(zip((*names, "first wrong step found", "calibration error"), *columns, strict=True))
+    _print_table("PRM", ("", *(f"{num} solutions {name}" for num, name, _ in sides)), rows)
+    calibration(result.bins).savefig(f"{result.directory}/calibration.png")
+    print(f"{result.tokens_per_s:,.0f} tokens/s\ncalibration  {result.directory}/calibration.png")
+    print(f"PRM  {result.directory}")
+
+
+def _train_dpo(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.implicit_training import DPOConfig
+
+    _add_options(parser, DPOConfig, out="runs/dpo")
+    _train_log_ratio(_parse(parser, arguments, DPOConfig), "DPO", "pairs")
+
+
+def _train_implicit(parser: ArgumentParser, arguments: list[str]) -> None:
+    from .rl.implicit_training import ImplicitConfig
+
+    _add_options(parser, ImplicitConfig, out="runs/implicit")
+    _train_log_ratio(_parse(parser, arguments, ImplicitConfig), "Implicit reward model", "answers")
+
+
+def _train_log_ratio(config: "DPOConfig | ImplicitConfig", name: str, what: str) -> None:
+    from .rl.implicit_training import train_implicit
+
+    with _newest_row_shown(config.out):
+        result = train_implicit(config)
+    sides = (("trained on", result.train, result.num_train), ("held out", result.heldout, result.num_heldout))
+    rows = [
+        (f"{num} {what} {side_name}", _share(side.accuracy, num), f"{side.margin:.3f}", f"{side.loss:.4f}")
+        for side_name, side, num in sides
+        if side is not None
+    ]
+    _print_table(name, ("", "accuracy", "margin", "loss"), rows)
+    print(f"{result.tokens_per_s:,.0f} tokens/s\n{name}  {result.directory}")
+
+
+def _from_scratch(options: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that hang on the model."""
+    if not options["model"].startswith("scratch:"):
+        return {}
+    return FROM_SCRATCH | (dict(num_head_epochs=0) if options["kind"] == "prm" else {})  # no backbone to keep as it is
 
 
 def train(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -129,8 +236,9 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Greedy and sampled Pass@1 of a policy on the problems of a file."""
+    """Greedy and sampled Pass@1 of a policy; with --best_of, of the answers that a reward model would choose."""
     from .rl.attention import check_packing
+    from .rl.best_of import Judge, best_of, check_choice, early_reject, sample_answers
     from .rl.config import Config
     from .rl.models import check_context, load_policy, num_token_ids
     from .rl.policy import Policy
@@ -141,9 +249,27 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     from .rl.train import longest_answer
     from .rl.verifiers import read_examples
 
-    only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "seed", "device", "dtype")
+    only = ("model", "data", "verifier", "max_new_tokens", "eval_samples", "max_tokens", "seed", "device", "dtype")
     _add_options(parser, Config, only=only)
+    parser.add_argument("--best_of", type=int, default=1, help="Answers to choose from, sampled to each problem.")
+    parser.add_argument("--rerank", type=str, default="verifier", help="Who chooses: qrm, prm, orm or verifier.")
+    parser.add_argument("--reward_model", type=str | None, help="Directory or id of the Q-RM, PRM or ORM that chooses.")
+    parser.add_argument(
+        "--aggregation",
+        type=str | None,
+        help="From tokens or steps to an answer: mean (Q-RM's), min, last (ORM's), product, soft-min (PRM's).",
+    )
+    parser.add_argument(
+        "--early_reject", type=int, default=0, help="Drop the half of the answers that scores lowest by then: tokens."
+    )
+    parser.add_argument("--plot", type=str | None, help="PNG file to draw: right answers by tokens sampled.")
     config = _parse(parser, arguments, Config, out="")
+    options = parser.parse_args(arguments)
+    aggregation = check_choice(options.rerank, options.reward_model, options.aggregation)
+    if options.best_of < 1:
+        raise ValueError(f"best_of must be at least 1, got {options.best_of}")
+    if options.early_reject < 0 or (options.early_reject and (options.best_of == 1 or options.reward_model is None)):
+        raise ValueError(f"early_reject needs best_of and a reward_model, and at least 0, got {options.early_reject}")
     check_ranges(config)
     examples = read_examples(config.data, config.verifier)
     tokenizer = load_tokenizer(config.model)
@@ -154,14 +280,39 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     check_context(model, longest)
     check_packing(model, longest)
     check_sampling(engine, policy, longest)
-    result = run(engine, tokenizer, examples, config)
-    rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
-    _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
+    if options.best_of == 1:
+        result = run(engine, tokenizer, examples, config)
+        rows = [(name, _share(share, len(examples))) for name, share in result._asdict().items()]
+        _print_table(f"Pass@1 on {len(examples)} problems", ("", "right answers"), rows)
+        return
+    judge = None
+    if options.reward_model is not None:
+        how: dict[str, Any] = dict(aggregation=aggregation, longest=longest, config=config)
+        judge = Judge(options.rerank, options.reward_model, tokenizer, **how)
+    answers = sample_answers(engine, tokenizer, examples, config, options.best_of, judge)
+    results = best_of(answers)
+    rows_of_k = [
+        (str(x.num_answers), _share(x.accuracy, len(examples)), f"{x.some_right:.3f}", f"{x.num_tokens:,.0f}")
+        for x in results
+    ]
+    title = f"Best of k on {len(examples)} problems, chosen by {options.rerank}"
+    _print_table(title, ("k", "right answers", "one of k right", "tokens per problem"), rows_of_k)
+    if judge is not None and options.early_reject:
+        early = early_reject(answers, judge, options.early_reject)
+        print(
+            f"half dropped after {options.early_reject} tokens: {_share(early.accuracy, len(examples))} right, "
+            f"{early.num_tokens:,.0f} tokens per problem, {early.saved:.1%} saved"
+        )
+    if options.plot:
+        from .rl.plots import accuracy_by_tokens
+
+        accuracy_by_tokens(results, options.rerank).savefig(options.plot)
+        print(f"best of k  {options.plot}")
 
 
 def score(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Q of every token of an answer; of two answers, also the difference up to the first token in which they differ."""
-    parser.add_argument("--model", type=str, required=True, help="The Q-RM: Hugging Face id or directory.")
+    """What a Q-RM gives every token of an answer, and where two answers part; what a PRM gives every step."""
+    parser.add_argument("--model", type=str, required=True, help="The Q-RM or PRM: Hugging Face id or directory.")
     parser.add_argument("--prompt", type=str, required=True)
     parser.add_argument(
         "--response", type=str, action="append", required=True, help="An answer; give it twice for two."
@@ -172,6 +323,11 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     if len(options.response) > 2:
         raise ValueError(f"response must be given once or twice, got {len(options.response)}")
     _before_models(options.device)
+    from .rl.models import num_labels
+
+    if num_labels(options.model) == 2:
+        _score_steps(options.model, options.prompt, options.response, options.device, options.plot)
+        return
     from .rl.plots import Answer, first_difference, heat_map
     from .rl.score import score as run
 
@@ -191,6 +347,20 @@ def score(parser: ArgumentParser, arguments: list[str]) -> None:
     if options.plot:
         heat_map(options.prompt, answers).savefig(options.plot)
         print(f"heat map  {options.plot}")
+
+
+def _score_steps(model: str, prompt: str, responses: list[str], device: str, plot: str | None) -> None:
+    from .rl.score import score_steps
+
+    if plot:
+        raise ValueError(f"plot draws the tokens of a Q-RM, expected none for a PRM, got {plot}")
+    for number, scores in enumerate(score_steps(model, prompt, responses, device=device), start=1):
+        rows = [
+            (str(t), repr(step), f"{reward:+.4f}", f"{weight:.3f}")
+            for t, (step, reward, weight) in enumerate(zip(*scores[:3], strict=True))
+        ]
+        title = f"Reward of every step of response {number}; their soft minimum is {scores.outcome:+.4f}"
+        _print_table(title, ("", "step", "reward", "weight"), rows)
 
 
 def plot(parser: ArgumentParser, arguments: list[str]) -> None:

@@ -5,10 +5,19 @@ from collections.abc import Callable
 import torch
 
 
-def replayed(step: Callable) -> object:
-    """What `step`, which has run before, returns when it is captured and the graph is replayed."""
+def captured(step: Callable) -> Callable[[], object]:
+    """Replays `step`, which has run before, and returns what it returns; the next replay writes there too."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
-    graph.replay()
-    return results
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def replayed(step: Callable) -> object:
+    """What `step` returns when it is captured and the graph is replayed."""
+    return captured(step)()

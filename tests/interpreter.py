@@ -1,10 +1,10 @@
 """Triton's interpreter with bfloat16 as a GPU computes it, and fast enough for kernels of many small functions.
 
 The interpreter holds bfloat16 as uint16: its dot multiplies the integers, and its casts truncate. `install` puts
-float32 products of the values and rounding to nearest in their place. It also prepares the language anew for every
-function that a kernel calls, and scans one element at a time; `install` has it do the one once, the other by lanes.
-Every operation builds the type of its result, and of its result's shape; `install` has it find the one among those
-built before, and build the other for a reader only.
+products of the values, rounded to float32, and rounding to nearest in their place. It also prepares the language anew
+for every function that a kernel calls, and scans one element at a time; `install` has it do the one once, the other by
+lanes. Every operation builds the type of its result, and of its result's shape; `install` has it find the one among
+those built before, and build the other for a reader only.
 """
 
 import functools
@@ -16,14 +16,17 @@ import triton.language.core as core
 from triton.runtime import interpreter
 
 
-def _widened(x: interpreter.TensorHandle) -> np.ndarray:
+def widened(x: interpreter.TensorHandle) -> np.ndarray:
+    """The values in float32."""
     if x.dtype.scalar == tl.bfloat16:
         return (x.data.astype(np.uint32) << 16).view(np.float32)
     return x.data.astype(np.float32)
 
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    return interpreter.TensorHandle(_widened(a) @ _widened(b) + d.data, d.dtype.scalar)
+    # in double: on some CPUs a BLAS sums a row of float32 in an order that depends on the row's place
+    product = widened(a).astype(np.float64) @ widened(b).astype(np.float64)
+    return interpreter.TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
 
 
 def _scan(self, columns):

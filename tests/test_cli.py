@@ -23,7 +23,7 @@ from qrm_fast.cli import COMMANDS, main
 from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
 from qrm_fast.rl.checkpoint import save_checkpoint, states
 from qrm_fast.rl.config import Config
-from qrm_fast.rl.data import Demonstration, Pair, write_jsonl
+from qrm_fast.rl.data import STEP, Demonstration, Judged, Pair, Solution, write_jsonl
 from qrm_fast.rl.metrics import MetricsLog
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.tokenizers import load_tokenizer
@@ -43,6 +43,11 @@ def inputs(tmp_path_factory):
     wrong = {prompt: arithmetic_demonstration(prompt, slips) + "0" for prompt in right}
     write_jsonl(folder / "prompts.jsonl", examples)
     write_jsonl(folder / "demonstrations.jsonl", [Demonstration(*item) for item in right.items()])
+    judged = [Judged(prompt, answer, answer is right[prompt]) for x in (right, wrong) for prompt, answer in x.items()]
+    write_jsonl(folder / "judged.jsonl", judged)
+    steps = [(prompt, answer.split(STEP)) for prompt, answer in right.items()]
+    solutions = [Solution(p, (*s[:-1], "0"), (*[True] * (len(s) - 1), False)) for p, s in steps]
+    write_jsonl(folder / "solutions.jsonl", solutions)
     write_jsonl(folder / "pairs.jsonl", [Pair(prompt, right[prompt], wrong[prompt]) for prompt in right])
     return folder
 
@@ -108,6 +113,67 @@ def test_train_rm_saves_what_plain_transformers_loads(inputs, run):
     )
     assert (status, err) == (0, "")
     assert json.loads(Path("further/options.json").read_text())["lr"] == 1e-5
+
+
+def test_a_prm_from_solutions_to_scores_and_a_policy(inputs, run):
+    arguments = ["--kind", "prm", "--model", "scratch:demo", "--tokenizer", "arithmetic", "--separator", STEP]
+    arguments += ["--batch_size", 8, "--num_epochs", 1, "--out", "prm"]
+    status, out, err = run("train-rm", "--data", inputs / "solutions.jsonl", *arguments)
+    assert (status, err) == (0, "")
+    assert "14 solutions trained on" in out and "2 solutions held out" in out and "PRM  prm" in out
+    assert Path("prm/calibration.png").read_bytes().startswith(b"\x89PNG")
+    options = json.loads(Path("prm/options.json").read_text())
+    assert (options["kind"], options["separator"], options["num_head_epochs"]) == ("prm", STEP, 0)
+    assert AutoModelForTokenClassification.from_pretrained("prm").config.num_labels == 2
+    status, out, err = run("train-rm", "--config", "prm/options.json", "--out", "again")
+    assert (status, err) == (0, "") and rows_of("again")[0]["prm/loss"] == rows_of("prm")[0]["prm/loss"]
+
+    response = "07+6=13\n\n#13"
+    status, out, err = run("score", "--model", "prm", "--prompt", "7+6:", "--response", response)
+    assert (status, err) == (0, "")
+    table = cells(out)
+    assert [row[1] for row in table] == ["'07+6=13'", "'#13'"] and all(-1 <= float(row[2]) <= 1 for row in table)
+    assert abs(sum(float(row[3]) for row in table) - 1) < 2e-3
+    status, out, err = run("score", "--model", "prm", "--prompt", "7+6:", "--response", response, "--plot", "x.png")
+    assert (status, out) == (2, "") and "plot draws the tokens of a Q-RM" in err
+
+    chosen = ["--best_of", 3, "--rerank", "prm", "--reward_model", "prm", "--plot", "best.png", "--early_reject", 2]
+    arguments = ["--data", inputs / "prompts.jsonl", "--verifier", "arithmetic", "--max_new_tokens", 4, *chosen]
+    status, out, err = run("eval", "--model", inputs / "policy", *arguments)
+    assert (status, err) == (0, "") and "Best of k on 16 problems, chosen by prm" in out
+    assert [row[:2] for row in cells(out)] == [[k, "0.000"] for k in "123"]
+    assert "half dropped after 2 tokens" in out
+    assert Path("best.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = run("eval", "--model", inputs / "policy", *arguments, "--best_of", 0)
+    assert status == 2 and "best_of must be at least 1, got 0" in err
+
+    arguments = [*train_arguments(inputs), "--preset", "pure-paper", "--algorithm", "ppo", "--prm", "prm"]
+    status, out, err = run(*arguments, "--reward", "pure=1.0,verifier=1.0", "--labelled_share", 0.1)
+    assert (status, err) == (0, "") and "process/short_mass" in rows_of("runs/train")[1]
+    assert run("plot", ".")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["orm", "qrm-vocab", "dpo", "implicit"])
+def test_the_other_kinds_train_and_serve_a_policy(inputs, run, kind):
+    data = "judged" if kind == "implicit" else "pairs"
+    model = ["--model", inputs / "policy", "--batch_size", 4, "--lr", 1e-3, "--out", "rm"]
+    status, out, err = run("train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", *model)
+    assert (status, err) == (0, "") and "trained on" in out and "held out" in out and "tokens/s" in out
+    assert json.loads(Path("rm/options.json").read_text())["kind"] == kind
+    if kind in ("orm", "qrm-vocab"):
+        status, out, err = run("score", "--model", "rm", "--prompt", "1+1:", "--response", "01+1=02")
+        assert (status, err) == (0, "") and len(cells(out)) == 8
+    preset = {"dpo": "dpo-rm", "implicit": "dpo-rm"}.get(kind, kind)
+    field = {"dpo": "implicit", "qrm-vocab": "q_rm"}.get(kind, kind)
+    for algorithm in "reinforce", "ppo":
+        arguments = ["--preset", preset, "--algorithm", algorithm, f"--{field}", "rm", "--out", algorithm]
+        status, out, err = run(*train_arguments(inputs), *arguments)
+        assert (status, err) == (0, "") and rows_of(algorithm)[0]["policy/grad_norm"] > 0
+    if kind in ("dpo", "implicit"):
+        status, _, err = run(
+            "train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", "--tokenizer", "arithmetic"
+        )
+        assert status == 2 and "model must be a checkpoint, which stays as the reference, got scratch:small" in err
 
 
 def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):
@@ -266,9 +332,16 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
         (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
         (
             [*TRAIN_MD, "--reward", "fame"],
-            "reward must be one of 'q-rm', 'verifier', 'random', got fame",
+            "reward must be one of q-rm, qrm-vocab, orm, implicit, random, pure, verifier, or a mixture such as pure=",
         ),
-        ([*TRAIN_MD, "--preset", "grpo"], "preset must be one of qrm-released, qrm-paper, rloo and"),
+        (
+            [*TRAIN_MD, "--preset", "ppo"],
+            "preset must be one of qrm-released, qrm-paper, qrm-vocab, orm, dpo-rm, pure-p",
+        ),
+        (
+            ["train-rm", "--data", "d", "--kind", "fame"],
+            "kind must be one of qrm, qrm-vocab, orm, prm, dpo, implicit, got fa",
+        ),
         ([*TRAIN_MD, "--config", "no.yaml"], "no.yaml"),
         ([*TRAIN_MD, "--device", "toaster"], "device must be one that torch can use here, got toaster"),
         (
@@ -421,9 +494,9 @@ def test_only_a_trained_q_rm_scores(inputs, run):
     assert (status, out) == (2, "")
     assert "must be a Q-RM, a token classifier with one label, got LlamaForCausalLM" in err
     tokenizer = load_tokenizer("arithmetic")
-    save_checkpoint(load_token_model("scratch:demo", tokenizer, num_labels=2), tokenizer, "prm")
-    status, out, err = run("score", "--model", "prm", "--prompt", "1+1:", "--response", "01+1=02")
-    assert (status, out) == (2, "") and "got LlamaForTokenClassification, 2" in err
+    save_checkpoint(load_token_model("scratch:demo", tokenizer, num_labels=3), tokenizer, "three")
+    status, out, err = run("score", "--model", "three", "--prompt", "1+1:", "--response", "01+1=02")
+    assert (status, out) == (2, "") and "got LlamaForTokenClassification, 3" in err
     status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", "one", "--response", "01+1=02")
     assert (status, out) == (2, "") and "WordLevel error" in err
     status, out, err = run("score", "--model", inputs / "q_rm", "--prompt", "", "--response", "01+1=02")

@@ -24,6 +24,8 @@ OPTIONS = {
     "cispo": {"kind": "cispo", "clip_high": 0.1},
     "gspo": {"kind": "gspo", "clip_low": 0.05, "clip_high": 0.05, "extra": True},
     "gspo-on-policy": {"kind": "gspo", "old": False},
+    "gspo-dual": {"kind": "gspo", "clip_low": 0.05, "clip_high": 0.05, "dual_clip": 1.1},
+    "sapo": {"kind": "sapo", "kl_coef": 0.1, "kl_estimator": "unbiased"},
 }
 
 
@@ -131,7 +133,7 @@ def test_the_reference_agrees(options):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo"])
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo", "sapo"])
 def test_same_as_its_two_parts(kind):
     """The very bits of linear_logprobs in logprobs and entropy; loss and metrics as policy_loss gives them."""
     inputs, constants, options = make(300, 24, 700, torch.float32, kind=kind, kl_coef=0.1, entropy_coef=0.01)
@@ -409,7 +411,7 @@ def test_compiles_without_breaks_for_any_length():
         ({"advantages": None}, TypeError, "advantages must be a tensor"),
         ({"old_logprobs": torch.zeros(4).bfloat16()}, TypeError, "old_logprobs must be .*float32"),
         ({"advantages": torch.zeros(4, requires_grad=True)}, ValueError, "advantages must not require grad"),
-        ({"kind": "trpo"}, ValueError, "kind must be one of ppo, reinforce, cispo, gspo, got 'trpo'"),
+        ({"kind": "trpo"}, ValueError, "kind must be one of ppo, reinforce, cispo, gspo, sapo, got 'trpo'"),
         ({"kind": "gspo"}, ValueError, "cu_seqlens belong to kind 'gspo' .*, got kind 'gspo' without them"),
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "got kind 'ppo' with them"),
         ({"kind": "gspo", "cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens must end at .* 4, got 3"),

@@ -23,6 +23,9 @@ OPTIONS = {
     "reinforce-k3": dict(kind="reinforce", kl_coef=0.3, entropy_coef=-0.1),
     "cispo": dict(kind="cispo", clip_high=0.3),
     "gspo": dict(kind="gspo", clip_low=0.1, clip_high=0.1, kl_coef=0.3),
+    "gspo-dual": dict(kind="gspo", dual_clip=1.1, clip_low=0.1, clip_high=0.05, kl_coef=0.3, kl_estimator="unbiased"),
+    "sapo": dict(kind="sapo", kl_coef=0.3, kl_estimator="unbiased", entropy_coef=0.1),
+    "sapo-on-policy": dict(kind="sapo", old=False, weights=False),
     "gspo-on-policy": dict(kind="gspo", old=False, ref=False, weights=False, entropy=False),
 }
 
@@ -87,12 +90,16 @@ def oracle(
             loss = torch.where(a < 0, torch.min(loss, -a * dual_clip), loss)
     elif kind == "cispo":
         loss = -ratio.clamp(1 - clip_low, 1 + clip_high).detach() * a * logp
+    elif kind == "sapo":
+        tau = 1 + 0.05 * (a < 0).to(a.dtype)
+        loss = -a * 4 / tau * torch.sigmoid(tau * (ratio - 1))
     else:
         loss = -a * logp
     kl = torch.zeros_like(logp)
     if ref_logprobs is not None:
         d = logp - ref_logprobs[rows]
-        kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[kl_estimator]
+        k3 = (-d).exp() - 1 + d
+        kl = {"k1": d, "k2": d**2 / 2, "k3": k3, "unbiased": own * k3}[kl_estimator]
     h = torch.zeros_like(logp) if entropy is None else entropy[rows]
     loss = loss + kl_coef * kl - entropy_coef * h
     metrics = [
@@ -263,6 +270,54 @@ def test_table_of_gspo():
 
 
 @pytest.mark.vectors
+def test_table_of_gspo_with_dual_clip():
+    """s = 4: with A = -1 bounded at 3, with A = 1 clipped at 1.2, no gradient; s = 2 with A = -1 is below the bound."""
+    ratio = torch.tensor([4.0, 4.0, 2.0])
+    logprobs = torch.full((3,), -1.0, requires_grad=True)
+    out = qrm_fast.policy_loss(
+        logprobs,
+        torch.tensor([-1.0, 1.0, -1.0]),
+        cu_seqlens=torch.tensor([0, 2, 3]),
+        old_logprobs=logprobs.detach() - ratio.log(),
+        token_weights=torch.ones(3),
+        kind="gspo",
+        dual_clip=3.0,
+    )
+    # rows: 3, -1.2, 2
+    assert out.loss.item() == pytest.approx(3.8, abs=1e-5)
+    out.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.0, 2.0]))
+
+
+@pytest.mark.vectors
+def test_table_of_sapo():
+    """At r = 1 the gate is 1/2, the loss -2 A / tau and the slope -A; at r = 2 and A = -1, sigmoid(1.05) = 0.74077."""
+    logprobs = torch.tensor([-1.0, -1.0, -2.0], requires_grad=True)
+    old = logprobs.detach() - torch.tensor([1.0, 1.0, 2.0]).log()
+    out = qrm_fast.policy_loss(
+        logprobs, torch.tensor([3.0, -1.0, -1.0]), old_logprobs=old, token_weights=torch.ones(3), kind="sapo"
+    )
+    # rows: -3 * 4 / 2, 4 / 1.05 / 2, 4 / 1.05 * 0.74077
+    assert out.loss.item() == pytest.approx(-6 + 1.904762 + 2.821990, abs=2e-5)
+    out.loss.backward()
+    # 4 * 0.74077 * 0.25923 * 2
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-3.0, 1.0, 1.536243]), rtol=1e-5, atol=1e-5)
+    assert out.metrics.ratio.item() == pytest.approx(4)
+
+
+@pytest.mark.vectors
+def test_table_of_the_unbiased_kl():
+    """pi = 2 ref, r = 3: value 3 (log 2 - 1/2), slope 3 log 2; on-policy value and slope are k3's and k2's."""
+    logprobs = torch.tensor([math.log(0.5), math.log(0.5)], requires_grad=True)
+    options = dict(ref_logprobs=torch.full((2,), math.log(0.25)), kl_coef=0.5, kl_estimator="unbiased")
+    for r, old in (3.0, logprobs.detach() - math.log(3)), (1.0, None):
+        out = qrm_fast.policy_loss(logprobs, torch.zeros(2), old_logprobs=old, **options)
+        assert out.loss.item() == pytest.approx(0.5 * r * (math.log(2) - 0.5), rel=1e-5)
+        (gradient,) = torch.autograd.grad(out.loss, logprobs)
+        assert gradient.tolist() == pytest.approx(2 * [0.25 * r * math.log(2)], rel=1e-5)
+
+
+@pytest.mark.vectors
 @pytest.mark.parametrize(
     "estimator, kl, slope",
     [("k1", math.log(2), 1), ("k2", math.log(2) ** 2 / 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
@@ -308,7 +363,7 @@ def test_gradcheck(options):
     def loss(logprobs, entropy):
         return qrm_fast.policy_loss(logprobs, advantages, entropy=entropy, **keywords).loss
 
-    if keywords["old_logprobs"] is None and keywords["kind"] == "ppo":
+    if keywords["old_logprobs"] is None and keywords["kind"] in ("ppo", "sapo"):
         keywords["old_logprobs"] = logprobs.detach().clone()  # what None stands for; finite differences move the ratio
     if keywords["kind"] == "cispo":  # beyond the clip the scale is constant; else finite differences move it too
         keywords["old_logprobs"] = logprobs.detach() - 1
@@ -478,16 +533,16 @@ def test_bad_input():
         (TypeError, "entropy must be .* float32, got .* float16", dict(entropy=x.half())),
         (ValueError, "advantages must not require grad", dict(advantages=x.clone().requires_grad_())),
         (ValueError, "old_logprobs must not require grad", dict(old_logprobs=x.clone().requires_grad_())),
-        (ValueError, "kind must be one of ppo, reinforce, cispo, gspo, got 'dpo'", dict(kind="dpo")),
+        (ValueError, "kind must be one of ppo, reinforce, cispo, gspo, sapo, got 'dpo'", dict(kind="dpo")),
         (ValueError, "cu_seqlens belong to kind 'gspo' .*, got kind 'gspo' without them", dict(kind="gspo")),
         (ValueError, "got kind 'ppo' with them", dict(cu_seqlens=torch.tensor([0, 3]))),
         (TypeError, r"cu_seqlens must be \[S\+1\] int32 or int64", dict(kind="gspo", cu_seqlens=x)),
         (ValueError, "cu_seqlens must end .* 3, got 2", dict(kind="gspo", cu_seqlens=torch.tensor([0, 2]))),
-        (ValueError, "kl_estimator must be one of k1, k2, k3, got 'abs'", dict(kl_estimator="abs")),
+        (ValueError, "kl_estimator must be one of k1, k2, k3, unbiased, got 'abs'", dict(kl_estimator="abs")),
         (ValueError, "clip_low and clip_high must be >= 0, got -0.1 and 0.2", dict(clip_low=-0.1)),
         (ValueError, "clip_low and clip_high must be >= 0, got 0.2 and nan", dict(clip_high=math.nan)),
         (ValueError, "dual_clip must be > 1 .*, got 0.5", dict(dual_clip=0.5)),
-        (ValueError, "belongs to kind 'ppo', got 3 with kind 'reinforce'", dict(dual_clip=3, kind="reinforce")),
+        (ValueError, "belongs to kinds 'ppo' and 'gspo', got 3 with 'sapo'", dict(dual_clip=3, kind="sapo")),
         (ValueError, "kl_coef needs ref_logprobs, got kl_coef 0.1 without", dict(kl_coef=0.1)),
         (ValueError, "entropy_coef needs entropy, got entropy_coef 0.1 without", dict(entropy_coef=0.1)),
     ]:
@@ -498,7 +553,7 @@ def test_bad_input():
 def test_a_ratio_that_would_overflow_counts_as_twenty():
     """By hand: e^20 = 4.8517e8 and e^-20 = 2.0612e-9 are the ratios; beyond them they have no gradient."""
     advantages = torch.tensor([0.0, 1.0, -1.0])
-    kinds = [("ppo", {}), ("ppo", {"dual_clip": 3.0}), ("cispo", {}), ("gspo", {}), ("reinforce", {})]
+    kinds = [("ppo", {}), ("ppo", {"dual_clip": 3.0}), ("cispo", {}), ("gspo", {}), ("reinforce", {}), ("sapo", {})]
     for (kind, options), old in itertools.product(kinds, (-130.0, -30.0, -22.5, 30.0, 130.0)):
         logprobs = torch.full((3,), -2.0, requires_grad=True)
         ratio = 4.8517e8 if old < -2 else 2.0612e-9
@@ -508,6 +563,8 @@ def test_a_ratio_that_would_overflow_counts_as_twenty():
             "gspo": [0.0, -scale, max(ratio, 0.8)],
             "cispo": [0.0, 2 * scale, -2 * scale],
             "reinforce": [0.0, 2.0, -2.0],
+            # sigmoid is 1 far above; far below sigmoid(-1) = 0.26894 and sigmoid(-1.05) = 0.25923
+            "sapo": [0.0, -4.0, 4 / 1.05] if old < -2 else [0.0, -4 * 0.268941, 4 / 1.05 * 0.259225],
         }
         slopes = {"cispo": [0.0, -scale, scale], "reinforce": [0.0, -1.0, 1.0]}
         if kind == "gspo":
@@ -548,9 +605,9 @@ def test_cispo_clips_below_where_it_is_asked_to():
         assert gradient.tolist() == pytest.approx([-scale, -scale], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo"])
-@pytest.mark.parametrize("clip_low", [0.2, 1.0])
-def test_far_ratios_are_those_of_the_reference(kind, clip_low):
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "cispo", "gspo", "sapo"])
+@pytest.mark.parametrize(("clip_low", "kl_estimator"), [(0.2, "k3"), (1.0, "unbiased")])
+def test_far_ratios_are_those_of_the_reference(kind, clip_low, kl_estimator):
     generator = torch.Generator().manual_seed(0)
     num_rows = 1000
     logprobs, old, ref = (60 * torch.randn(num_rows, generator=generator) for _ in range(3))
@@ -570,7 +627,7 @@ def test_far_ratios_are_those_of_the_reference(kind, clip_low):
         0.2,
         math.inf,
         0.1,
-        "k3",
+        kl_estimator,
         0.0,
     ]
     exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]

@@ -54,6 +54,7 @@ PolicyOptions<S> policy_options(const std::string& kind, double clip_low, double
       kind == "ppo"     ? PolicyKind::kPpo
       : kind == "cispo" ? PolicyKind::kCispo
       : kind == "gspo"  ? PolicyKind::kGspo
+      : kind == "sapo"  ? PolicyKind::kSapo
                         : PolicyKind::kReinforce,
       static_cast<S>(1 - clip_low),
       static_cast<S>(1 + clip_high),

@@ -9,13 +9,16 @@
 
 namespace qrm_fast {
 
-enum class PolicyKind { kPpo, kReinforce, kCispo, kGspo };
-enum class KlEstimator { kAbs, kK1, kK2, kK3 };  // kAbs is of q_token_rewards alone
+enum class PolicyKind { kPpo, kReinforce, kCispo, kGspo, kSapo };
+enum class KlEstimator { kAbs, kK1, kK2, kK3, kUnbiased };  // kAbs is of q_token_rewards alone, kUnbiased of the losses
+
+inline constexpr double kSapoTemperatureBelow = 1.05;  // of A < 0; 1 of other rows
 
 inline KlEstimator kl_estimator_of(const std::string& name) {
   if (name == "abs") return KlEstimator::kAbs;
   if (name == "k1") return KlEstimator::kK1;
   if (name == "k2") return KlEstimator::kK2;
+  if (name == "unbiased") return KlEstimator::kUnbiased;
   STD_TORCH_CHECK(name == "k3", "the public function admits only known estimators");
   return KlEstimator::kK3;
 }
@@ -66,8 +69,9 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
   };
   PolicyTerms<V> out;
   const V used = bounded(log_ratio), own = bounded(logprob - old), beyond = log_ratio - used;
+  const V own_ratio = Math::exp_bounded(own);
   out.ratio = Math::exp_bounded(used);
-  out.approx_kl = Math::expm1(own, Math::exp_bounded(own)) - own;
+  out.approx_kl = Math::expm1(own, own_ratio) - own;
   out.clipped_low = where_less(out.ratio, o.ratio_low, where_less(advantage, zero, one, zero), zero);
   out.clipped_high = where_less(o.ratio_high, out.ratio, where_less(zero, advantage, one, zero), zero);
   if (o.kind == PolicyKind::kPpo || o.kind == PolicyKind::kGspo) {
@@ -81,6 +85,13 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
     const V slope = where_less(surrogate, clipped, zero, moving);
     out.loss = where_less(advantage, zero, where_less(bound, loss, bound, loss), loss);
     out.dlogprob = where_less(advantage, zero, where_less(bound, loss, zero, slope), slope);
+  } else if (o.kind == PolicyKind::kSapo) {
+    // -A (4 / tau) sigmoid(tau (r - 1)), with the slope -4 A sigmoid(x) sigmoid(-x) r
+    const V tau = where_less(advantage, zero, zero + kSapoTemperatureBelow, one);
+    const V e = Math::exp(-tau * (out.ratio - 1)), gate = one / (one + e);
+    const V slope = -4 * advantage * gate * (e * gate) * out.ratio;
+    out.loss = -4 * advantage * gate / tau;
+    out.dlogprob = where_less(zero, beyond * beyond, zero, slope);
   } else {
     // -scale A logp: the scale is 1, or cispo's clip(r, 1 - low, 1 + high) without a gradient of its own
     const V below = where_less(o.ratio_high, out.ratio, o.ratio_high, out.ratio);
@@ -101,6 +112,7 @@ QRM_FAST_INLINE PolicyTerms<V> policy_terms(V logprob, V old, V log_ratio, const
       const V x = where_less(limit, -d, limit, -d);
       slope = -Math::expm1(x, Math::exp(x));
       out.ref_kl = d - slope;
+      if (o.kl_estimator == KlEstimator::kUnbiased) out.ref_kl *= own_ratio, slope = own_ratio * d;
     }
     if (o.has_kl) {
       out.loss += o.kl_coef * out.ref_kl;

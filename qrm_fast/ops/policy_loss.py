@@ -10,9 +10,10 @@ from .checks import FLOATS, INTS, Checker
 from .dtypes import acc_dtype
 from .segments import sequence_ids, sequence_sum
 
-KINDS = ("ppo", "reinforce", "cispo", "gspo")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KINDS = ("ppo", "reinforce", "cispo", "gspo", "sapo")
+KL_ESTIMATORS = ("k1", "k2", "k3", "unbiased")
 MAX_LOG_RATIO = 20.0
+SAPO_TEMPERATURE_BELOW = 1.05  # of A < 0; 1 of other rows
 
 
 class PolicyMetrics(NamedTuple):
@@ -59,27 +60,30 @@ def policy_loss(
 
         loss = sum_t w_t (l_t + kl_coef KL_t - entropy_coef H_t)        r_t = exp(logp_t - old_t)
         ppo:        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),
-                    at most -A_t dual_clip where A_t < 0
+                    at most -A_t dual_clip where A_t < 0 and dual_clip is given
         reinforce:  l_t = -A_t logp_t
         cispo:      l_t = -sg(clip(r_t, 1 - clip_low, 1 + clip_high)) A_t logp_t
         gspo:       as ppo with sg(s) exp(logp_t - sg(logp_t)) for r_t,  s = exp(mean logp - old over the sequence)
-        KL_t, d = logp_t - ref_t:        k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d
+        sapo:       l_t = -A_t (4 / tau) sigmoid(tau (r_t - 1)),  tau = 1.05 where A_t < 0, else 1
+        KL_t, d = logp_t - ref_t:        k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d        unbiased: r_t k3
 
     sg stops the gradient. (PPO: Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729,
-    eq. 5; CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4; GSPO: Zheng et al., arXiv 2507.18071, eq. 13, the token form; KL
-    estimators: Schulman, "Approximating KL Divergence", 2020, differentiated as they stand.)
+    eq. 5, which is also the two-sided bound delta of INTELLECT-2, arXiv 2505.07291; CISPO: MiniMax-M1, arXiv
+    2506.13585, eq. 4; GSPO: Zheng et al., arXiv 2507.18071, eq. 13, the token form; SAPO: Gao et al., arXiv 2511.20347,
+    with its temperatures; KL estimators: Schulman, "Approximating KL Divergence", 2020, differentiated as they stand;
+    unbiased: DeepSeek-V3.2, arXiv 2512.02556, whose gradient, r_t d, is in expectation that of the divergence itself.)
     `clip_low` None: 0.2, and 1 for cispo, which is no lower bound, as its authors train. A log-ratio beyond +-20 counts
     as 20 in r, s and in the exponential of k3, and r and s have no gradient there: no ratio overflows, and an
     advantage of 0 gives 0.
     `token_weights` None: the mean over all T rows, 0 where T = 0. Weight 0 masks a row: whatever it holds, NaN
     included, reaches neither loss nor metrics nor its sequence's mean, and its gradients are 0. `old_logprobs` None:
-    on-policy, the ratio is 1 and carries the gradient A_t; reinforce uses them in the metrics only.
+    on-policy, the ratio is 1 and carries the gradient A_t; reinforce uses them in the metrics and in an unbiased KL.
     Sums are deterministic for any number of threads. All tensors but `logprobs` and `entropy` are constants.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, an unknown kind or kl_estimator, a coefficient
-    whose tensor is missing, a negative clip range, dual_clip <= 1 or without ppo, gspo without cu_seqlens or cu_seqlens
-    without gspo, a constant that requires grad, and, on CPU, ValueError where cu_seqlens do not start at 0, decrease,
-    or do not end at T.
+    whose tensor is missing, a negative clip range, dual_clip <= 1 or with another kind than ppo and gspo, gspo without
+    cu_seqlens or cu_seqlens without gspo, a constant that requires grad, and, on CPU, ValueError where cu_seqlens do
+    not start at 0, decrease, or do not end at T.
     """
     check = Checker()
     check("logprobs", logprobs, "T", FLOATS)
@@ -153,8 +157,8 @@ def check_options(
         raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}")
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
-    if dual_clip is not None and not (dual_clip > 1 and kind == "ppo"):
-        raise ValueError(f"dual_clip must be > 1 and belongs to kind 'ppo', got {dual_clip} with kind {kind!r}")
+    if dual_clip is not None and not (dual_clip > 1 and kind in ("ppo", "gspo")):
+        raise ValueError(f"dual_clip must be > 1 and belongs to kinds 'ppo' and 'gspo', got {dual_clip} with {kind!r}")
     if kl_coef != 0 and constants["ref_logprobs"] is None:
         raise ValueError(f"kl_coef needs ref_logprobs, got kl_coef {kl_coef} without them")
 
@@ -192,17 +196,23 @@ def _policy_loss(
         bounded = (adv < 0) & (loss > -adv * dual_clip)
         dlogp = surrogate.masked_fill((surrogate < clipped) | bounded | (log_ratio.abs() > MAX_LOG_RATIO), 0)
         loss = torch.where(bounded, -adv * dual_clip, loss)
+    elif kind == "sapo":
+        tau = torch.ones_like(adv).masked_fill(adv < 0, SAPO_TEMPERATURE_BELOW)
+        x = tau * (ratio - 1)
+        loss = -adv * (4 / tau) * x.sigmoid()
+        dlogp = (-4 * adv * x.sigmoid() * (-x).sigmoid() * ratio).masked_fill(log_ratio.abs() > MAX_LOG_RATIO, 0)
     else:
         scale = ratio.clamp(1 - clip_low, 1 + clip_high) if kind == "cispo" else torch.ones_like(ratio)
         loss, dlogp = -scale * adv * logp, -scale * adv
     ref_kl = torch.zeros_like(logp)
     if ref_logprobs is not None:
         d = logp - ref_logprobs.to(acc)
-        grown = torch.expm1((-d).clamp(max=MAX_LOG_RATIO))
+        grown, r = torch.expm1((-d).clamp(max=MAX_LOG_RATIO)), own.exp()
         ref_kl, dkl = {
             "k1": (d, torch.ones_like(d)),
             "k2": (d * d / 2, d),
             "k3": (grown + d, -grown),
+            "unbiased": (r * (grown + d), r * d),
         }[kl_estimator]
         if kl_coef != 0:
             loss, dlogp = loss + kl_coef * ref_kl, dlogp + kl_coef * dkl

@@ -7,9 +7,8 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .data import Example
+from .data import STEP, Example
 
-STEP = "\n\n"
 ALPHABET = ["<pad>", "<eos>", *"0123456789+=#:", STEP]
 # How demonstrations go wrong: a carry that is due is forgotten where a large digit is added, and one that is not due is
 # made where a small digit is added. Both must be common: a reward model that has seen few totals too large takes "the

@@ -1,5 +1,6 @@
 """The options of the loop: every field has a value; a preset is a set of values for those that tell methods apart."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,19 +9,43 @@ from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_rang
 from .run_folder import RunOptions
 from .verifiers import find_verifier
 
-# What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code and the
-# paper's Algorithm 1 (arXiv 2505.23363); rloo (arXiv 2402.14740) on a verifier is their control.
-_RELEASED = dict(reward="q-rm", center=False, eos_rescore="none", kl_estimator="abs", kl_in="reward")
-_PAPER = dict(reward="q-rm", center=True, eos_rescore="none", kl_estimator="k1", kl_in="reward")
-_RLOO = dict(reward="verifier", center=False, eos_rescore="none", kl_estimator="k3", kl_in="loss")
-_NO_CRITIC = dict(kl_coef=0.0, value_coef=0.0, value_normalize=True)
+# The kinds of reward that `Config.reward` names, each a class of rewards.py.
+TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
+STREAMS = (*TOKEN_SCORES, "pure", "verifier")
+MIXTURE = "pure=1.0,verifier=1.0"
+
+# What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
+# Algorithm 1 and its Proposition 3.4 (arXiv 2505.23363), orm and dpo-rm what the released code compares with. Those of
+# PURE are its eq. 7, its eq. 8 and its two codes (arXiv 2504.15275). rloo (arXiv 2402.14740), grpo (2402.03300) and
+# dr-grpo (2503.20783) credit answers that a verifier judges.
+_COMMON = dict(center=False, eos_rescore="none", process="paper", estimator="own", baseline="rloo")
+_COMMON |= dict(value_coef=0.0, value_normalize=True, loss_mode="token-mean", gamma=1.0, lam=0.95)
+_RELEASED = _COMMON | dict(reward="q-rm", kl_estimator="abs", kl_in="reward")
+_PAPER = _COMMON | dict(reward="q-rm", center=True, kl_estimator="k1", kl_in="reward")
+_SUMMED = _RELEASED | dict(estimator="gae", gamma=0.9, lam=0.8, kl_coef=0.01)
+_PURE = _COMMON | dict(reward="pure", kl_coef=0.001, kl_estimator="k1", kl_in="reward")
+_VERIFIER = _COMMON | dict(reward="verifier", kl_coef=0.0, kl_estimator="k3", kl_in="loss")
+_OF_ANSWERS: dict[str, dict[str, Any]] = {
+    "pure-paper": _PURE,
+    "pure-paper-step": _PURE | dict(process="paper-step"),
+    "pure-openrlhf": _PURE | dict(process="openrlhf", loss_mode="seq-mean-token-mean"),
+    "pure-verl": _PURE | dict(process="verl", kl_estimator="k3"),
+    "rloo": _VERIFIER,
+    "grpo": _VERIFIER | dict(baseline="grpo", loss_mode="seq-mean-token-mean"),
+    "dr-grpo": _VERIFIER | dict(baseline="dr_grpo", loss_mode="seq-mean-token-sum-norm"),
+}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("qrm-released", "reinforce"): _RELEASED | _NO_CRITIC | dict(eos_rescore="mean"),
-    ("qrm-released", "ppo"): _RELEASED | dict(kl_coef=0.01, value_coef=0.01, value_normalize=True),
-    ("qrm-paper", "reinforce"): _PAPER | _NO_CRITIC,
+    ("qrm-released", "reinforce"): _RELEASED | dict(kl_coef=0.0, eos_rescore="mean"),
+    ("qrm-released", "ppo"): _RELEASED | dict(kl_coef=0.01, value_coef=0.01),
+    ("qrm-paper", "reinforce"): _PAPER | dict(kl_coef=0.0),
     ("qrm-paper", "ppo"): _PAPER | dict(kl_coef=0.01, value_coef=1.0, value_normalize=False),
-    ("rloo", "reinforce"): _RLOO | _NO_CRITIC,
-    ("rloo", "ppo"): _RLOO | _NO_CRITIC,
+    ("qrm-vocab", "reinforce"): _COMMON | dict(reward="qrm-vocab", kl_coef=0.0, kl_estimator="k1", kl_in="reward"),
+    ("qrm-vocab", "ppo"): _COMMON | dict(reward="qrm-vocab", kl_coef=0.01, kl_estimator="k1", kl_in="reward"),
+    ("orm", "reinforce"): _RELEASED | dict(reward="orm", kl_coef=0.0),
+    ("orm", "ppo"): _SUMMED | dict(reward="orm"),
+    ("dpo-rm", "reinforce"): _RELEASED | dict(reward="implicit", kl_coef=0.0, eos_rescore="mean"),
+    ("dpo-rm", "ppo"): _SUMMED | dict(reward="implicit"),
+    **{(name, algorithm): values for name, values in _OF_ANSWERS.items() for algorithm in ("reinforce", "ppo")},
 }
 
 
@@ -42,15 +67,25 @@ class Config(RunOptions):
     data: str
     """JSONL file of prompts: {"instruction"}, and {"label"} for the reward "verifier"."""
     q_rm: str | None = None
-    """Directory or id of the Q-RM; needed where the reward is "q-rm"."""
+    """Directory or id of the Q-RM; needed where the reward is "q-rm", or "qrm-vocab" for one with a vocabulary head."""
+    prm: str | None = None
+    """Directory or id of the PRM; needed where the reward is "pure"."""
+    orm: str | None = None
+    """Directory or id of the ORM; needed where the reward is "orm"."""
+    implicit: str | None = None
+    """Directory or id of a model trained with --kind dpo or implicit; needed where the reward is "implicit"."""
     eval_data: str | None = None
     """JSONL file of prompts with labels, on which Pass@1 is measured."""
     verifier: str = "number"
     """Who judges answers, in evaluation and for the reward "verifier": "number", "math" or "arithmetic"."""
     algorithm: Literal["reinforce", "ppo"] = "reinforce"
 
-    reward: Literal["q-rm", "verifier", "random"] = "q-rm"
-    """Token scores of the Q-RM, answers judged by the verifier, or one normal draw per answer (a control)."""
+    reward: str = "q-rm"
+    """Token scores of the Q-RM ("q-rm"; "qrm-vocab": over what the policy expects of it), step scores of the PRM
+    ("pure"), scores of answers ("orm"), log-ratios of tokens ("implicit"), answers judged by the verifier ("verifier"),
+    one normal draw per answer ("random", a control), or a weighted mixture: "pure=1.0,verifier=1.0"."""
+    labelled_share: Share = 1.0
+    """Share of the labelled prompts on which a mixture uses the verifier; a prompt without a label is never judged."""
     center: bool = False
     """Subtract the mean of the token scores before they are scaled."""
     scope: Literal["batch", "sequence", "group"] = "batch"
@@ -59,8 +94,21 @@ class Config(RunOptions):
     """Give the last token of an answer the mean score of its tokens."""
     min_std_share: NonNegative = 0.5
     """Lower bound of the scale, as a share of the first iteration's: a satisfied Q-RM must not amplify noise."""
-    baseline: Literal["rloo", "grpo"] = "rloo"
+    baseline: Literal["rloo", "grpo", "dr_grpo", "none"] = "rloo"
     """Baseline of the reward "verifier" among the answers to one prompt."""
+    process: Literal["paper", "paper-step", "openrlhf", "verl"] = "paper"
+    """Baseline and whitening of the reward "pure": a preset of `process_advantages`."""
+    operator: Literal["soft", "hard", "revmin", "causal_soft", "sum", "mean"] = "soft"
+    """How step rewards become returns: an operator of `min_form_returns`."""
+    process_temperature: NonNegative = 0.1
+    """Of the operators "soft" and "causal_soft"."""
+    estimator: Literal["own", "gae", "min-gae"] = "own"
+    """Where advantages come from: what the reward's method says, or a critic: `gae` of all rewards, or `min_gae` of the
+    step rewards of "pure"."""
+    gamma: Share = 1.0
+    """Discount of "gae"."""
+    lam: Share = 0.95
+    """Lambda of "gae" and "min-gae"."""
     kl_coef: NonNegative = 0.0
     """Weight of the distance to the starting policy; 0: no reference model."""
     kl_estimator: Literal["abs", "k1", "k2", "k3"] = "abs"
@@ -115,11 +163,56 @@ def check(config: Config) -> None:
     find_verifier(config.verifier)
     if config.loss_mode not in MODES:
         raise ValueError(f"loss_mode must be one of {', '.join(MODES)}, got {config.loss_mode}")
-    if config.reward == "q-rm" and config.q_rm is None:
-        raise ValueError('reward "q-rm" needs q_rm, the directory of a trained Q-RM, got None')
-    if config.reward == "verifier" and config.kl_coef and config.kl_in == "reward":
+    streams = parse_streams(config.reward)
+    for stream, name, model in (
+        ("q-rm", "q_rm", "Q-RM"),
+        ("qrm-vocab", "q_rm", "Q-RM"),
+        ("pure", "prm", "PRM"),
+        ("orm", "orm", "ORM"),
+        ("implicit", "implicit", "implicit reward model"),
+    ):
+        if stream in streams and getattr(config, name) is None:
+            raise ValueError(f'reward "{stream}" needs {name}, the directory of a trained {model}, got None')
+    if {"q-rm", "qrm-vocab"} <= streams.keys():
+        raise ValueError(f"reward must name one kind of Q-RM, for there is one q_rm, got {config.reward}")
+    if config.labelled_share < 1 and ("verifier" not in streams or len(streams) == 1):
+        raise ValueError(f"labelled_share is for a mixture with the verifier, expected 1, got {config.labelled_share}")
+    scored = [name for name in TOKEN_SCORES if name in streams]
+    tokenwise = scored or "pure" in streams or config.estimator == "gae"
+    if not tokenwise and config.kl_coef and config.kl_in == "reward":
         raise ValueError('kl_in "reward" needs token rewards, expected kl_in "loss" with reward "verifier"')
-    if config.reward == "verifier" and config.value_coef:
-        raise ValueError(f'value_coef needs token rewards, expected 0 with reward "verifier", got {config.value_coef}')
+    if config.value_coef and (len(scored) != 1 or config.estimator != "own"):
+        raise ValueError(
+            'value_coef needs the token scores of one model and estimator "own", expected 0 with reward '
+            f'"{config.reward}", got {config.value_coef}'
+        )
+    returns = {"q-rm", "qrm-vocab", "random"} & streams.keys()
+    if config.estimator == "gae" and returns:
+        raise ValueError(f'estimator "gae" sums rewards, which {min(returns)} has none of, got "{config.reward}"')
+    if config.estimator == "min-gae" and "pure" not in streams:
+        raise ValueError(f'estimator "min-gae" is for the steps of the reward "pure", got "{config.reward}"')
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "abs":
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
+
+
+def parse_streams(reward: str) -> dict[str, float]:
+    """The kinds of reward in `reward`, "pure" or "pure=1.0,verifier=0.5", and their weights.
+
+    Raises ValueError for an unknown kind, one that is given twice, and a weight that is not a positive number.
+    """
+    streams: dict[str, float] = {}
+    for part in reward.split(","):
+        name, _, weight = part.strip().partition("=")
+        if name not in STREAMS:
+            raise ValueError(
+                f"reward must be one of {', '.join(STREAMS)}, or a mixture such as {MIXTURE}, got {reward}"
+            )
+        if name in streams:
+            raise ValueError(f"reward must name each kind once, got {reward}")
+        try:
+            streams[name] = float(weight) if "=" in part else 1.0
+        except ValueError:
+            streams[name] = math.nan
+        if not 0 < streams[name] < math.inf:
+            raise ValueError(f"the weight of {name} must be a positive number, got {weight} in {reward}")
+    return streams

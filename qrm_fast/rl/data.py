@@ -26,6 +26,11 @@ class Example(NamedTuple):
     label: str
 
 
+class Question(NamedTuple):
+    instruction: Instruction
+    label: str | None = None  # None where nobody knows the answer
+
+
 class Demonstration(NamedTuple):
     instruction: Instruction
     response: str
@@ -37,7 +42,19 @@ class Pair(NamedTuple):
     rejected: str
 
 
-Row = TypeVar("Row", Prompt, Example, Demonstration, Pair)
+class Judged(NamedTuple):
+    instruction: Instruction
+    response: str
+    label: bool  # whether the response is right
+
+
+class Solution(NamedTuple):
+    instruction: Instruction
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]  # whether each step is right
+
+
+Row = TypeVar("Row", Prompt, Example, Question, Demonstration, Pair, Judged, Solution)
 T = TypeVar("T")
 
 # The names a field may have in a file: ours, TRL's, GSM8K's. A row with several of them is read by the first.
@@ -45,7 +62,9 @@ COLUMNS = {
     "instruction": ("instruction", "prompt", "question"),
     "label": ("label", "answer", "solution"),
     "response": ("response", "completion", "messages"),
+    "steps": ("steps", "completions"),
 }
+STEP = "\n\n"  # a blank line ends a step (PURE, arXiv 2504.15275)
 ANSWERS = ("response", "chosen", "rejected")  # each a text, or messages of which the last is the answer
 
 
@@ -67,12 +86,13 @@ def at(place: str) -> Iterator[None]:
 
 
 def read_rows(path: str | Path, row: type[Row], *, check: Callable[[Row], None] | None = None) -> Rows[Row]:
-    """All rows of a JSONL or .parquet file as `row` (Prompt, Example, Demonstration or Pair).
+    """All rows of a JSONL or .parquet file as `row` (Prompt, Example, Demonstration, Pair or Solution).
 
     The fields have the names of COLUMNS; further ones are ignored. A prompt is a text or a list of messages
     {"role", "content"}; an answer is a text or a list of messages that ends with the assistant's, and what stands
-    before that one is the prompt. `check` raises ValueError for a row it refuses. Raises ValueError naming the file and
-    the line for all that is malformed or refused, and for a file without rows; FileNotFoundError if it is missing.
+    before that one is the prompt. Steps are a list of texts, or one text with a blank line between them, and have a
+    label each: true or 1, false or 0. `check` raises ValueError for a row it refuses. Raises ValueError naming the file
+    and the line for all that is malformed or refused, and for a file without rows; FileNotFoundError if it is missing.
     """
     is_parquet = str(path).endswith(".parquet")
     lines: Iterable[Any] = _read_parquet(path) if is_parquet else _read_lines(path)
@@ -153,7 +173,14 @@ def _row(fields: object, row: type[Row]) -> Row:
         values["instruction"] = tuple(_messages(values["instruction"], "instruction"))
     if any(before):
         values["instruction"] = _one_prompt(before, values["instruction"])
+    if row is Judged:
+        values["label"] = _label(fields.get("label"))
+    if row is Solution:
+        values["steps"], values["labels"] = _steps(values["steps"], values["labels"], fields)
     for name, value in values.items():
+        read = name in ("steps", "labels") or (name == "label" and row is Judged)
+        if read or (value is None and name in row._field_defaults):
+            continue
         if isinstance(value, tuple):
             if value[-1].role == "assistant":
                 raise ValueError("the last message of a prompt must not be the assistant's, whose turn comes next")
@@ -167,6 +194,29 @@ def _row(fields: object, row: type[Row]) -> Row:
 
 def _kind(value: object, fields: dict) -> str:
     return f"only {sorted(fields)}" if value is None else type(value).__name__
+
+
+def _steps(steps: object, labels: object, fields: dict) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Steps and their labels, one for each."""
+    if isinstance(steps, str):
+        steps = steps.split(STEP)
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
+        names = " or ".join(map(repr, COLUMNS["steps"]))
+        raise ValueError(f"expected steps, a text or a list of texts, in {names}, got {_kind(steps, fields)}")
+    if not isinstance(labels, list):
+        raise ValueError(f"expected a list of labels in 'labels', got {_kind(labels, fields)}")
+    for number, step in enumerate(steps, start=1):
+        check_text(step, f"step {number}")
+    judged = [_label(label, f" for step {number}") for number, label in enumerate(labels, start=1)]
+    if len(labels) != len(steps):
+        raise ValueError(f"expected one label for each step, got {len(labels)} labels and {len(steps)} steps")
+    return tuple(steps), tuple(judged)
+
+
+def _label(label: object, where: str = "") -> bool:
+    if not isinstance(label, int | float) or label not in (0, 1):
+        raise ValueError(f"labels must be true or false, 1 or 0, got {label!r}{where}")
+    return bool(label)
 
 
 def _messages(value: list, name: str) -> list[Message]:
@@ -220,7 +270,9 @@ def texts(rows: Iterable[Row]) -> Iterator[str]:
     """Every text of the rows, to train a tokenizer on: one by one, the contents of messages among them."""
     for instruction, *rest in rows:
         yield from [instruction] if isinstance(instruction, str) else (message.content for message in instruction)
-        yield from rest
+        for field in rest:
+            fields = field if isinstance(field, tuple) else (field,)
+            yield from (text for text in fields if isinstance(text, str))
 
 
 def fit(prompt: list[int], response: list[int], max_len: int, name: str) -> list[int]:

@@ -1,5 +1,5 @@
 """Loading models, which are ordinary Hugging Face checkpoints: a policy is an AutoModelForCausalLM, a Q-RM or a critic
-an AutoModelForTokenClassification with one label.
+an AutoModelForTokenClassification with one label, a process reward model (PRM) one with two.
 """
 
 import math
@@ -79,17 +79,18 @@ def load_token_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A token classifier (Q-RM, critic: one label), from the same kinds of `spec` as `load_policy`.
+    """A token classifier (Q-RM, critic: one label; PRM: two), from the same kinds of `spec` as `load_policy`.
 
-    A checkpoint without a classification head gets a new one without bias (arXiv 2505.23363); a trained head is
-    loaded as it is. `model.score` is the head, also for a family that transformers has no such class for: its class is
-    made here, and a checkpoint of it is loaded here alone. Raises as `load_policy` does.
+    A checkpoint without a classification head gets a new one, with one label without bias (arXiv 2505.23363), with two
+    with a bias (arXiv 2504.15275); a trained head is loaded as it is. `model.score` is the head, also for a family that
+    transformers has no such class for: its class is made here, and a checkpoint of it is loaded here alone. Raises as
+    `load_policy` does.
     """
     config = _config(spec, tokenizer)
     trained = _has_token_head(config)
     config.num_labels = num_labels
     if not trained:
-        config.token_classification_bias = False
+        config.token_classification_bias = num_labels > 1
     return _load(_token_class(config), spec, config, tokenizer, device, dtype, () if trained else ("score.",))
 
 
@@ -101,12 +102,69 @@ def load_q_rm(
     Raises ValueError where the checkpoint has no trained scalar head, which transformers would make up at random,
     OSError where there is no checkpoint.
     """
+    return _load_trained("a Q-RM", spec, tokenizer, 1, device, dtype)
+
+
+def load_prm(
+    spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A trained PRM, the same: a token classifier with two labels, of which 1 is "right" (PURE's published format)."""
+    return _load_trained("a PRM", spec, tokenizer, 2, device, dtype)
+
+
+def load_vocabulary_q(
+    spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A trained Q-RM with a vocabulary head, the same: a causal language model whose logits are the Q-values.
+
+    Raises ValueError for a model that was not trained as one, such as a policy.
+    """
+    if not is_vocabulary_q(spec):
+        raise ValueError(f"{spec} must be a Q-RM with a vocabulary head, got a model that was not trained as one")
+    model = load_policy(spec, tokenizer, device=device, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def is_vocabulary_q(spec: str) -> bool:
+    """Whether the checkpoint at `spec` was trained as a Q-RM with a vocabulary head. Refuses an adapter."""
+    _check_whole(spec)
+    return getattr(AutoConfig.from_pretrained(spec), "reward_model", None) == "qrm-vocab"
+
+
+def load_implicit(
+    spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedModel, float]:
+    """A trained implicit reward model (DPO's policy), the same; its reference, and beta of its rewards.
+
+    Raises ValueError for a model that was not trained as one, OSError where the reference is gone.
+    """
+    model = load_policy(spec, tokenizer, device=device, dtype=dtype)
+    reference = getattr(model.config, "reference_model", None)
+    if reference is None:
+        raise ValueError(f"{spec} must be an implicit reward model, which names its reference, got one without")
+    models = (
+        x.eval().requires_grad_(False) for x in (model, load_policy(reference, tokenizer, device=device, dtype=dtype))
+    )
+    return (*models, model.config.implicit_beta)
+
+
+def num_labels(spec: str) -> int:
+    """Labels of the token classifier at `spec`: 1 of a Q-RM, 2 of a PRM. 0 for any other model."""
     _check_whole(spec)
     config = AutoConfig.from_pretrained(spec)
-    if not _has_token_head(config) or config.num_labels != 1:
+    return config.num_labels if _has_token_head(config) else 0
+
+
+def _load_trained(
+    what: str, spec: str, tokenizer: PreTrainedTokenizerBase, labels: int, device: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    if num_labels(spec) != labels:
+        config = AutoConfig.from_pretrained(spec)
         name = (config.architectures or ["a model of unknown architecture"])[0]
-        raise ValueError(f"{spec} must be a Q-RM, a token classifier with one label, got {name}, {config.num_labels}")
-    return load_token_model(spec, tokenizer, device=device, dtype=dtype).eval().requires_grad_(False)
+        expected = f"{what}, a token classifier with {('one label', 'two labels')[labels - 1]}"
+        raise ValueError(f"{spec} must be {expected}, got {name}, {config.num_labels}")
+    model = load_token_model(spec, tokenizer, num_labels=labels, device=device, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def _has_token_head(config: PreTrainedConfig) -> bool:
@@ -127,7 +185,7 @@ def _token_class(config: PreTrainedConfig) -> Any:
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
             setattr(self, self.base_model_prefix, backbone(config))
-            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.num_labels > 1)
             self.post_init()
 
         def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:

@@ -32,6 +32,24 @@ SHARE = (-0.02, 1.02)
 PANELS = [
     Panel("Pass@1", "right answers (share)", SHARE, {"eval/pass@1_sampled": "sampled", "eval/pass@1_greedy": "greedy"}),
     Panel("Reward: Q of sampled tokens", "mean Q (raw)", (None, None), {"reward/q_mean": "mean"}),
+    Panel(
+        "Reward: steps",
+        "reward in [-1, 1]",
+        (None, None),
+        {"reward/process": "soft minimum of an answer", "reward/step_mean": "mean of all steps"},
+    ),
+    Panel(
+        "Warnings of a hacked PRM",
+        "share",
+        SHARE,
+        {
+            "process/short_mass": "of |A| on answers of < 8 tokens",
+            "process/one_step_mass": "of |A| on answers of one step",
+            "process/short": "answers of < 8 tokens",
+            "process/one_step": "answers of one step",
+        },
+    ),
+    Panel("Steps per answer", "steps", (0, None), {"process/num_steps": "mean"}),
     Panel("Reward: verifier", "right answers (share)", SHARE, {"reward/mean": "mean"}),
     Panel(
         "KL per token",
@@ -49,6 +67,18 @@ PANELS = [
         {"qrm/accuracy": "training batch", "qrm/heldout_accuracy": "held out, after training"},
         "optimiser step",
     ),
+    Panel("PRM loss per step", "nats", (0, None), {"prm/loss": "training batch"}, "optimiser step"),
+    Panel(
+        "PRM",
+        "accuracy (share)",
+        SHARE,
+        {
+            "prm/accuracy": "steps, training batch",
+            "prm/heldout_accuracy": "steps, held out",
+            "prm/heldout_first_error": "first wrong step found, held out",
+        },
+        "optimiser step",
+    ),
     Panel(
         "Throughput",
         "tokens/s",
@@ -57,7 +87,7 @@ PANELS = [
         "iteration or step",
     ),
 ]
-LINE_STYLES = ("-", "--", ":")
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def read_runs(directory: str | Path) -> dict[str, list[dict[str, float]]]:
@@ -134,6 +164,54 @@ def _points(rows: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, 
     # A KL of zero is one to no reference or, up to rounding, to the policy itself: on-policy, there is nothing to see.
     nothing = key in ("policy/ref_kl", "policy/approx_kl") and all(abs(value) < 1e-9 for _, value in points)
     return [] if nothing else points
+
+
+# ---- calibration
+
+
+def calibration(bins: Sequence[tuple[float, float, int]]) -> Figure:
+    """Of steps binned by P(right): their mean P(right), the share that is right, how many they are."""
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    predicted, right, num_steps = zip(*bins, strict=True)
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated")
+    axes.plot(predicted, right, color="C0", linewidth=1.3)
+    sizes = [20 + 180 * num / max(num_steps) for num in num_steps]
+    axes.scatter(predicted, right, s=sizes, color="C0", label="steps, larger: more of them")
+    axes.set(xlim=SHARE, ylim=SHARE)
+    axes.set_xlabel("P(right) that the PRM gives", fontsize=9)
+    axes.set_ylabel("steps that are right (share)", fontsize=9)
+    axes.set_title("Calibration of the PRM", fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, framealpha=0.7)
+    return figure
+
+
+# ---- best of k
+
+
+def accuracy_by_tokens(results: Sequence[tuple[int, float, float, float]], chooser: str) -> Figure:
+    """Of `best_of`: the share of right answers by the tokens sampled, as `chooser` chooses and at best."""
+    figure = Figure(figsize=(4.4, 3.4), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    num_answers, accuracy, some_right, num_tokens = zip(*results, strict=True)
+    axes.plot(num_tokens, some_right, color="0.5", linewidth=1.3, linestyle="--", marker="o", markersize=3)
+    axes.plot(num_tokens, accuracy, color="C0", linewidth=1.3, marker="o", markersize=3)
+    axes.axhline(accuracy[0], color="0.5", linewidth=1, linestyle=":")
+    for k, x, y in zip(num_answers, num_tokens, accuracy, strict=True):
+        axes.annotate(f"k = {k}", (x, y), textcoords="offset points", xytext=(0, -11), fontsize=7)
+    axes.legend(["one of k is right", f"chosen by {chooser}", "one answer"], fontsize=7, framealpha=0.7)
+    axes.set_xscale("log")
+    axes.set_ylim(*SHARE)
+    axes.set_xlabel("tokens sampled for a problem", fontsize=9)
+    axes.set_ylabel("right answers (share)", fontsize=9)
+    axes.set_title("Best of k", fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 # ---- heat maps

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import PackedBatch, PolicyLoss, TokenLogprobs, linear_logprobs, linear_policy_loss
+from .. import (
+    PackedBatch,
+    PolicyLoss,
+    SampledTokens,
+    TokenLogprobs,
+    linear_logprobs,
+    linear_policy_loss,
+    linear_sample,
+)
 from .attention import backbone, of_transformers, packed_hidden, without_adapters
 
 
@@ -53,13 +61,17 @@ class PolicyHead(NamedTuple):
     temperature: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] float32 of `hidden` [R, D], to sample from: float32 sums of exact products, as in the update."""
+        """[R, V] float32 of `hidden` [R, D]: float32 sums of exact products, as in the update."""
         if hidden.is_cuda and hidden.element_size() == 2:
             z = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
         else:
             z = hidden.float() @ self.weight.float().T
         z = z if self.bias is None else z + self.bias
         return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)) / self.temperature
+
+    def sample(self, hidden: Tensor, uniforms: Tensor, *, temperature: float = 1.0) -> SampledTokens:
+        """`linear_sample` of `hidden` [R, D] at `uniforms` [R], from the distribution that `logprobs` is of."""
+        return linear_sample(hidden, self.weight, uniforms, **self._options(temperature))
 
     def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> TokenLogprobs:
         """`linear_logprobs` of `hidden` [T, D] and `targets` [T], the model's logits divided by `temperature`."""

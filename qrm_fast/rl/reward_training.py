@@ -1,42 +1,64 @@
-"""Training a Q-RM on preference pairs (arXiv 2505.23363): a scalar Q for every response token, from whole-answer
-preferences alone."""
+"""Training on preference pairs: a Q-RM (arXiv 2505.23363), which has a Q for every response token from whole-answer
+preferences alone, and an outcome reward model (ORM), read at the last token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .. import PackedBatch, pack, pairwise_q_loss, plan_microbatches, unpack
+from .. import PackedBatch, PairLoss, pack, pairwise_q_loss, plan_microbatches, unpack
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Instruction, Pair, Rows, fit_rows, read_rows, texts, unequal_pairs
-from .models import check_context, load_token_model
+from .models import check_context, load_policy, load_token_model
 from .optimizer import AdamW
 from .ranges import Count, NonNegative, Positive, Share, check_ranges
 from .run_folder import RunFolder
-from .scorer import TokenScorer
+from .scorer import TokenScorer, VocabularyScorer
 from .steps import StepOptions, take_steps, tokens_per_s
 from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_tokenizer
 
 
 @dataclass(kw_only=True)
-class QRMConfig(StepOptions):
+class RewardOptions(StepOptions):
+    """What the training of every reward model is asked."""
+
     data: str
-    """JSONL file of preference pairs: {"instruction", "chosen", "rejected"}."""
     model: str = "scratch:small"
     """Hugging Face id or directory (a policy's, for its backbone), scratch:demo or scratch:small."""
     tokenizer: str | None = None
     """Hugging Face id or directory, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
+    heldout: Share = 0.15
+    """Share of the prompts kept for evaluation, with all their rows; 0: train on all."""
+
+
+@dataclass(kw_only=True)
+class PairOptions(RewardOptions):
+    data: str
+    """JSONL file of preference pairs: {"instruction", "chosen", "rejected"}."""
+    num_epochs: Count = 1
+    """Passes over the training pairs, each in a new order."""
+
+
+@dataclass(kw_only=True)
+class QRMConfig(PairOptions):
+    kind: Literal["qrm", "qrm-vocab"] = "qrm"
+    """One score per token by a head of its own, or a causal language model whose logits are the Q-values."""
     beta: Positive = 0.2
     """Scale of the gap between the mean scores of the two answers."""
     gamma: NonNegative = 2.0
     """Margin that the scaled gap has to pass."""
-    heldout: Share = 0.15
-    """Share of the prompts kept for evaluation, with all their pairs; 0: train on all."""
-    num_epochs: Count = 1
-    """Passes over the training pairs, each in a new order."""
+
+
+@dataclass(kw_only=True)
+class ORMConfig(PairOptions):
+    kind: Literal["orm"] = "orm"
+
+
+Row = TypeVar("Row")
 
 
 class TokenPair(NamedTuple):
@@ -61,41 +83,39 @@ class QRMResult(NamedTuple):
     tokens_per_s: float
 
 
-def train_q_rm(config: QRMConfig) -> QRMResult:
+def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
     """Minimise softplus(gamma - beta (mean Q chosen - mean Q rejected)) over the pairs. Same config, same bits.
 
-    Raises ValueError for malformed data, a number out of range, a prompt that fills max_len, a pair longer than
-    max_tokens, an answer longer than the model's context and a split that leaves a side without pairs.
+    The loss of an ORM is softplus(Q rejected - Q chosen) at the last tokens. Raises ValueError for malformed data, an
+    empty side, a number out of range, a prompt that fills max_len, a pair longer than max_tokens, an answer longer than
+    the model's context and a split that leaves a side without pairs.
     """
     check_ranges(config)
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
-    rows = read_rows(config.data, Pair)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, texts(rows))
-    stop_ids = load_stop_ids(config.model, tokenizer)
-    pairs = _token_pairs(rows, tokenizer, config, stop_ids[0])
-    different = unequal_pairs(pairs, rows.places)
-    instructions, pairs = [rows[i].instruction for i in different], [pairs[i] for i in different]
-    _microbatches(pairs, config.max_tokens)  # a pair over the budget is an error now, not in the middle of training
-    train, heldout = _split(instructions, pairs, config, order)
-    model = load_token_model(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    tokenizer, instructions, pairs = read_pairs(config)
+    train, heldout = split(instructions, pairs, config.heldout, order)
+    dtype = getattr(torch, config.dtype)
+    scorer: TokenScorer | VocabularyScorer
+    if config.kind == "qrm-vocab":
+        scorer = VocabularyScorer(load_policy(config.model, tokenizer, device=config.device, dtype=dtype))
+        scorer.model.config.reward_model = config.kind  # or nothing would tell it from a policy
+    else:
+        model = load_token_model(config.model, tokenizer, device=config.device, dtype=dtype)
+        scorer = TokenScorer(model, reads_action=True)
     longest = max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
-    check_context(model, longest)
-    check_packing(model, longest)
-    model.config.eos_token_id = stop_ids  # who scores with it ends texts as they were trained on
-    q_rm = TokenScorer(model, reads_action=True).train()
-
-    batches = []
-    for _ in range(config.num_epochs):
-        shuffled = [train[j] for j in torch.randperm(len(train), generator=order).tolist()]
-        batches += [shuffled[j : j + config.batch_size] for j in range(0, len(train), config.batch_size)]
+    check_context(scorer.model, longest)
+    check_packing(scorer.model, longest)
+    # who scores with it ends texts as they were trained on
+    scorer.model.config.eos_token_id = load_stop_ids(config.model, tokenizer)
+    batches = shuffled_batches(train, config.num_epochs, config.batch_size, order)
 
     def backward(batch: list[TokenPair]) -> dict[str, Tensor]:
         loss, accuracy = torch.zeros(2, device=config.device).unbind()
-        for microbatch in _microbatches(batch, config.max_tokens):
-            packed = _pack_pairs(microbatch, config.device)
-            scores = pairwise_q_loss(q_rm(packed), packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
+        for microbatch in microbatches(batch, config.max_tokens):
+            packed = pack_pairs(microbatch, config.device)
+            scores = pair_loss(scorer(packed), packed, config)
             share = len(microbatch) / len(batch)
             (scores.loss * share).backward()
             loss = loss + scores.loss.detach() * share
@@ -103,32 +123,46 @@ def train_q_rm(config: QRMConfig) -> QRMResult:
         return {"loss": loss, "accuracy": accuracy}
 
     with folder:
-        optimizer = AdamW(q_rm.parameters())
-        log = take_steps(
-            config, folder, "qrm", q_rm, optimizer, batches, backward, lambda batch: sum(map(_num_tokens, batch))
-        )
+        optimizer = AdamW(scorer.train().parameters())
+        log = take_steps(config, folder, "qrm", scorer, optimizer, batches, backward, num_batch_tokens)
         speed = tokens_per_s(log)
-        save_checkpoint(model, tokenizer, config.out)
-        on_heldout = evaluate_pairs(q_rm, heldout, config) if heldout else None
-        result = QRMResult(config.out, evaluate_pairs(q_rm, train, config), on_heldout, len(train), len(heldout), speed)
+        save_checkpoint(scorer.model, tokenizer, config.out)
+
+        def loss_of(packed: PackedBatch, _: list[TokenPair]) -> tuple[PairLoss, Tensor]:
+            q = scorer(packed)
+            return pair_loss(q, packed, config), q
+
+        of_train, on_heldout = (evaluate_pairs(loss_of, side, config) if side else None for side in (train, heldout))
         if on_heldout is not None:
             log(len(batches), {f"qrm/heldout_{name}": value for name, value in on_heldout._asdict().items()})
-    return result
+    assert of_train is not None  # `split` leaves pairs to train on
+    return QRMResult(config.out, of_train, on_heldout, len(train), len(heldout), speed)
+
+
+def pair_loss(q: Tensor, packed: PackedBatch, config: QRMConfig | ORMConfig) -> PairLoss:
+    """Of packed pairs, whose actions have the scores `q` [T]."""
+    cu_seqlens = packed.action_cu_seqlens
+    if isinstance(config, QRMConfig):
+        return pairwise_q_loss(q, cu_seqlens, beta=config.beta, gamma=config.gamma)
+    last = torch.zeros_like(q, dtype=torch.bool).index_fill(0, cu_seqlens[1:].long() - 1, True)
+    return pairwise_q_loss(q, cu_seqlens, mask=last, beta=1.0, gamma=0.0)
 
 
 @torch.no_grad()
-def evaluate_pairs(q_rm: TokenScorer, pairs: list[TokenPair], config: QRMConfig) -> PairMetrics:
-    """Loss and accuracies of a Q-RM over tokenised pairs."""
+def evaluate_pairs(
+    loss_of: Callable[[PackedBatch, list[TokenPair]], tuple[PairLoss, Tensor]],
+    pairs: list[TokenPair],
+    config: PairOptions,
+) -> PairMetrics:
+    """Loss and accuracies of a reward model over tokenised pairs. `loss_of`: losses and scores [T] of packed pairs."""
     sums = torch.zeros(4, dtype=torch.float64, device=config.device)
-    for microbatch in _microbatches(pairs, config.max_tokens):
-        packed = _pack_pairs(microbatch, config.device)
-        q = q_rm(packed)
-        scores = pairwise_q_loss(q, packed.action_cu_seqlens, beta=config.beta, gamma=config.gamma)
+    for microbatch in microbatches(pairs, config.max_tokens):
+        packed = pack_pairs(microbatch, config.device)
+        scores, q = loss_of(packed, microbatch)
         per_answer = unpack(q, packed.action_cu_seqlens)
         num_right = q.new_zeros((), dtype=torch.float64)
         for pair, q_chosen, q_rejected in zip(microbatch, per_answer[0::2], per_answer[1::2], strict=True):
-            answers = zip(pair.chosen[len(pair.prompt) :], pair.rejected[len(pair.prompt) :], strict=False)
-            fork = next((t for t, (a, b) in enumerate(answers) if a != b), 0)
+            fork = first_difference(pair)
             num_right += q_chosen[fork] > q_rejected[fork]
         sums += torch.stack(
             [
@@ -141,7 +175,42 @@ def evaluate_pairs(q_rm: TokenScorer, pairs: list[TokenPair], config: QRMConfig)
     return PairMetrics(*(sums / len(pairs)).tolist())
 
 
-def _token_pairs(rows: Rows[Pair], tokenizer: PreTrainedTokenizerBase, config: QRMConfig, end: int) -> list[TokenPair]:
+def first_difference(pair: TokenPair) -> int:
+    """Place of the first token, after the prompt, in which the answers differ."""
+    answers = zip(pair.chosen[len(pair.prompt) :], pair.rejected[len(pair.prompt) :], strict=False)
+    return next((t for t, (a, b) in enumerate(answers) if a != b), 0)
+
+
+def read_pairs(config: PairOptions) -> tuple[PreTrainedTokenizerBase, list[Instruction], list[TokenPair]]:
+    """The tokenizer, and the pairs of `config.data` whose sides differ, with their prompts. Raises for malformed data,
+    an empty side and a pair over the token budget."""
+
+    def check(pair: Pair) -> None:
+        for side in ("chosen", "rejected"):
+            if not getattr(pair, side).strip():
+                raise ValueError(f"expected an answer in {side!r}, got an empty text")
+
+    rows = read_rows(config.data, Pair, check=check)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, texts(rows))
+    pairs = _token_pairs(rows, tokenizer, config, load_stop_ids(config.model, tokenizer)[0])
+    different = unequal_pairs(pairs, rows.places)
+    kept = [pairs[i] for i in different]
+    microbatches(kept, config.max_tokens)  # a pair over the budget is an error now, not in the middle of training
+    return tokenizer, [rows[i].instruction for i in different], kept
+
+
+def shuffled_batches(rows: list[Row], num_epochs: int, batch_size: int, order: torch.Generator) -> list[list[Row]]:
+    """The batches of some passes over the rows, each in a new order."""
+    batches = []
+    for _ in range(num_epochs):
+        shuffled = [rows[j] for j in torch.randperm(len(rows), generator=order).tolist()]
+        batches += [shuffled[j : j + batch_size] for j in range(0, len(rows), batch_size)]
+    return batches
+
+
+def _token_pairs(
+    rows: Rows[Pair], tokenizer: PreTrainedTokenizerBase, config: PairOptions, end: int
+) -> list[TokenPair]:
     prompts = encode_prompts(tokenizer, rows)
     sides = (
         fit_rows(prompts, encode_responses(tokenizer, rows, field, end), config.max_len, rows.places)
@@ -150,31 +219,39 @@ def _token_pairs(rows: Rows[Pair], tokenizer: PreTrainedTokenizerBase, config: Q
     return [TokenPair(*pair) for pair in zip(prompts, *sides, strict=True)]
 
 
-def _split(
-    instructions: list[Instruction], pairs: list[TokenPair], config: QRMConfig, order: torch.Generator
-) -> tuple[list[TokenPair], list[TokenPair]]:
+def split(
+    instructions: list[Instruction], rows: list[Row], heldout: float, order: torch.Generator
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out: those of a share `heldout` of the prompts.
+
+    Raises ValueError where a side would have none.
+    """
     prompts = list(dict.fromkeys(instructions))
-    num_heldout = round(config.heldout * len(prompts))
+    num_heldout = round(heldout * len(prompts))
     kept = {prompts[i] for i in torch.randperm(len(prompts), generator=order)[:num_heldout].tolist()}
-    train = [pair for prompt, pair in zip(instructions, pairs, strict=True) if prompt not in kept]
-    heldout = [pair for prompt, pair in zip(instructions, pairs, strict=True) if prompt in kept]
-    if not train or (config.heldout and not heldout):
+    train = [row for prompt, row in zip(instructions, rows, strict=True) if prompt not in kept]
+    others = [row for prompt, row in zip(instructions, rows, strict=True) if prompt in kept]
+    if not train or (heldout and not others):
         raise ValueError(
-            f"heldout must leave pairs to train on and to evaluate, got {config.heldout} of {len(prompts)} prompts"
+            f"heldout must leave rows to train on and to evaluate, got {heldout} of {len(prompts)} prompts"
         )
-    return train, heldout
+    return train, others
 
 
-def _num_tokens(pair: TokenPair) -> int:
+def num_tokens_of(pair: TokenPair) -> int:
     return len(pair.chosen) + len(pair.rejected)
 
 
-def _microbatches(pairs: list[TokenPair], max_tokens: int) -> list[list[TokenPair]]:
-    plan = plan_microbatches([_num_tokens(pair) for pair in pairs], max_tokens=max_tokens)[0]
+def num_batch_tokens(pairs: list[TokenPair]) -> int:
+    return sum(map(num_tokens_of, pairs))
+
+
+def microbatches(pairs: list[TokenPair], max_tokens: int) -> list[list[TokenPair]]:
+    plan = plan_microbatches([num_tokens_of(pair) for pair in pairs], max_tokens=max_tokens)[0]
     return [sorted((pairs[i] for i in bin), key=lambda pair: (len(pair.chosen), len(pair.rejected))) for bin in plan]
 
 
-def _pack_pairs(pairs: list[TokenPair], device: str) -> PackedBatch:
+def pack_pairs(pairs: list[TokenPair], device: str) -> PackedBatch:
     """Chosen and rejected answers in turn, as `pairwise_q_loss` reads them."""
     sequences = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
     return pack(sequences, [len(pair.prompt) for pair in pairs for _ in range(2)], device=device)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -148,36 +147,12 @@ class TransformersEngine:
         ).last_hidden_state
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        logits = self.policy.head().logits(hidden)  # [R, V]
+        head = self.policy.head()
         if temperature == 0:
+            logits = head.logits(hidden)  # [R, V]
             return logits.argmax(-1), torch.where(logits.isfinite().all(-1), 0.0, torch.nan)
-        return sample(logits / temperature, generator)
-
-
-BLOCK = 256  # tokens that share one sum
-
-
-def sample(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token of softmax(logits[r]) per row and its log-probability: [R] int64, [R] float32 of [R, V].
-
-    One uniform number per row is looked up among the sums of blocks, then inside its block, in float64: a
-    torch.multinomial on CPU draws one row after another, which takes a third of the time to decode a small model. A row
-    with a NaN gives NaN and some token.
-    """
-    num_rows, num_ids = logits.shape
-    top = logits.amax(-1, keepdim=True)
-    p = F.pad((logits - top).exp_(), (0, -num_ids % BLOCK)).view(num_rows, -1, BLOCK)
-    upto = p.sum(-1, dtype=torch.float64).cumsum(-1)  # [R, V / BLOCK]
-    total = upto[:, -1:]
-    u = torch.rand(num_rows, 1, generator=generator, dtype=torch.float64, device=logits.device) * total
-    block = torch.searchsorted(upto, u, right=True).clamp_(max=upto.shape[1] - 1)  # [R, 1]
-    u = u - upto.gather(1, (block - 1).clamp_(min=0)).where(block > 0, 0.0)
-    inside = p[torch.arange(num_rows, device=logits.device), block[:, 0]].double()  # [R, BLOCK]
-    # Rounding may leave u at the block's sum: the last token that has a probability is meant then.
-    last = BLOCK - 1 - (inside.flip(1) > 0).int().argmax(1, keepdim=True)
-    token = block * BLOCK + torch.searchsorted(inside.cumsum(-1), u, right=True).minimum(last)
-    logprob = (logits.gather(1, token.clamp(max=num_ids - 1)) - top).double() - total.log()
-    return token[:, 0].clamp(max=num_ids - 1), logprob[:, 0].float()
+        uniforms = torch.rand(len(hidden), generator=generator, dtype=torch.float64, device=hidden.device)
+        return head.sample(hidden, uniforms, temperature=temperature)
 
 
 @torch.no_grad()

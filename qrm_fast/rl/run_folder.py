@@ -57,7 +57,7 @@ class RunFolder:
         self.signal: int | None = None
         if config.resume and config.overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
-        for name in ("model", "tokenizer", "q_rm"):
+        for name in ("model", "tokenizer", "q_rm", "prm", "orm", "implicit"):
             value = getattr(config, name, None)
             if value and Path(value).resolve() == self.path.resolve():
                 raise ValueError(f"out must be a directory of its own, got {value}, which is also {name}")

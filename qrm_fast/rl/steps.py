@@ -36,6 +36,12 @@ class StepOptions(RunOptions):
     """Packed tokens per micro-batch."""
 
 
+def learning_rates(config: StepOptions, peak: float, num_steps: int) -> list[float]:
+    """Of every step: up to `peak` and down again, as `config` says."""
+    warmup, decay = config.warmup_steps, config.decay
+    return [peak * trapezoid(i, num_steps, warmup=warmup, decay=decay) for i in range(num_steps)]
+
+
 def take_steps(
     config: StepOptions,
     folder: RunFolder,
@@ -45,12 +51,15 @@ def take_steps(
     batches: Sequence[Batch],
     backward: Callable[[Batch], Mapping[str, Tensor]],
     num_tokens: Callable[[Batch], int],
+    lrs: Sequence[float] = (),
 ) -> MetricsLog:
     """One step per batch, from the state that a resumed run goes on from. Returns the log, one row per step.
 
-    `backward` adds a batch's gradients and returns 0-d tensors to report, "loss" among them; metrics are called
-    `name`/loss and so on. Raises FloatingPointError before a step that is not finite.
+    `lrs` are the learning rates of the steps, by default those of `learning_rates`. `backward` adds a batch's gradients
+    and returns 0-d tensors to report, "loss" among them; metrics are called `name`/loss and so on. Raises
+    FloatingPointError before a step that is not finite.
     """
+    lrs = lrs or learning_rates(config, config.lr, len(batches))
     parts: dict[str, Any] = {"model": module, "optimizer": optimizer}
     first, state = 0, folder.load()
     if state is not None:
@@ -62,8 +71,7 @@ def take_steps(
     for i in range(first, len(batches)):
         with phases("update"):
             stats = dict(backward(batches[i]))
-            lr = config.lr * trapezoid(i, len(batches), warmup=config.warmup_steps, decay=config.decay)
-            stats["grad_norm"] = optimizer.step(lr, config.max_grad_norm)
+            stats["grad_norm"] = optimizer.step(lrs[i], config.max_grad_norm)
         phases.count("update", num_tokens(batches[i]))
         values = dict(zip(stats, torch.stack(list(stats.values())).tolist(), strict=True))
         if not math.isfinite(values["grad_norm"]):
@@ -71,7 +79,7 @@ def take_steps(
                 f"step {i} gave a gradient that is not finite (loss {values['loss']}): the model is as it was before "
                 "that step, and nothing is saved"
             )
-        log(i, {f"{name}/{key}": x for key, x in (values | {"lr": lr}).items()} | phases.report())
+        log(i, {f"{name}/{key}": x for key, x in (values | {"lr": lrs[i]}).items()} | phases.report())
         folder.keep(i + 1, parts)
     return log
 

@@ -1,5 +1,5 @@
 """Reinforcement learning of a policy, top to bottom: REINFORCE or PPO, credited token by token by a Q-RM
-(arXiv 2505.23363) or answer by answer by a verifier.
+(arXiv 2505.23363), step by step by a PRM (PURE, arXiv 2504.15275), answer by answer by a verifier, or by several.
 
 Prompts, rollout, pack, score, credit, update, evaluate. Sequences are packed, never padded; no [T, V] tensor exists in
 a scoring or training forward; the log-probabilities of sampling are the old ones of PPO's ratio, so there is no pass
@@ -18,19 +18,19 @@ from transformers import PreTrainedTokenizerBase
 from .. import PackedBatch, pack, plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
-from .config import Config, check
+from .config import Config, check, parse_streams
 from .data import Example, Prompt, Rows, read_rows
 from .metrics import MetricsLog, Phases
-from .models import check_context, load_policy, load_q_rm, load_token_model, num_token_ids
+from .models import check_context, load_policy, load_token_model, num_token_ids
 from .optimizer import AdamW, trapezoid
 from .policy import Policy
-from .rewards import QRM, Credit, Packed, Random, Verifier, verified
+from .rewards import Credit, Packed, load_credit, verified
 from .rollout import Engine, Rollout, TransformersEngine, check_sampling
 from .run_folder import RunFolder
 from .scorer import TokenScorer
-from .tokenizers import check_same_vocabulary, encode_prompts, load_tokenizer, stop_ids
+from .tokenizers import encode_prompts, load_tokenizer, stop_ids
 from .update import Denominators, MicroBatch, means, update, update_critic
-from .verifiers import read_examples
+from .verifiers import read_examples, read_prompts
 
 
 class PassAt1(NamedTuple):
@@ -65,17 +65,24 @@ class Parts(NamedTuple):
 def train(config: Config) -> TrainResult:
     """Run the loop of `config`. Same config, same bits, also through a resumed state.
 
-    Raises ValueError for an unknown option or one out of range, malformed data, policy and Q-RM of different
-    vocabularies, a Q-RM without a trained head, an answer longer than max_tokens or than a model's context, a model
-    that does not compute packed sequences as it does each alone, and a state of another configuration;
+    Raises ValueError for an unknown option or one out of range, malformed data, policy and reward model of different
+    vocabularies, a Q-RM or PRM without a trained head, an answer longer than max_tokens or than a model's context, a
+    model that does not compute packed sequences as it does each alone, and a state of another configuration;
     FloatingPointError before a step that is not finite; `Stopped` after the step in which a signal came.
     """
     check(config)
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    labelled = config.reward == "verifier"
-    examples: Rows = read_examples(config.data, config.verifier) if labelled else read_rows(config.data, Prompt)
+    streams = parse_streams(config.reward)
+    examples: Rows
+    if "verifier" not in streams:
+        examples = read_rows(config.data, Prompt)
+    elif len(streams) == 1:
+        examples = read_examples(config.data, config.verifier)
+    else:
+        share = config.labelled_share
+        examples = read_prompts(config.data, config.verifier, labelled_share=share, seed=config.seed)
     eval_examples = read_examples(config.eval_data, config.verifier) if config.eval_data else Rows[Example]([], [])
     longest, longest_eval = (longest_answer(rows, tokenizer, config) for rows in (examples, eval_examples))
     if longest > config.max_tokens:
@@ -190,8 +197,11 @@ def learn(
         values = torch.stack([x.to(config.device) for x in stats.values()]).tolist()
         row = dict(zip(stats, values, strict=True))
         if not math.isfinite(row["policy/grad_norm"]):
+            broken = packed.answers[packed.answer_of_token()[~advantages.isfinite()].unique()].tolist()
+            places = [examples.places[order[iteration][s // config.group_size]] for s in broken]
+            why = f"; the credit of {len(places)} answers is not, the first is to {places[0]}" if places else ""
             raise FloatingPointError(
-                f"iteration {iteration + 1} gave a gradient that is not finite (loss {row['policy/loss']}): "
+                f"iteration {iteration + 1} gave a gradient that is not finite (loss {row['policy/loss']}{why}): "
                 "the policy is as it was before that step, and nothing is saved"
             )
         row |= {
@@ -215,19 +225,11 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         return Policy(model, num_ids=num_token_ids(tokenizer))
 
     policy = load_start()
-    credit: Credit
-    if config.reward == "verifier":
-        credit = Verifier(tokenizer, config)
-    elif config.reward == "random":
-        credit = Random(config)
-    else:
-        assert config.q_rm is not None  # `check` refuses it
-        check_same_vocabulary(tokenizer, load_tokenizer(config.q_rm))
-        q_rm = load_q_rm(config.q_rm, tokenizer, device=device, dtype=dtype)
-        credit = QRM(TokenScorer(q_rm, reads_action=True), config)
+    credit = load_credit(config, tokenizer, policy)
     reference = load_start().requires_grad_(False) if config.kl_coef else None
     critic = critic_optimizer = None
-    if config.value_coef:  # the critic starts as the Q-RM, or the policy's backbone, with a new head
+    if config.value_coef or config.estimator != "own":
+        # the critic starts as the Q-RM, or the policy's backbone, with a new head
         model = load_token_model(config.q_rm or config.model, tokenizer, device=device, dtype=dtype)
         model.score.reset_parameters()
         critic = TokenScorer(model, reads_action=False)

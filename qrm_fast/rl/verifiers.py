@@ -11,10 +11,11 @@ from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from .arithmetic import arithmetic_is_right
-from .data import Example, Rows, read_rows
+from .data import Example, Prompt, Question, Rows, read_rows
 
 
 class Number(NamedTuple):
@@ -199,3 +200,24 @@ def read_examples(path: str | Path, verifier: str) -> Rows[Example]:
         is_right("", example.label)
 
     return read_rows(path, Example, check=check)
+
+
+def read_prompts(path: str | Path, verifier: str, *, labelled_share: float, seed: int) -> Rows[Prompt | Example]:
+    """The prompts of a file, those with a label as examples: of these a share, drawn by `seed`, the others as prompts.
+
+    Raises as `read_examples`, but for a label that is missing.
+    """
+    is_right = find_verifier(verifier)
+
+    def check(question: Question) -> None:
+        if question.label is not None:
+            is_right("", question.label)
+
+    rows = read_rows(path, Question, check=check)
+    labelled = [i for i, row in enumerate(rows) if row.label is not None]
+    kept = set(Random(seed).sample(labelled, round(labelled_share * len(labelled))))
+    prompts: list[Prompt | Example] = [
+        Example(row.instruction, row.label) if row.label is not None and i in kept else Prompt(row.instruction)
+        for i, row in enumerate(rows)
+    ]
+    return Rows(prompts, rows.places)

@@ -120,8 +120,9 @@ def gather_logprobs_gradient(
     ignore_index,
     BV: tl.constexpr,
 ):
-    i_t = tl.program_id(0).to(tl.int64)
-    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    num_blocks = tl.cdiv(vocab, BV)
+    i_t, i_v = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks * BV
+    o_v = i_v + tl.arange(0, BV)
     i_target = tl.load(targets + i_t)
     b_g, b_e = tl.load(grad_logprobs + i_t), tl.load(grad_entropy + i_t)
     m_idle = (i_target == ignore_index) | ((b_g == 0) & (b_e == 0))
@@ -191,7 +192,7 @@ def backward(
     grad_logits = logits.new_empty(logits.shape)
     if num_rows:
         with torch.cuda.device_of(logits):
-            gather_logprobs_gradient[(num_rows, triton.cdiv(vocab, GRADIENT["BV"]))](
+            gather_logprobs_gradient[(num_rows * triton.cdiv(vocab, GRADIENT["BV"]),)](
                 grad_logprobs,
                 grad_entropy,
                 logits,

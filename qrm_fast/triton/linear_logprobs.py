@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import _forward
 from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, picked, target_column
-from .product import GROUP, blocks, capability, describable, grouped, operand, store_block
+from .product import GROUP, aligned, blocks, capability, describable, grouped, operand, store_block
 
 
 @triton.jit
@@ -43,10 +43,12 @@ def linear_logprobs_fold(
     target_logits,  # [T]
     kept,  # [T, V] or None: e^(z - top), or z where tops is None
     tops,  # [blocks of columns, T] or None: the top of each block of BV columns
+    running,  # [2, blocks of columns, T] or None: maximum and sum of the split after each block of BV columns
     stride_hidden,
     stride_weight,
     stride_statistics,
     stride_kept,
+    stride_running,
     num_rows,
     vocab,
     dim,
@@ -78,13 +80,17 @@ def linear_logprobs_fold(
         b_e = tl.exp2(1.4426950408889634 * b_shift)
         if tops is not None:
             tl.store(tops + i_v // BV * num_rows + o_t, b_origin, m_t)
-        if kept is not None:
-            b_kept = b_z if tops is None else b_e
-            store_block((kept, stride_kept, num_rows, vocab), i_t, i_v, b_kept, DESCRIBED, BT, BV)
         # where e is 0 the shift may be -inf
         b_max, b_sum, b_weighted = merged(
             b_max, b_sum, b_weighted, b_top, tl.sum(b_e, 1), tl.sum(b_e * tl.maximum(b_shift, -1000.0), 1)
         )
+        if running is not None:
+            p = running + i_v // BV * num_rows + o_t
+            tl.store(p, b_max, m_t)
+            tl.store(p + stride_running, b_sum, m_t)
+        if kept is not None:
+            b_kept = b_z if tops is None else b_e
+            store_block((kept, stride_kept, num_rows, vocab), i_t, i_v, b_kept, DESCRIBED, BT, BV)
     p = statistics + i_s.to(tl.int64) * num_rows + o_t
     tl.store(p, b_max, m_t)
     p += stride_statistics
@@ -161,17 +167,24 @@ def linear_logprobs_merge(
         tl.store(outputs[i] + o_t, results[i], m_t)
 
 
-def fold(head: Head, target_logits: Tensor, kept: Tensor | None = None, tops: Tensor | None = None) -> Tensor:
+def fold(
+    head: Head,
+    target_logits: Tensor,
+    kept: Tensor | None = None,
+    tops: Tensor | None = None,
+    running: Tensor | None = None,
+) -> Tensor:
     """Statistics [3, splits, T] of every split; writes the logits of those targets that are columns.
 
-    `kept` [T, V] receives the logits, or their exponentials where `tops` receives what they are relative to.
+    `kept` [T, V] receives the logits, or their exponentials where `tops` receives what they are relative to; `running`
+    maximum and sum of a split after each of its blocks of columns.
     """
     hidden, weight, targets, bias, temperatures, softcap = head
     (num_rows, dim), vocab = hidden.shape, len(weight)
     num_splits = triton.cdiv(vocab, SPLIT)
     statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
     described = describable(hidden, weight)
-    launch = fold_blocks(hidden.dtype, capability(hidden), described, softcap is not None, kept is not None)
+    launch = fold_blocks(head, kept is not None)
     linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
         operand(hidden, described, launch["BT"], launch["BD"]),
         operand(weight, described, launch["BV"], launch["BD"]),
@@ -183,10 +196,12 @@ def fold(head: Head, target_logits: Tensor, kept: Tensor | None = None, tops: Te
         target_logits,
         None if kept is None else operand(kept, described, launch["BT"], launch["BV"]),
         tops,
+        running,
         hidden.stride(0),
         weight.stride(0),
         statistics.stride(0),
         0 if kept is None else kept.stride(0),
+        0 if running is None else running.stride(0),
         num_rows,
         vocab,
         dim,
@@ -198,9 +213,16 @@ def fold(head: Head, target_logits: Tensor, kept: Tensor | None = None, tops: Te
     return statistics
 
 
-def fold_blocks(dtype: torch.dtype, capability: int, described: bool, capped: bool, kept: bool) -> dict[str, int]:
-    halved = capped or (kept and not described)
-    return blocks(dtype, capability, described, halved=halved, stored=kept and described)
+def fold_blocks(head: Head, kept: bool) -> dict[str, int]:
+    """What is kept changes no block's columns nor depth: a log-probability has the same bits either way.
+
+    Half the columns where a softcap, or pointers with a bias or to rows off multiples of 16 bytes, take the registers.
+    """
+    hidden, weight, _, bias, _, softcap = head
+    described = describable(hidden, weight)
+    crowded = softcap is not None or (not described and (bias is not None or not aligned(hidden, weight)))
+    launch = blocks(hidden.dtype, capability(hidden), described, halved=crowded, stored=kept and described)
+    return launch if described else launch | {"BD": min(launch["BD"], 32)}
 
 
 def merge(statistics: Tensor, target_logits: Tensor, head: Head, ignore_index: int) -> tuple[Tensor, ...]:

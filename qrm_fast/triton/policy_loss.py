@@ -13,6 +13,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from ..ops.policy_loss import SAPO_TEMPERATURE_BELOW as TEMPERATURE_BELOW
 from ..ops.policy_loss import PolicyMetrics, _policy_loss, scaled_derivative
 
 NUM_SUMS = 1 + len(PolicyMetrics._fields)  # loss and metrics; the last is a maximum
@@ -20,6 +21,7 @@ ROWS = {"BT": 512, "num_warps": 8}  # at 4, gspo spills on sm_80
 SEQUENCE = {"BT": 1024, "num_warps": 4}
 SUM = {"BT": 1024, "num_warps": 4}
 SCALED = {"BT": 4096, "num_warps": 4}
+SAPO_TEMPERATURE_BELOW = tl.constexpr(TEMPERATURE_BELOW)
 
 
 @triton.jit
@@ -58,6 +60,13 @@ def policy_terms(
         m_bounded = (b_advantage < 0) & (b_loss > -b_advantage * dual_clip)
         b_slope = tl.where((b_slope < b_clipped) | m_bounded | m_still, 0.0, b_slope)
         b_loss = tl.where(m_bounded, -b_advantage * dual_clip, b_loss)
+    elif KIND == "sapo":
+        # -A (4 / tau) sigmoid(tau (r - 1)), with the slope -4 A sigmoid(x) sigmoid(-x) r
+        b_tau = tl.where(b_advantage < 0, tl.full(b_advantage.shape, SAPO_TEMPERATURE_BELOW, tl.float64), 1.0)
+        b_e = tl.exp(-b_tau * (b_ratio - 1))
+        b_gate = 1 / (1 + b_e)
+        b_loss = -4 * b_advantage * b_gate / b_tau
+        b_slope = tl.where(m_still, 0.0, -4 * b_advantage * b_gate * (b_e * b_gate) * b_ratio)
     else:
         # -scale A logp with cispo's scale clip(r, 1 - low, 1 + high), which has no gradient of its own
         b_slope = -b_advantage
@@ -78,6 +87,10 @@ def policy_terms(
         else:
             b_kl_slope = 1 - tl.exp(tl.where(b_d < -20.0, 20.0, -b_d))
             b_ref_kl = b_d - b_kl_slope
+            if KL_ESTIMATOR == "unbiased":
+                b_own_ratio = tl.exp(b_own)
+                b_ref_kl *= b_own_ratio
+                b_kl_slope = b_own_ratio * b_d
         b_loss += tl.where(kl_coef != 0, kl_coef * b_ref_kl, 0.0)
         b_slope += tl.where(kl_coef != 0, kl_coef * b_kl_slope, 0.0)
     b_low = tl.where(m_below & (b_advantage < 0), 1.0, 0.0)

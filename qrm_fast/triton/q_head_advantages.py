@@ -123,6 +123,7 @@ def q_head_advantages(
         b_total += b_y
         b_kept += tl.where(m_kept, 1.0, 0.0)
         b_last = tl.where(m_kept, o_t, b_last)
+        tl.debug_barrier()  # where BR rows are fewer than threads, several read a row that one of them then overwrites
         tl.store(advantages + o_t, b_y.to(tl.float32), m_t)
     if RESCORE:
         tl.debug_barrier()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -345,6 +346,19 @@ def test_check_says_what_is_there():
     assert done.returncode == 0, done.stderr
     assert "trl 1.16" in done.stdout and done.stdout.count("found  trl.trainer") == len(ours.HOOKS)
     assert "head: csrc/cpu/linear_logprobs.cpp on the CPU" in done.stdout
+
+
+def test_the_examples_of_the_pages_run(monkeypatch):
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs/integrations.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
+    blocks = [block for block in blocks if "integrations.trl import" in block]
+    assert len(blocks) == 4
+    for name in ("_ChunkedLogProbFunction", "_use_triton"):
+        monkeypatch.setattr(trl.trainer.utils, name, getattr(trl.trainer.utils, name))  # put back at the end
+    for block in blocks:
+        exec(block, names := {})
+        assert issubclass(names.get("Trainer", GRPOTrainer), GRPOTrainer)
+    assert trl.trainer.utils._ChunkedLogProbFunction is ours.LinearLogprobsHead
 
 
 def test_installing_this_changes_nothing_that_trl_brought():

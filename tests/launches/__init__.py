@@ -13,6 +13,7 @@ T, D, V = 16384, 3584, 152064  # tokens, hidden, vocabulary
 K, S = 2048, 512  # steps, sequences
 ODD_T, ODD_D, ODD_V, ODD_K, ODD_S = 10007, 1001, 32003, 999, 37
 MANY = 5000  # sequences that are sorted by group, not compared
+WIDEST_V = 1 << 28  # a vocabulary for which there must still be a grid: y and z end at 65,535
 
 fp16, bf16, fp32, fp64, i32, i64, flags = (
     partial(torch.empty, dtype=dtype)

@@ -8,5 +8,6 @@ def launches(capability):
     forward(bf16(T), fp32(T), *(bf16(T),) * 3, fp32(T), None, "ppo", *options, "k3", 0.01)
     forward(fp32(T), fp32(T), *(fp32(T),) * 4, i32(S + 1), "gspo", *options, "k3", 0.01)
     forward(fp32(ODD_T), fp32(ODD_T), *(fp32(ODD_T),) * 3, None, None, "cispo", *options, "k2", 0.01)
+    forward(bf16(T), fp32(T), *(bf16(T),) * 3, fp32(T), None, "sapo", *options, "unbiased", 0.01)
     sequence_log_ratios(bf16(T), bf16(T), fp32(T), i32(S + 1))
     scaled(fp32(()), fp32(T), bf16(T))

@@ -1,19 +1,23 @@
 """Training a Q-RM: what is read where, gradients that do not depend on the micro-batches, checkpoints, bad input."""
 
+import json
+import math
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from qrm_fast import pack
 from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
+from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.data import Pair, write_jsonl
-from qrm_fast.rl.models import load_token_model
+from qrm_fast.rl.models import load_policy, load_token_model, load_vocabulary_q
 from qrm_fast.rl.optimizer import AdamW
-from qrm_fast.rl.reward_training import QRMConfig, train_q_rm
-from qrm_fast.rl.scorer import TokenScorer
+from qrm_fast.rl.reward_training import ORMConfig, QRMConfig, pair_loss, train_q_rm
+from qrm_fast.rl.scorer import TokenScorer, VocabularyScorer
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 
@@ -73,6 +77,56 @@ def test_pairs_are_learned_and_the_checkpoint_is_plain(config):
     assert model.config.num_labels == 1 and model.score.bias is None
 
 
+def of_pairs(config, kind):
+    options = {field: getattr(config, field) for field in ("data", "out", "overwrite", "model", "tokenizer", "lr")}
+    kinds = {"orm": ORMConfig, "qrm-vocab": partial(QRMConfig, kind="qrm-vocab")}
+    return kinds[kind](**options, batch_size=16, num_epochs=12)
+
+
+@pytest.mark.parametrize("kind", ["orm", "qrm-vocab"])
+def test_the_other_kinds_learn_pairs_too(config, kind):
+    result = train_q_rm(of_pairs(config, kind))
+    assert result.train.accuracy > 0.65 and result.train.margin > 0
+    tokenizer = load_tokenizer("arithmetic")
+    if kind == "orm":
+        assert result.train.loss < math.log(2)
+        assert AutoModelForTokenClassification.from_pretrained(result.directory).config.num_labels == 1
+    else:
+        assert result.train.loss < 2.1269
+        assert AutoModelForCausalLM.from_pretrained(result.directory).config.vocab_size == 17
+        load_vocabulary_q(result.directory, tokenizer)
+        save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, config.out)
+        with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a model that was not"):
+            load_vocabulary_q(config.out, tokenizer)
+
+
+def test_an_orm_is_read_at_the_last_token_and_a_vocabulary_head_before_the_action():
+    """Golden values of the released code: two pairs, last-token .2519137, mean-score 2.0205970."""
+    batch = pack([[0, 1, 2, 3, 4], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3]], [1, 1, 1, 1])
+    q = torch.tensor([1, 2, -1, 4, -1, 0.5, 0.5, 0.5, 2, 1, 0])
+    last, mean = (pair_loss(q, batch, kind(data="d", out="o")).loss.item() for kind in (ORMConfig, QRMConfig))
+    assert (last, mean) == (pytest.approx(0.2519137, abs=1e-6), pytest.approx(2.0205970, abs=1e-6))
+    tokenizer = load_tokenizer("arithmetic")
+    torch.manual_seed(0)
+    model = load_policy("scratch:demo", tokenizer)
+    rows, prompt_lens = [[4, 5, 6, 7, 1], [3, 8, 1]], [2, 1]
+    with torch.no_grad():
+        q = VocabularyScorer(model)(pack(rows, prompt_lens))
+        model.set_attn_implementation("sdpa")
+        logits = [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
+    expected = [logits[i][t - 1, row[t]] for i, row in enumerate(rows) for t in range(prompt_lens[i], len(row))]
+    torch.testing.assert_close(q, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_empty_side_is_refused_by_its_line(config, side):
+    pair = {"chosen": "02", "rejected": "03", side: " \n"}
+    with open(config.data, "a") as lines:
+        lines.write(json.dumps({"instruction": "1+1:", **pair}) + "\n")
+    with pytest.raises(ValueError, match=rf"pairs.jsonl:81: expected an answer in '{side}', got an empty text"):
+        train_q_rm(config)
+
+
 def test_same_config_same_bits(config):
     train_q_rm(config)
     first = parameters(config.out)
@@ -105,9 +159,7 @@ def test_answers_are_cut_from_the_right_and_prompts_never(config):
 def test_bad_input(config, tmp_path):
     with pytest.raises(ValueError, match=r"max_tokens"):
         train_q_rm(replace(config, max_tokens=60))
-    with pytest.raises(
-        ValueError, match=r"heldout must leave pairs to train on and to evaluate, got 1.0 of 60 prompts"
-    ):
+    with pytest.raises(ValueError, match=r"heldout must leave rows to train on and to evaluate, got 1.0 of 60 prompts"):
         train_q_rm(replace(config, heldout=1.0))
     with open(config.data, "a") as lines:
         lines.write('{"instruction": "1+1:"}\n')

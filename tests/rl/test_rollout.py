@@ -7,7 +7,7 @@ from qrm_fast import linear_logprobs, pack
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.policy import Policy, PolicyHead
-from qrm_fast.rl.rollout import TransformersEngine, sample
+from qrm_fast.rl.rollout import TransformersEngine
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 EOS = 1
@@ -98,42 +98,19 @@ def test_a_response_ends_at_any_of_the_stop_ids(policy):
     assert all(not {EOS, 5} & set(response[:-1]) for response in rollout.responses)
 
 
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_bfloat16_samples_from_float32_logits(softcap, biased, scale):
-    """Rounded to 16 bits, logits as large as these would put the ratio of a policy to itself anywhere in .9 to 1.1."""
+def test_the_ratio_of_a_bfloat16_policy_to_itself_is_1(softcap, biased, scale):
+    """Of logits rounded to 16 bits, as large as these, it would be anywhere in .9 to 1.1."""
     generator = torch.Generator().manual_seed(0)
     weight, hidden, bias = (torch.randn(*n, generator=generator).bfloat16() for n in ((17, 128), (64, 128), (17,)))
     head = PolicyHead(weight, bias if biased else None, softcap, scale)
-    token, logprob = sample(head.logits(hidden), generator)
-    trained = head.logprobs(hidden, token).logprobs
-    assert head.logits(hidden).abs().max() > 6
-    assert ((logprob - trained).exp() - 1).abs().max() < 1e-5
-
-
-def test_samples_are_distributed_as_the_softmax():
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(1, 700, generator=generator)
-    logits[0, 300:] -= 3 * torch.rand(400, generator=generator)
-    num = 200_000
-    token, logprob = sample(logits.expand(num, -1), generator)
-    p = logits[0].double().softmax(-1)
-    expected = p * num
-    common = expected > 10
-    counts = torch.bincount(token, minlength=700)
-    chi2 = ((counts - expected) ** 2 / expected)[common].sum()
-    freedom = int(common.sum()) - 1
-    assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
-    torch.testing.assert_close(logprob, p.log()[token].float(), rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("num_ids", [1, 17, 256, 257, 1000])
-def test_tokens_without_probability_are_never_sampled(num_ids):
-    logits = torch.full((5000, num_ids), -torch.inf)
-    logits[:, num_ids // 2] = 3.0
-    token, logprob = sample(logits, torch.Generator().manual_seed(0))
-    assert (token == num_ids // 2).all() and (logprob == 0).all()
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    tokens, logprobs = head.sample(hidden, uniforms, temperature=0.7)
+    assert head.logits(hidden).abs().max() > 6 and len(tokens.unique()) > 3
+    assert torch.equal(logprobs, head.logprobs(hidden, tokens, temperature=0.7).logprobs)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

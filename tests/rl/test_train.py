@@ -13,7 +13,7 @@ from qrm_fast.rl.arithmetic import arithmetic_examples
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.config import PRESETS, Config, preset
-from qrm_fast.rl.data import Example, write_jsonl
+from qrm_fast.rl.data import STEP, Example, Prompt, write_jsonl
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.policy import Policy
@@ -24,12 +24,20 @@ from qrm_fast.rl.verifiers import VERIFIERS
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A fresh policy, a fresh Q-RM and 16 prompts."""
+    """A fresh policy, a fresh Q-RM, a fresh PRM and 16 prompts."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = load_tokenizer("arithmetic")
     torch.manual_seed(0)
     save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, folder / "policy")
     save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, folder / "q_rm")
+    prm = load_token_model("scratch:demo", tokenizer, num_labels=2)
+    prm.config.step_separator = STEP
+    save_checkpoint(prm, tokenizer, folder / "prm")
+    q_model = load_policy("scratch:demo", tokenizer)
+    q_model.config.reward_model = "qrm-vocab"
+    save_checkpoint(q_model, tokenizer, folder / "q_vocab")
+    q_model.config.reference_model, q_model.config.implicit_beta = str(folder / "policy"), 0.1
+    save_checkpoint(q_model, tokenizer, folder / "implicit")
     write_jsonl(folder / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
     return folder
 
@@ -39,6 +47,9 @@ def config(checkpoints, tmp_path):
     return Config(
         model=str(checkpoints / "policy"),
         q_rm=str(checkpoints / "q_rm"),
+        prm=str(checkpoints / "prm"),
+        orm=str(checkpoints / "q_rm"),
+        implicit=str(checkpoints / "implicit"),
         data=str(checkpoints / "prompts.jsonl"),
         out=str(tmp_path / "run"),
         overwrite=True,
@@ -62,16 +73,17 @@ def same_bits(a, b):
 @pytest.mark.parametrize(("name", "algorithm"), PRESETS)
 def test_presets_run_and_report(config, name, algorithm):
     steps = dict(num_epochs=2, num_minibatches=2) if algorithm == "ppo" else {}
+    if name == "qrm-vocab":
+        steps["q_rm"] = config.q_rm.replace("q_rm", "q_vocab")
     result = train(replace(config, **preset(name, algorithm), **steps))
     with open(result.directory + "/metrics.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
     assert rows == result.metrics and [row["step"] for row in rows] == [1, 2]
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
-    if name != "rloo":  # a fresh policy is never right: nothing to learn from
+    if preset(name)["reward"] != "verifier":  # a fresh policy is never right: nothing to learn from
         assert rows[0]["policy/grad_norm"] > 0
         assert not same_bits(weights(result.directory), weights(config.model))
-    if algorithm == "reinforce":
-        assert abs(rows[0]["policy/ratio"] - 1) < 1e-4 or name == "rloo"
+        assert algorithm == "ppo" or abs(rows[0]["policy/ratio"] - 1) < 1e-4
 
 
 def test_the_presets_hold_what_the_sources_say():
@@ -84,9 +96,19 @@ def test_the_presets_hold_what_the_sources_say():
     assert (released.value_coef, released.value_normalize, released.center) == (0.01, True, False)
     paper = replace(config, **preset("qrm-paper", "ppo"))
     assert (paper.center, paper.value_coef, paper.value_normalize, paper.kl_estimator) == (True, 1.0, False, "k1")
-    for name, algorithm in (("qrm", "reinforce"), ("rloo", "grpo")):
+    pure = {name: replace(config, **preset(f"pure-{name}", "ppo")) for name in ("paper", "openrlhf", "verl")}
+    assert {(x.reward, x.kl_coef, x.kl_in, x.operator, x.process_temperature) for x in pure.values()} == {
+        ("pure", 0.001, "reward", "soft", 0.1)
+    }
+    assert [(x.process, x.kl_estimator, x.loss_mode) for x in pure.values()] == [
+        ("paper", "k1", "token-mean"),
+        ("openrlhf", "k1", "seq-mean-token-mean"),
+        ("verl", "k3", "token-mean"),
+    ]
+    for name, algorithm in (("qrm", "reinforce"), ("rloo", "trpo")):
         with pytest.raises(
-            ValueError, match=f"one of qrm-released, qrm-paper, rloo and .* one of reinforce, ppo, got {name} and"
+            ValueError,
+            match=f"one of qrm-released, .*, rloo, grpo, dr-grpo and .* one of reinforce, ppo, got {name} and",
         ):
             preset(name, algorithm)
 
@@ -134,7 +156,7 @@ def gradients_of(config, monkeypatch):
 
 @pytest.mark.parametrize("loss_mode", ["token-mean", "seq-mean-token-sum-norm"])
 def test_gradient_does_not_depend_on_the_microbatches(config, monkeypatch, loss_mode):
-    config = replace(config, **preset("qrm-paper", "ppo"), loss_mode=loss_mode)
+    config = replace(config, **{**preset("qrm-paper", "ppo"), "loss_mode": loss_mode})
     whole = gradients_of(config, monkeypatch)
     pieces = gradients_of(replace(config, max_tokens=45), monkeypatch)
     assert len(whole) == len(pieces) == 2  # policy and critic
@@ -178,7 +200,8 @@ def test_answers_without_an_advantage_change_nothing(config, monkeypatch):
     config = replace(config, **preset("rloo"), verifier="ends early", num_prompts=16, max_new_tokens=12)
     [dropped] = gradients_of(config, monkeypatch)
     monkeypatch.setattr(
-        "qrm_fast.rl.rewards.group_advantages", lambda *args, **options: group_advantages(*args, **options) + 1e-30
+        "qrm_fast.rl.rewards.verifier.group_advantages",
+        lambda *args, **options: group_advantages(*args, **options) + 1e-30,
     )
     [kept] = gradients_of(config, monkeypatch)
     assert dropped.norm() > 0
@@ -233,6 +256,67 @@ def test_the_policy_climbs_its_q_rm(config):
     assert gain > 0.5 * rows[0]["reward/q_std"]
 
 
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+@pytest.mark.parametrize("options", [
+    dict(estimator="min-gae", lam=0.9),
+    dict(estimator="gae", reward="pure=1.0,verifier=1.0"),
+    dict(reward="pure=1.0,verifier=0.5", labelled_share=0.5, operator="revmin", process="verl"),
+    dict(reward="q-rm=1.0,pure=0.5,verifier=2.0,random=0.1", num_epochs=2, num_minibatches=2),
+    dict(reward="verifier", estimator="gae", kl_coef=0.1),
+    dict(reward="orm=1.0,implicit=0.5,verifier=1.0", estimator="gae", kl_coef=0.1),
+    dict(reward="orm,verifier", value_coef=0.5, kl_in="reward"),
+    dict(operator="sum", kl_in="loss", kl_estimator="k2"),
+])  # fmt: skip
+def test_mixtures_and_critics_run_and_report(config, algorithm, options):
+    config = replace(config, **preset("pure-paper", algorithm))
+    rows = train(replace(config, **options)).metrics
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
+    assert rows[0]["policy/grad_norm"] > 0
+    if "pure" in options.get("reward", "pure"):
+        assert {"reward/process", "process/one_step", "process/short"} <= rows[0].keys()
+        assert ("process/short_mass" in rows[0]) == (options.get("estimator") != "gae")
+        assert rows[0]["process/short"] <= 1 and 1 <= rows[0]["process/num_steps"] <= 8
+
+
+def test_a_mixture_resumes_to_the_same_bits_and_the_same_labels(config, monkeypatch):
+    judged = []
+    monkeypatch.setitem(VERIFIERS, "by label", lambda response, label: bool(response) and not judged.append(label))
+    mixture = dict(reward="pure=1.0,q-rm=0.5,verifier=1.0", labelled_share=0.25, verifier="by label")
+    config = replace(config, **{**preset("pure-paper"), **mixture}, num_iterations=4, save_every=2)
+    whole = train(config)
+    assert len(set(judged)) <= 4 < 16  # a quarter of 16 prompts is asked about
+    train(replace(config, num_iterations=2, out=config.out + "2"))
+    train(replace(config, out=config.out + "2", overwrite=False, resume=True))
+    assert same_bits(weights(config.out + "2"), weights(whole.directory))
+
+
+def test_the_policy_climbs_its_prm(config):
+    config = replace(config, **preset("pure-paper"), num_iterations=12, num_prompts=16, lr=1e-3)
+    rows = train(replace(config, kl_coef=0.0)).metrics
+    assert rows[-1]["reward/process"] > rows[0]["reward/process"] + 0.02
+
+
+def test_prompts_without_a_label_are_for_mixtures(config, tmp_path):
+    rows = [*arithmetic_examples(8, split="train", seed=0), *(Prompt(f"{i}+1+1+1:") for i in range(1, 9))]
+    write_jsonl(tmp_path / "some.jsonl", rows)
+    config = replace(config, data=str(tmp_path / "some.jsonl"), num_prompts=16, max_new_tokens=4)
+    train(replace(config, **{**preset("pure-paper"), "reward": "pure=1.0,verifier=1.0"}))
+    with pytest.raises(ValueError, match=r"some.jsonl:9: expected a string field 'label'"):
+        train(replace(config, **preset("rloo")))
+
+
+def test_a_credit_that_is_not_finite_names_the_prompt(config, checkpoints, tmp_path):
+    tokenizer = load_tokenizer("arithmetic")
+    prm = load_token_model(config.prm, tokenizer, num_labels=2)
+    prm.score.weight.data[0, 3] = torch.nan
+    prm.save_pretrained(tmp_path / "prm")  # what `save_checkpoint` would refuse
+    tokenizer.save_pretrained(tmp_path / "prm")
+    config = replace(config, **preset("pure-paper"), prm=str(tmp_path / "prm"))
+    with pytest.raises(FloatingPointError, match=r"the credit of 16 answers is not, the first is to .*prompts.jsonl:"):
+        train(config)
+    assert not (tmp_path / "run/config.json").exists()
+
+
 def test_random_reward_needs_no_q_rm(config):
     result = train(replace(config, q_rm=None, reward="random"))
     assert result.metrics[0]["policy/grad_norm"] > 0
@@ -245,9 +329,29 @@ def test_bad_input(config, tmp_path):
         train(replace(config, q_rm=None))
     with pytest.raises(ValueError, match="must be a Q-RM, a token classifier with one label, got LlamaForCausalLM"):
         train(replace(config, q_rm=config.model))
+    with pytest.raises(ValueError, match='reward "pure" needs prm, the directory of a trained PRM, got None'):
+        train(replace(config, **preset("pure-paper"), prm=None))
+    with pytest.raises(ValueError, match=r"must be a PRM, a token classifier with two labels, got Llama.*, 1"):
+        train(replace(config, **preset("pure-paper"), prm=config.q_rm))
+    with pytest.raises(ValueError, match=r"labelled_share is for a mixture with the verifier, expected 1, got 0\.5"):
+        train(replace(config, **preset("rloo"), labelled_share=0.5))
+    with pytest.raises(ValueError, match="reward must name one kind of Q-RM, for there is one q_rm, got q-rm,qr"):
+        train(replace(config, reward="q-rm,qrm-vocab"))
+    with pytest.raises(ValueError, match="value_coef needs the token scores of one model"):
+        train(replace(config, reward="q-rm,orm", value_coef=1.0))
+    with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a model that was not"):
+        train(replace(config, **preset("qrm-vocab"), q_rm=config.model))
+    with pytest.raises(ValueError, match="must be an implicit reward model, which names its reference, got one"):
+        train(replace(config, **preset("dpo-rm"), implicit=config.model))
+    with pytest.raises(ValueError, match='estimator "gae" sums rewards, which q-rm has none of, got "q-rm"'):
+        train(replace(config, estimator="gae"))
+    with pytest.raises(ValueError, match='estimator "min-gae" is for the steps of the reward "pure", got "verifier"'):
+        train(replace(config, **{**preset("rloo"), "estimator": "min-gae"}))
     with pytest.raises(ValueError, match='expected kl_in "loss" with reward "verifier"'):
         train(replace(config, **{**preset("rloo"), "kl_coef": 0.1, "kl_in": "reward"}))
-    with pytest.raises(ValueError, match='value_coef needs token rewards, expected 0 with reward "verifier", got 0'):
+    with pytest.raises(
+        ValueError, match=r'value_coef needs the token scores of one model .* expected 0 with reward "verifier", got 0'
+    ):
         train(replace(config, **{**preset("rloo"), "value_coef": 0.5}))
     with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, math, got judge"):
         train(replace(config, **preset("rloo"), verifier="judge"))
@@ -282,11 +386,12 @@ def test_bad_input(config, tmp_path):
         train(replace(config, data=str(tmp_path / "prompts.jsonl")))
 
 
-def test_a_q_rm_of_another_vocabulary_is_refused(config, tmp_path):
+@pytest.mark.parametrize(("name", "field", "num_labels"), [("qrm-paper", "q_rm", 1), ("pure-paper", "prm", 2)])
+def test_a_reward_model_of_another_vocabulary_is_refused(config, tmp_path, name, field, num_labels):
     other = load_tokenizer("bpe", ["1+1"])
-    save_checkpoint(load_token_model("scratch:demo", other), other, tmp_path / "other")
+    save_checkpoint(load_token_model("scratch:demo", other, num_labels=num_labels), other, tmp_path / "other")
     with pytest.raises(ValueError, match="policy and reward model must share one vocabulary, got 17 and"):
-        train(replace(config, q_rm=str(tmp_path / "other")))
+        train(replace(config, **preset(name), **{field: str(tmp_path / "other")}))
 
 
 @pytest.mark.parametrize("where", ["data", "eval_data"])

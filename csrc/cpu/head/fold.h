@@ -34,17 +34,25 @@ struct RowResult {
 };
 
 // Statistics of rows, [split][panel][3][lanes], and their targets' logits, NaN where the target is not a column.
+// `chunks` is the number of chunks whose running statistics are kept, or 0.
 template <typename S>
 class FoldedRows {
  public:
-  FoldedRows(const PanelKernels<S>& kernels, int64_t panels, int64_t splits)
+  FoldedRows(const PanelKernels<S>& kernels, int64_t panels, int64_t splits, int64_t chunks = 0)
       : target_logits(panels * kernels.gemm.nr, std::numeric_limits<S>::quiet_NaN()),
         kernels_(kernels),
         panels_(panels),
         splits_(splits),
-        stats_(splits * panels * size()) {}
+        chunks_(chunks),
+        stats_(splits * panels * size()),
+        running_(chunks * panels * size()) {}
 
   S* of(int64_t split, int64_t panel) const { return stats_.get() + (split * panels_ + panel) * size(); }
+  // Those of a split once this chunk of it had been folded.
+  S* after(int64_t chunk, int64_t panel) const { return running_.get() + (chunk * panels_ + panel) * size(); }
+  void keep(int64_t chunk, int64_t split, int64_t panel) const {
+    if (chunk < chunks_) std::copy_n(of(split, panel), size(), after(chunk, panel));
+  }
 
   // Joins the splits in a tree: one after the other, each would round all that came before it.
   void merge() const {
@@ -68,8 +76,8 @@ class FoldedRows {
   int64_t size() const { return 3 * kernels_.gemm.nr; }
 
   const PanelKernels<S>& kernels_;
-  int64_t panels_, splits_;
-  Scratch<S> stats_;
+  int64_t panels_, splits_, chunks_;
+  Scratch<S> stats_, running_;
 };
 
 // Folds one split of `panels` panels, which are those from `panel` on of `folded`. The logits are kept in panels
@@ -91,24 +99,22 @@ void fold_split(const Head<In, S>& head, int64_t row, int64_t panels, int64_t sp
       const S* logits = chunk + p * z_panel;
       S* target_logits = folded.target_logits.data() + (panel + p) * nr;
       head.kernels.fold(logits, width, folded.of(split, panel + p));
+      folded.keep(column / kChunk, split, panel + p);
       head.for_targets(row + p * nr, column, width,
                        [&](int64_t j, int64_t v) { target_logits[j] = logits[v * nr + j]; });
     }
   }
 }
 
-// A forward pass over the selected rows.
+// Folds every split of the selected rows, packed in `x`.
 template <typename In, typename S>
-FoldedRows<S> fold_rows(const Head<In, S>& head) {
+void fold_splits(const Head<In, S>& head, const S* x, FoldedRows<S>& folded) {
   const int64_t count = head.rows.size(), nr = head.lanes();
   const int64_t panels = ceil_div(count, nr), most = kScoredRows / nr, blocks = ceil_div(panels, most);
   const int64_t splits = ceil_div(head.vocab, kSplit), sweeps = ceil_div(splits, kSweep);
-  const Scratch<S> memory({panels * head.x_panel(), max_workers(sweeps * blocks) * kScoredRows * kChunk});
-  S *x = memory[0], *logits = memory[1];
-  head.pack_hidden(0, count, x);
-  FoldedRows<S> folded(head.kernels, panels, splits);
+  const Scratch<S> logits(max_workers(sweeps * blocks) * kScoredRows * kChunk);
   parallel_workers(sweeps * blocks, [&](int64_t thread, auto next) {
-    S* z = logits + thread * kScoredRows * kChunk;
+    S* z = logits.get() + thread * kScoredRows * kChunk;
     for (int64_t unit; (unit = next()) < sweeps * blocks;) {
       const int64_t sweep = unit / blocks, first = unit % blocks * most, here = std::min(most, panels - first);
       for (int64_t split = sweep * kSweep; split < std::min(splits, (sweep + 1) * kSweep); ++split) {
@@ -116,6 +122,16 @@ FoldedRows<S> fold_rows(const Head<In, S>& head) {
       }
     }
   });
+}
+
+// A forward pass over the selected rows.
+template <typename In, typename S>
+FoldedRows<S> fold_rows(const Head<In, S>& head) {
+  const int64_t count = head.rows.size(), panels = ceil_div(count, head.lanes());
+  const Scratch<S> x(panels * head.x_panel());
+  head.pack_hidden(0, count, x.get());
+  FoldedRows<S> folded(head.kernels, panels, ceil_div(head.vocab, kSplit));
+  fold_splits(head, x.get(), folded);
   folded.merge();
   return folded;
 }
