@@ -62,7 +62,7 @@ def verl_update(device: torch.device, vocab: int, dim: int, layers: int) -> Case
 
     import qrm_fast.integrations.verl.head  # noqa: F401  the plugin
 
-    prompts, responses = [150] * 4, [60, 120, 180, 320]
+    prompts, responses = [100] * 4, [40, 80, 120, 160]
     head, plain = torch_functional.FusedLinearForPPO, Qwen2ForCausalLM.forward
     ours, theirs = head.forward, verl_on_cpu.untouched(torch_functional).FusedLinearForPPO.forward
     folder = tempfile.TemporaryDirectory()

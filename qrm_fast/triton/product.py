@@ -21,14 +21,14 @@ def blocks(dtype: torch.dtype, capability: int, described: bool, *, halved=False
 
     128 x 256 accumulators fill the register file of a multiprocessor. Pointers instead of descriptors take registers of
     their own: half the columns then, as where the caller asks for room by `halved`. `stored`: the accumulators leave
-    through shared memory, in the place of one buffer. 3 buffers of 128 x 128 fit into the 99 KB of the small GPUs.
+    through shared memory, in the place of one buffer, and in the 99 KB of sm_120 beside buffers of half the depth.
     """
     if dtype == torch.float32:
         return {"BT": 64, "BV": 64, "BD": 16, "num_warps": 8, "num_stages": 3}
     if capability in (9, 10):
         launch = {"BT": 128, "BV": 256 if described else 128, "BD": 64, "num_warps": 8, "num_stages": 3 + (not stored)}
     else:
-        launch = {"BT": 128, "BV": 128, "BD": 64, "num_warps": 8, "num_stages": 3}
+        launch = {"BT": 128, "BV": 128, "BD": 64 if capability == 8 else 32, "num_warps": 8, "num_stages": 3}
     if halved:
         launch["BV"] //= 2
     return launch
@@ -39,10 +39,14 @@ def capability(x: Tensor) -> int:
     return 9 if x.is_cpu else torch.cuda.get_device_capability(x.device)[0]
 
 
+def aligned(*operands: Tensor) -> bool:
+    """Whether every row of all of these [rows, columns] starts at a multiple of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+
+
 def describable(*operands: Tensor) -> bool:
-    """Whether the copy engine of Hopper and later can load blocks of all of these [rows, columns]."""
-    aligned = (x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
-    return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and all(aligned)
+    """Whether the copy engine of Hopper and later can load blocks of all of these."""
+    return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and aligned(*operands)
 
 
 def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | TensorDescriptor:

@@ -26,10 +26,10 @@ PIECE, GROUP = 32, 64  # rows, pieces
 SETUP_PROGRAMS = 64
 SETUP = {"BS": 512, "num_warps": 4}
 ROWS = {"BP": 32, "HALVINGS": 6, "enable_fp_fusion": False}
-GROUPS = {"BP": 16, "HALVINGS": 5, "num_warps": 4, "enable_fp_fusion": False}
+GROUPS = {"BP": 16, "HALVINGS": 5, "enable_fp_fusion": False}
 STATES = {"BG": 512, "num_warps": 4, "enable_fp_fusion": False}
 PARTS = {"gae": 2, "discounted_returns": 2, "min_gae": 3, "vtrace": 5}  # numbers that a map has
-WARPS = {"gae": 4, "discounted_returns": 4, "min_gae": 4, "vtrace": 8}  # of scan_rows: at 4, five numbers spill
+WARPS = {"gae": 4, "discounted_returns": 4, "min_gae": 4, "vtrace": 8}  # of rows and groups: at 4, five numbers spill
 
 
 @triton.jit
@@ -454,7 +454,10 @@ def launch(
         )
         scan_rows[(programs,)](*of_rows, rule, PARTS[rule], False, **rows)
         scan_groups[(group_programs,)](
-            cu_seqlens, group_firsts, maps, *sizes, num_maps, rule, PARTS[rule], **tree, **GROUPS
+            *(cu_seqlens, group_firsts, maps, *sizes, num_maps, rule, PARTS[rule]),
+            num_warps=WARPS[rule],
+            **tree,
+            **GROUPS,
         )
         scan_states[(num_states,)](
             bootstrap,
