@@ -15,20 +15,24 @@ from torch import Tensor
 
 from .harness import Case, case, gemm
 
-VOCABULARY, GROUP, NUM_GROUPS, PROMPT, COMPLETION = 32768, 8, 2, 200, 800
+VOCABULARY, GROUP, PROMPT, COMPLETION = 32768, 8, 200, 800
 Update = tuple[Tensor, list[Tensor]]  # loss, gradients
 
 
-def answers() -> dict[str, Tensor]:
+def answers(num_answers: int) -> dict[str, Tensor]:
     """What GRPO updates on: padded answers of log-normal length around 160 to prompts of 100 to 200 tokens."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(PROMPT // 2, PROMPT + 1, (NUM_GROUPS,), generator=generator).repeat_interleave(GROUP)
+    prompts = torch.randint(PROMPT // 2, PROMPT + 1, (num_answers // GROUP,), generator=generator).repeat_interleave(
+        GROUP
+    )
     lengths = torch.exp(torch.randn(len(prompts), generator=generator) * 0.7 + math.log(160))
     lengths = lengths.clamp(8, COMPLETION).long()
     width, columns = int(prompts.max()), int(lengths.max())
     prompt_mask = (torch.arange(width) >= width - prompts[:, None]).long()
     completion_mask = (torch.arange(columns) < lengths[:, None]).long()
-    prompt_ids = torch.randint(2, VOCABULARY, (NUM_GROUPS, width), generator=generator).repeat_interleave(GROUP, 0)
+    prompt_ids = torch.randint(2, VOCABULARY, (num_answers // GROUP, width), generator=generator).repeat_interleave(
+        GROUP, 0
+    )
     completion_ids = torch.randint(2, VOCABULARY, completion_mask.shape, generator=generator)
     return dict(
         prompt_ids=prompt_ids * prompt_mask,
@@ -69,7 +73,7 @@ def checkpoint(folder: str, width: int, num_layers: int) -> int:
     return sum(p.numel() for p in model.model.layers.parameters())
 
 
-def grpo_trainer(kind: Callable, folder: str) -> Any:
+def grpo_trainer(kind: Callable, folder: str, num_answers: int) -> Any:
     """A GRPO trainer on the checkpoint in `folder`, as it is inside a training step."""
     from datasets import Dataset
     from trl import GRPOConfig
@@ -80,7 +84,7 @@ def grpo_trainer(kind: Callable, folder: str) -> Any:
         bf16=False,
         gradient_checkpointing=False,
         report_to=[],
-        per_device_train_batch_size=GROUP * NUM_GROUPS,
+        per_device_train_batch_size=num_answers,
         num_generations=GROUP,
         max_completion_length=COMPLETION,
     )
@@ -90,8 +94,8 @@ def grpo_trainer(kind: Callable, folder: str) -> Any:
     return trainer
 
 
-def trl_update(device: torch.device, width: int, num_layers: int) -> Case:
-    """GRPO's loss of 16 answers and its gradients, float32."""
+def trl_update(device: torch.device, num_answers: int, width: int, num_layers: int) -> Case:
+    """GRPO's loss of so many answers and its gradients, float32."""
     from trl import GRPOTrainer
 
     from qrm_fast.integrations.trl import PackedForward, use_linear_logprobs
@@ -101,8 +105,8 @@ def trl_update(device: torch.device, width: int, num_layers: int) -> Case:
 
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = checkpoint(folder, width, num_layers)
-        stock, packed = grpo_trainer(GRPOTrainer, folder), grpo_trainer(PackedGRPOTrainer, folder)
-    batch = answers()
+        stock, packed = (grpo_trainer(kind, folder, num_answers) for kind in (GRPOTrainer, PackedGRPOTrainer))
+    batch = answers(num_answers)
 
     def update(trainer: Any) -> Update:
         loss = trainer.compute_loss(trainer.model, batch)
@@ -141,4 +145,5 @@ def trl_update(device: torch.device, width: int, num_layers: int) -> Case:
 
 
 if find_spec("trl"):
-    case(cpu=[{"width": 256, "num_layers": 6}, {"width": 512, "num_layers": 8}])(trl_update)
+    shapes = [{"width": 256, "num_layers": 6}, {"width": 512, "num_layers": 8}]
+    case(cpu=[{"num_answers": 8} | shape for shape in shapes])(trl_update)

@@ -39,6 +39,8 @@ def run(*command, **options) -> str:
 STEMS = sorted(p.stem for p in PACKAGE.glob("triton/*.py") if "@triton.jit" in p.read_text())
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that one block can have
 GRID = 2**31 - 1, 65535, 65535
+# Machine codes of the launches of tests/launches by architecture: in a training step, and in steps of other sizes too.
+SPECIALISATIONS = {"80": [107, 124], "90": [141, 164], "100": [114, 133]}
 
 
 def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:
@@ -73,6 +75,13 @@ def reports(request) -> dict[str, dict]:
 @pytest.mark.parametrize("stem", STEMS)
 def test_triton_kernels_compile_without_spills(stem, reports):
     check_triton(stem, reports[f"qrm_fast.triton.{stem}"])
+
+
+def test_no_more_specialisations_than_are_said():
+    """A size whose alignment or value of 1 compiles anew gains by it, or stands in its kernel's do_not_specialize."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = json.loads(run(sys.executable, ROOT / "tests/specialisations.py", cwd=ROOT, env=environment))
+    assert found == SPECIALISATIONS, f"update SPECIALISATIONS, and say in the commit why, if {found} are worth it"
 
 
 PRELUDE = """

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, per_token, prm_rewards, process_advantages, q_token_rewards
-from ..rl.attention import check_packing, packed_hidden
-from ..rl.models import check_context, load_q_rm, load_token_model
-from ..rl.scorer import TokenScorer
+from ..rl.attention import check_packing
+from ..rl.models import check_context, load_prm, load_q_rm
+from ..rl.prm import ends_a_step, find_steps, separator_id, separator_of
+from ..rl.scorer import StepScorer, TokenScorer
 from ..rl.tokenizers import check_same_vocabulary, load_tokenizer
 
 
@@ -83,13 +84,14 @@ class QRMCredit:
 class ProcessCredit:
     """`process_advantages` of a process reward model and of the trainer's rewards (PURE, arXiv 2504.15275).
 
-    `prm`: a token classifier with two labels, 1 for a right step. `tokenizer`: the policy's. A step ends at a token
-    whose text ends in `separator`, and at the last token of the answer; the model reads `step_token` in its place, one
-    token, as PURE's was trained. `preset`, `operator`, `temperature`, `max_gen_len` and the coefficients are those of
-    `process_advantages`. `outcomes`: the trainer's rewards are verified answers, 1 or 0, and take part.
+    `prm`: a token classifier with two labels, as `qrm-fast train-rm --kind prm` writes it or PURE published it.
+    `tokenizer`: the policy's. A step ends at a token whose text ends with a blank line, and at the last token of the
+    answer; the model reads `step_token` in that place, None: the separator that its checkpoint names. `preset`,
+    `operator`, `temperature`, `max_gen_len` and the coefficients are those of `process_advantages`. `outcomes`: the
+    trainer's rewards are verified answers, 1 or 0, and take part.
 
-    Raises ValueError for a checkpoint that is no such model, one of another vocabulary, a step_token that is not one
-    token, and a model that does not compute packed sequences as it does each alone.
+    Raises ValueError for a checkpoint that is no such model, one of another vocabulary, a tokenizer without tokens for
+    steps and the model's separator, and a model that does not compute packed sequences as it does each alone.
     """
 
     def __init__(
@@ -99,8 +101,7 @@ class ProcessCredit:
         *,
         preset: str = "paper",
         outcomes: bool = True,
-        separator: str = "\n\n",
-        step_token: str = "\n",
+        step_token: str | None = None,
         operator: str = "soft",
         temperature: float = 0.1,
         max_gen_len: int | None = None,
@@ -108,18 +109,12 @@ class ProcessCredit:
         outcome_coef: float | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config = AutoConfig.from_pretrained(prm)
-        name = (config.architectures or ["a model of unknown architecture"])[0]
-        if not name.endswith(("ForTokenClassification", "ForTokenScores")) or config.num_labels != 2:
-            raise ValueError(f"{prm} must be a token classifier with two labels, got {name}, {config.num_labels}")
         check_same_vocabulary(tokenizer, load_tokenizer(prm))
-        self.model = load_token_model(prm, tokenizer, num_labels=2, dtype=dtype).eval().requires_grad_(False)
-        ids = tokenizer.encode(step_token, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(f"step_token must be one token of the tokenizer, got {step_token!r}, {len(ids)} tokens")
-        self.step_id = ids[0]
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        self.separators = torch.tensor([i for i, text in enumerate(texts) if text.endswith(separator)])
+        self.model = load_prm(prm, tokenizer, dtype=dtype)
+        self.scorer = StepScorer(self.model)
+        separator = separator_of(self.model.config) if step_token is None else step_token
+        self.separator = separator_id(tokenizer, separator)
+        self.ends_a_step = ends_a_step(tokenizer)
         self.outcomes = outcomes
         self.options: dict[str, Any] = dict(preset=preset, operator=operator, temperature=temperature)
         self.options |= dict(max_gen_len=max_gen_len, process_coef=process_coef, outcome_coef=outcome_coef)
@@ -127,35 +122,27 @@ class ProcessCredit:
 
     def __call__(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
         self.num_tokens_checked = _check_model(self.model, answers, self.num_tokens_checked)
-        scored, ends = zip(*map(self.step_rewards, answers.batches), strict=True)
-        step_rewards = torch.cat(scored)  # [K]
-        step_ends = torch.cat(ends).nonzero()[:, 0]  # [K]
+        step_rewards, ends = (torch.cat(x) for x in zip(*map(self.step_rewards, answers.batches), strict=True))
         rewards = answers.rewards
         advantages = process_advantages(
             step_rewards,
-            step_ends,
+            ends.nonzero()[:, 0],
             answers.cu_seqlens,
             answers.group_ids,
             outcome_rewards=rewards.nan_to_num(0.0) if self.outcomes else None,
             has_answer=~rewards.isnan() if self.outcomes else None,
-            num_tokens=sum(len(batch.action_index) for batch in answers.batches),
+            num_tokens=len(ends),
             process_group=_all_ranks(),
             **self.options,
         )
-        return advantages, {
-            "step_reward_mean": step_rewards.mean(),
-            "steps": step_rewards.new_tensor(len(step_rewards)),
-        }
+        num_steps = step_rewards.new_tensor(len(step_rewards) / len(rewards))
+        return advantages, {"step_reward_mean": step_rewards.mean(), "steps_per_answer": num_steps}
 
     def step_rewards(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Rewards [K] of the steps of a batch, and for each of its T actions whether it ends one."""
-        rows = batch.action_index + 1  # of the actions themselves
-        ends = torch.isin(batch.input_ids[rows], self.separators.to(rows.device))
-        filled = batch.action_cu_seqlens.diff() > 0
-        ends[batch.action_cu_seqlens[1:][filled].long() - 1] = True
-        rows = rows[ends]
-        hidden = packed_hidden(self.model, batch._replace(input_ids=batch.input_ids.index_fill(0, rows, self.step_id)))
-        return prm_rewards(self.model.score(hidden[rows])), ends
+        read, rows = find_steps(batch, self.ends_a_step.to(batch.targets.device), self.separator)
+        ends = torch.zeros_like(batch.action_index, dtype=torch.bool).index_fill(0, rows, True)
+        return prm_rewards(self.scorer(read, rows)), ends
 
 
 def _check_model(model: Any, answers: Answers, num_tokens_checked: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import _forward
 from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, picked, target_column
-from .product import GROUP, aligned, blocks, capability, describable, grouped, operand, store_block
+from .product import GROUP, blocks, capability, describable, grouped, operand, store_block, vectorised
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def merged(b_max, b_sum, b_weighted, b_max2, b_sum2, b_weighted2):
     return b_top, b_scale * b_sum + b_scale2 * b_sum2, b_weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_fold(
     hidden,  # [T, D]
     weight,  # [V, D]
@@ -139,7 +139,7 @@ def finished_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_merge(
     statistics,  # [3, splits, T]
     target_logits,  # [T]
@@ -216,11 +216,11 @@ def fold(
 def fold_blocks(head: Head, kept: bool) -> dict[str, int]:
     """What is kept changes no block's columns nor depth: a log-probability has the same bits either way.
 
-    Half the columns where a softcap, or pointers with a bias or to rows off multiples of 16 bytes, take the registers.
+    Half the columns where a softcap, or pointers with a bias or to rows that are no vectors, take the registers.
     """
     hidden, weight, _, bias, _, softcap = head
     described = describable(hidden, weight)
-    crowded = softcap is not None or (not described and (bias is not None or not aligned(hidden, weight)))
+    crowded = softcap is not None or (not described and (bias is not None or not vectorised(hidden, weight)))
     launch = blocks(hidden.dtype, capability(hidden), described, halved=crowded, stored=kept and described)
     return launch if described else launch | {"BD": min(launch["BD"], 32)}
 

@@ -54,7 +54,7 @@ class Policy(NamedTuple):
         return Policy(*(None if x is None else x[rows] for x in self[:4]), *self[4:])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "stride_factors", "stride_sums", "num_rows"])
 def linear_policy_loss_rows(
     statistics,  # [3, splits, T]
     target_logits,  # [T]
@@ -123,7 +123,7 @@ def linear_policy_loss_rows(
     store_factors(factors, tops, i_b, stride_factors, o_t, m_t, b_g, b_e, b_entropy, b_temperature, m_idle, m_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_factors", "num_rows"])
 def linear_policy_loss_dz(
     kept,  # [T, V]
     tops,  # [blocks of columns, T] or None, as linear_logprobs_fold writes both

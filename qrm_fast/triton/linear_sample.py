@@ -33,7 +33,7 @@ def advanced(i, upto, goal, found, reached, below):
     return tl.where(m_adds, i, found), tl.where(m_adds, upto, reached), tl.where(m_adds, reached, below)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "stride_running", "num_rows"])
 def linear_sample_rows(
     hidden,  # [R, D]
     weight,  # [V, D]

@@ -39,14 +39,15 @@ def capability(x: Tensor) -> int:
     return 9 if x.is_cpu else torch.cuda.get_device_capability(x.device)[0]
 
 
-def aligned(*operands: Tensor) -> bool:
-    """Whether every row of all of these [rows, columns] starts at a multiple of 16 bytes."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+def vectorised(*operands: Tensor) -> bool:
+    """Whether Triton knows that every row of all of these [rows, columns] starts at a multiple of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in operands)
 
 
 def describable(*operands: Tensor) -> bool:
-    """Whether the copy engine of Hopper and later can load blocks of all of these."""
-    return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and aligned(*operands)
+    """Whether the copy engine of Hopper and later can load blocks of all of these [rows, columns]."""
+    aligned = (x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
+    return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and all(aligned)
 
 
 def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | TensorDescriptor:
@@ -141,7 +142,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, scale: Tensor, *, added: bool, t
     """out = scale a @ b, plus out where `added`, a.T for a where `transposed`; `scale` is 0-d or one per row of out."""
     num_rows, num_columns = out.shape
     described = describable(a, b)
-    launch = blocks(a.dtype, capability(a), described)
+    launch = blocks(a.dtype, capability(a), described, halved=not vectorised(out))
     height, width, depth = launch["BT"], launch["BV"], launch["BD"]
     product[(triton.cdiv(num_rows, height) * triton.cdiv(num_columns, width),)](
         operand(a, described, *((depth, height) if transposed else (height, depth))),

@@ -222,7 +222,18 @@ def owners(
     return i_s, m_s & (i_run >= 0), bos, eos, i_run
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "piece_firsts",
+        "group_firsts",
+        "broken",
+        "num_tokens",
+        "num_sequences",
+        "num_piece_programs",
+        "num_group_programs",
+        "num_halvings",
+    ]
+)
 def scan_setup(
     cu_seqlens,  # [S+1]
     piece_firsts,  # [programs of scan_rows]
@@ -259,7 +270,7 @@ def scan_setup(
     tl.store(broken + i_p, tl.maximum(tl.max(b_broken, 0), ends.to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["firsts", "broken", "num_tokens", "num_sequences", "num_maps", "num_states"])
 def scan_rows(
     rewards,  # [T]
     values,  # [T] or None
@@ -344,7 +355,7 @@ def scan_rows(
         tl.store(more + o_t, tl.where(m_t, b_more, 0.0), m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["firsts", "num_tokens", "num_sequences", "num_maps"])
 def scan_groups(
     cu_seqlens,
     firsts,
@@ -372,7 +383,7 @@ def scan_groups(
     store_map(maps, num_maps, o_map, scanned(b_map, 1, RULE), m_piece, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_maps", "num_states", "num_halvings"])
 def scan_states(
     bootstrap,
     cu_seqlens,

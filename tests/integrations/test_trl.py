@@ -207,6 +207,7 @@ def test_random_padded_rows_and_their_gradients(tiny, tokenizer, tmp_path, seed)
     for got, expected in zip(gradients(packed, ids, mask, weights), gradients(stock, ids, mask, weights), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert not logps(packed, ids, mask)[0][mask[:, 7:] == 0].any()
+    assert packed.model.config._attn_implementation == ours.ATTENTION
 
 
 def test_the_head_under_a_scale_a_softcap_and_a_bias():
@@ -376,7 +377,9 @@ def token_models(tmp_path_factory, tokenizer):
     for num_labels in (1, 2):
         torch.manual_seed(num_labels)
         folder = str(tmp_path_factory.mktemp(f"labels{num_labels}"))
-        load_token_model("scratch:demo", tokenizer, num_labels=num_labels).save_pretrained(folder)
+        model = load_token_model("scratch:demo", tokenizer, num_labels=num_labels)
+        model.config.step_separator = "#"
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         folders[num_labels] = folder
     return folders
@@ -420,7 +423,7 @@ def test_process_credit_with_verified_answers(tiny, tokenizer, tmp_path, token_m
     def right(completions, **_):
         return [None if i == 1 else float(i % 3 == 0) for i in range(len(completions))]
 
-    credit = ProcessCredit(token_models[2], tokenizer, preset=preset, step_token="#", max_gen_len=24)
+    credit = ProcessCredit(token_models[2], tokenizer, preset=preset, max_gen_len=24)
     out = generated(make(CreditedGRPO, tiny, tokenizer, tmp_path, reward=right, extra=dict(credit=credit)))
     batch = as_lists(out)
     cu = batch.action_cu_seqlens.tolist()
@@ -429,9 +432,10 @@ def test_process_credit_with_verified_answers(tiny, tokenizer, tmp_path, token_m
     ends = [t for t, token in enumerate(actions) if token == step or t + 1 in cu[1:]]
     assert len(ends) > 8, "the answers must have steps, or this shows nothing"
     rows = batch.action_index[ends] + 1
-    hidden = packed_hidden(credit.model, batch._replace(input_ids=batch.input_ids.index_fill(0, rows, mark)))
+    model = credit.scorer.model
+    hidden = packed_hidden(model, batch._replace(input_ids=batch.input_ids.index_fill(0, rows, mark)))
     expected = process_advantages(
-        prm_rewards(credit.model.score(hidden[rows])),
+        prm_rewards(model.score(hidden[rows])),
         torch.tensor(ends),
         batch.action_cu_seqlens,
         torch.arange(8) // 4,
@@ -469,12 +473,10 @@ def test_tool_output_and_truncated_answers_earn_nothing(tiny, tokenizer, tmp_pat
 def test_credit_refuses_in_a_sentence(tiny, tokenizer, tmp_path, token_models):
     with pytest.raises(TypeError, match="needs a GRPOTrainer"):
         type("Trainer", (TokenCredit, RLOOTrainer), {})(credit=None)
-    with pytest.raises(ValueError, match="must be a Q-RM"):
+    with pytest.raises(ValueError, match="a Q-RM, a token classifier with one label"):
         QRMCredit(token_models[2], tokenizer)
-    with pytest.raises(ValueError, match="token classifier with two labels"):
+    with pytest.raises(ValueError, match="a PRM, a token classifier with two labels"):
         ProcessCredit(token_models[1], tokenizer)
-    with pytest.raises(ValueError, match="step_token must be one token"):
-        ProcessCredit(token_models[2], tokenizer, step_token="12")
     with pytest.raises(ValueError, match="whole groups of 3 answers, got 8"):
         ours._check_groups(8, 3)
 
