@@ -33,7 +33,7 @@ def verl_gae(device: torch.device, num_sequences: int, width: int) -> Case:
     verl_on_cpu = on_cpu()
     from verl.trainer.ppo import core_algos
 
-    from qrm_fast.integrations.verl.estimators import compute_gae_advantage_return
+    from qrm_fast.integrations.padded import compute_gae_advantage_return
 
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, num_sequences, width, generator=generator)
