@@ -1,5 +1,7 @@
 # Outside a virtual environment every verb first fills .venv (torch and the pins of constraints.txt); inside one it uses
-# that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch.
+# that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch, and
+# installs nothing. SUITE="heads tests" runs these of its suites, for SECONDS at most, with the journal in OUT; COMMIT
+# names the commit of a tree without git.
 # DATA=DIR gives the tests the folder of real data, which they otherwise skip. One process per core runs them, a file at
 # a time and in the order of their names: the longest, test_build.py, is among the first.
 
@@ -9,11 +11,11 @@ environment := .venv/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 endif
-PYTHON ?= python
+PYTHON ?= python3
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-trl test-verl bench bench-trl bench-verl gpu lint docs
+.PHONY: install demo test test-ptx test-trl test-verl test-openrlhf bench bench-trl bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -26,20 +28,20 @@ test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 as well; instructions per row.
+test-ptx: export PYTHONPATH := tests:.
+test-ptx: $(built)
+	$(PYTHON) -m pytest -q tests/ptx
+	EMULATED=90 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py $$(grep -l triton_device tests/*.py)
+	EMULATED=80 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/test_linear_*.py
+	EMULATED=90 $(PYTHON) -m ptx.instructions
+
 # Other people's trainers pin packages of their own: each has an environment, from the package index.
 test-trl: $(built) build/venv-trl/installed
 	build/venv-trl/bin/python -m pytest -rs tests/integrations/test_trl.py
 
 bench-trl: $(built) build/venv-trl/installed
 	build/venv-trl/bin/python -m bench trainers
-
-build/venv-trl/installed: constraints.txt | $(environment)
-	echo "installing TRL into build/venv-trl"
-	$(PYTHON) -m venv build/venv-trl
-	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
-	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install \
-		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
-	touch $@
 
 # verl loads plugins of installed packages, so here a wheel is tested, and that it changes nothing there (before.txt).
 test-verl: $(built) build/venv-verl/installed
@@ -52,14 +54,18 @@ test-verl: $(built) build/venv-verl/installed
 bench-verl: $(built) build/venv-verl/installed
 	build/venv-verl/bin/python -m bench verl
 
+test-openrlhf: $(built) build/openrlhf/installed
+	build/openrlhf/bin/python -m pytest -rs tests/integrations/test_openrlhf.py tests/integrations/test_examples.py
+
 bench: $(built)
 	$(PYTHON) -m bench
 
-gpu: $(built)
-	$(PYTHON) -m bench --device cuda --tests $(if $(DATA),--real-data $(DATA))
+gpu:
+	$(if $(DATA),PYTEST_ADDOPTS="--real-data $(abspath $(DATA))") $(if $(COMMIT),COMMIT=$(COMMIT)) \
+		$(PYTHON) -m bench.slot $(SUITE) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUT),--out $(OUT))
 
 lint: $(environment)
-	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc) && mypy
+	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc 'tests/ptx/*.cpp' 'tests/ptx/*.h') && mypy
 
 docs: $(environment)
 	$(PYTHON) -m bench --render
@@ -69,17 +75,6 @@ $(built): setup.py $(shell find csrc -type f) | $(environment)
 	echo "compiling the kernels (build/log)"
 	mkdir -p $(@D)
 	$(PYTHON) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
-	touch $@
-
-# fastapi and the three behind it are what verl imports without asking for them.
-build/venv-verl/installed: constraints.txt | $(environment)
-	echo "installing verl into $(@D)"
-	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
-		$$(grep -E '^(torch|triton|pytest)==' constraints.txt) numpy
-	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
-		$$(grep -E '^(torch|triton)==' constraints.txt) verl==0.9.1 fastapi uvicorn cachetools TransferQueue==0.1.11
-	$(@D)/bin/python -m pip freeze >$(@D)/before.txt
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
@@ -99,11 +94,26 @@ fill:
 	$(pip) install -c build/constraints.txt setuptools wheel ninja pybind11 numpy
 	$(pip) install -c build/constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
 
-# OpenRLHF asks for flash-attn, which only builds with CUDA: it comes without what it depends on. torchrl comes along.
-.PHONY: test-openrlhf
-test-openrlhf: $(built) build/openrlhf/installed
-	build/openrlhf/bin/python -m pytest -rs tests/integrations/test_openrlhf.py tests/integrations/test_examples.py
+build/venv-trl/installed: constraints.txt | $(environment)
+	echo "installing TRL into build/venv-trl"
+	$(PYTHON) -m venv build/venv-trl
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	build/venv-trl/bin/python -m pip --quiet --disable-pip-version-check install \
+		'trl==1.16.*' peft pytest $$(grep -E '^(numpy|triton)==' constraints.txt)
+	touch $@
 
+# fastapi and the three behind it are what verl imports without asking for them.
+build/venv-verl/installed: constraints.txt | $(environment)
+	echo "installing verl into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton|pytest)==' constraints.txt) numpy
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		$$(grep -E '^(torch|triton)==' constraints.txt) verl==0.9.1 fastapi uvicorn cachetools TransferQueue==0.1.11
+	$(@D)/bin/python -m pip freeze >$(@D)/before.txt
+	touch $@
+
+# OpenRLHF asks for flash-attn, which only builds with CUDA: it comes without what it depends on. torchrl comes along.
 build/openrlhf/installed: constraints.txt | $(environment)
 	echo "installing OpenRLHF and torchrl into $(@D)"
 	$(PYTHON) -m venv --clear $(@D)

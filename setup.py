@@ -12,17 +12,19 @@ from setuptools import Extension, setup
 
 if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrapper: it knows where its toolkit is
     dryrun = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    os.environ["CUDA_HOME"] = os.path.realpath(re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)[1])
+    if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
 CXX = ["-O3", "-g0", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 CXX += STABLE_ABI
-CUDA_ARCHITECTURES = ["80", "90", "100"]
+CUDA_ARCHITECTURES = ["80", "90", "100", "120"]
 NVCC = [
     *("-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI),
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES),
+    "-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]),  # PTX for those to come
 ]
 
 

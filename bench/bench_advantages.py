@@ -23,7 +23,7 @@ SEGMENTS = ["1 x 16777216", "16384 x 1024", "1048576 x 16", "log-normal"]
 def boundaries(segments: str, num_tokens: int) -> Tensor:
     """[S+1]: equal lengths, or a median of 150 tokens with one sequence in a thousand longer than 6,000."""
     if segments != "log-normal":
-        return torch.arange(0, num_tokens + 1, int(segments.split(" x ")[1]))
+        return torch.arange(0, num_tokens + 1, min(num_tokens, int(segments.split(" x ")[1])))
     lengths = (5 + 1.2 * torch.randn(num_tokens // 64, generator=torch.Generator().manual_seed(0))).exp().long() + 1
     ends = lengths.cumsum(0)
     return torch.cat([torch.zeros(1, dtype=torch.int64), ends[ends < num_tokens], torch.tensor([num_tokens])])

@@ -33,7 +33,7 @@ def verl_gae(device: torch.device, num_sequences: int, width: int) -> Case:
     verl_on_cpu = on_cpu()
     from verl.trainer.ppo import core_algos
 
-    from qrm_fast.integrations.verl.estimators import compute_gae_advantage_return
+    from qrm_fast.integrations.padded import compute_gae_advantage_return
 
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, num_sequences, width, generator=generator)
@@ -55,26 +55,29 @@ def verl_gae(device: torch.device, num_sequences: int, width: int) -> Case:
 def verl_update(device: torch.device, vocab: int, dim: int, layers: int) -> Case:
     """Forward and backward pass of verl's FSDP engine: PPO with entropy on 4 answers, float32, a random Qwen2."""
     verl_on_cpu = on_cpu()
+    from transformers import Qwen2ForCausalLM
     from verl.utils.experimental import torch_functional
     from verl.workers.config import PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
     import qrm_fast.integrations.verl.head  # noqa: F401  the plugin
 
-    prompts, responses = [150] * 4, [60, 120, 180, 320]
-    head = torch_functional.FusedLinearForPPO
+    prompts, responses = [100] * 4, [40, 80, 120, 160]
+    head, plain = torch_functional.FusedLinearForPPO, Qwen2ForCausalLM.forward
     ours, theirs = head.forward, verl_on_cpu.untouched(torch_functional).FusedLinearForPPO.forward
     folder = tempfile.TemporaryDirectory()
     model = verl_on_cpu.write_model(Path(folder.name), vocab=vocab, dim=dim, layers=layers)
 
     def way(fused: str | None, forward, loss_mode: str, vendor: str = "") -> Provider:
         os.environ["VERL_ENGINE_VENDOR"] = vendor
+        Qwen2ForCausalLM.forward = plain
         engine = verl_on_cpu.engine(model, fused=fused)
+        of_verl = Qwen2ForCausalLM.forward  # which verl replaces in the class, for all its models
         data = verl_on_cpu.mini_batch(prompts, responses, vocab, fused=fused is not None)
         loss = partial(ppo_loss, config=verl_on_cpu.actor_config(4, policy_loss=PolicyLossConfig(loss_mode=loss_mode)))
 
         def update() -> list[Tensor]:
-            head.forward = forward
+            head.forward, Qwen2ForCausalLM.forward = forward, of_verl
             with engine.train_mode(zero_grad_on_exit=False):
                 engine.optimizer_zero_grad()
                 engine.forward_backward_batch(data.clone(), loss)

@@ -221,14 +221,19 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
         return measured_apart(name, environment, allow_busy)
     record: dict = {"case": name, "suite": suite, "device": device}
     try:
-        built = build()
-        built.gate()
-        ours, *rivals = built.providers
-        built.providers[ours]()
+        return record | _figures(name, build(), allow_busy)
     except AssertionError as error:
         return record | {"refused": f"the result is wrong: {error}"}
+    except Busy:
+        raise
     except Exception as error:  # the next case may do better
         return record | {"refused": _sentence(error)}
+
+
+def _figures(name: str, built: Case, allow_busy: bool) -> dict:
+    built.gate()
+    ours, *rivals = built.providers
+    built.providers[ours]()
     providers, absent = {ours: built.providers[ours]}, dict(built.absent)
     for way in rivals:
         try:
@@ -237,7 +242,7 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
         except Exception as error:  # a rival takes no other figure with it
             absent[way] = _sentence(error)
     ways = providers | built.baseline
-    timings, other = interleaved(ways, torch.device(device), repeats=built.repeats, allow_busy=allow_busy)
+    timings, other = interleaved(ways, torch.device(CASES[name].device), repeats=built.repeats, allow_busy=allow_busy)
     times = {way: timing.summary() for way, timing in timings.items()}
     baseline_ms = built.num_baselines * min(times[way]["median_ms"] for way in built.baseline)
     for way, row in times.items():
@@ -250,9 +255,12 @@ def measure(name: str, *, allow_busy: bool = False) -> dict:
         if result:
             row["extra_mib"] = extra_mib(name, way, providers[way])
             if built.error:
-                row["error"] = built.error(way, providers[way]())
+                try:
+                    row["error"] = built.error(way, providers[way]())
+                except Exception as error:  # nor does its error
+                    absent[f"error of {way}"] = _sentence(error)
     figures = {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
-    return record | figures | ({"absent": absent} if absent else {})
+    return figures | ({"absent": absent} if absent else {})
 
 
 def measured_apart(name: str, environment: dict[str, str], allow_busy: bool) -> dict:

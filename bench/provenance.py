@@ -1,6 +1,7 @@
 """What a figure needs beside it: commit, hardware, versions, date."""
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -20,10 +21,13 @@ def hardware(device: str) -> str:
 
 
 def provenance(device: str) -> dict:
+    """COMMIT in the environment names the commit of a tree without git; whether it has changes is then not known."""
+    named = os.environ.get("COMMIT")
+    changes = None if named else _git("status", "--porcelain", "--", "qrm_fast", "csrc", "bench", "setup.py")
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "qrm_fast", "csrc", "bench", "setup.py")),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": named or _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "hardware": hardware(device),
         "versions": {
             "python": platform.python_version(),
@@ -36,5 +40,8 @@ def provenance(device: str) -> dict:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

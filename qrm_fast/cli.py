@@ -16,7 +16,7 @@ from inspect import getdoc
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -50,7 +50,6 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--out", type=str, default="runs/demo", help="Directory for everything that is written.")
     options = parser.parse_args(arguments)
     _before_models("cpu")
-    _expect_a_new_head()
     from .rl.demo import demo as run
     from .rl.plots import Answer, curves, heat_map, read_runs
 
@@ -102,7 +101,6 @@ def train_rm(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.epilog = f"--kind chooses among {', '.join(kinds)}; each has its own options. " + (
         f"Defaults for scratch models: {', '.join(f'{key} {value}' for key, value in FROM_SCRATCH.items())}."
     )
-    _expect_a_new_head()
     kinds[kind](parser, arguments)
 
 
@@ -363,6 +361,19 @@ def _score_steps(model: str, prompt: str, responses: list[str], device: str, plo
         _print_table(title, ("", "step", "reward", "weight"), rows)
 
 
+def merge(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Write an adapter (LoRA) and its base as one whole model."""
+    parser.add_argument("--model", type=str, required=True, help="The adapter: Hugging Face id or directory.")
+    parser.add_argument("--out", type=str, required=True, help="A new directory for the model.")
+    parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32")
+    options = parser.parse_args(arguments)
+    _before_models("cpu")
+    from .rl.merge import merge as run
+
+    run(options.model, options.out, dtype=getattr(torch, options.dtype))
+    print(f"model  {options.out}")
+
+
 def plot(parser: ArgumentParser, arguments: list[str]) -> None:
     """Draw the metrics of every training in a directory and below it into curves.png there."""
     parser.add_argument("directory", type=str, help="Where a command wrote: runs/demo, runs/train, ...")
@@ -388,6 +399,7 @@ COMMANDS: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "score": score,
+    "merge": merge,
     "plot": plot,
     "doctor": doctor,
 }
@@ -486,7 +498,10 @@ def _options(parser: ArgumentParser, arguments: Sequence[str], config: type) -> 
 
 
 def _before_models(device: str) -> None:
-    """Refuse a device that torch does not have here; keep transformers' progress bars out of what a command prints."""
+    """Refuse a device that torch does not have here; keep transformers' bars and reports out of what a command prints.
+
+    It reports weights that a model lacks, such as the head of a Q-RM to be; those it must not lack we refuse.
+    """
     from transformers.utils import logging
 
     try:
@@ -494,12 +509,6 @@ def _before_models(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
         raise ValueError(f"device must be one that torch can use here, got {device}: {error}") from None
     logging.disable_progress_bar()
-
-
-def _expect_a_new_head() -> None:
-    """Keep transformers from reporting that a policy has no score head: that is where a Q-RM starts."""
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
 
 

@@ -33,3 +33,19 @@ def assert_no_further(result: Tensor, exact: Tensor, peer: Tensor) -> None:
     error, peer_error, size = ((x.double() - y).norm() for x, y in ((result, exact), (peer, exact), (exact, 0 * exact)))
     rounding = torch.finfo(result.dtype).eps * max(size, result.numel() ** 0.5)
     assert error <= 1.1 * peer_error + rounding, f"off by {error:.3g}, PyTorch by {peer_error:.3g}, {rounding=:.3g}"
+
+
+def head_limit(depth: int, largest: float) -> float:
+    """How far a field of a head of 16-bit inputs may be off on tensor cores: 2e-5, as on a CPU, and D/16 2^-24 |z|.
+
+    They add 16 products at a time to a float32 accumulator which they truncate, on average by half a unit of its last
+    place and always towards zero. `largest`: |z|, the largest |hidden . weight| / temperature.
+    """
+    return 2e-5 + depth / 16 * 2**-24 * largest
+
+
+def assert_as_tensor_cores(result: Tensor, exact: Tensor, peer: Tensor, limit: float) -> None:
+    """Within `limit` of the float64 `exact`, or no further than `peer`, which has the GPU's own product in float32."""
+    error, peer_error = ((x.double().cpu() - exact.cpu()).abs().max().item() for x in (result, peer))
+    rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
+    assert error <= max(limit, 1.1 * peer_error + rounding), f"off by {error:.3g}, {peer_error=:.3g}, {limit=:.3g}"

@@ -28,7 +28,7 @@ from triton.runtime import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ROOMS = Path(__file__).parent / "launches"
-TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
+TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b", 120: r"\bHMMA\."}
 
 
 def load(name: str) -> ModuleType:
@@ -87,7 +87,8 @@ def dump(cubin: bytes, what: str) -> str:
 def report(place: int) -> dict:
     """Local memory of one launch's machine code, where spills go, its shared memory and its tensor-core instructions.
 
-    Only where a dot is meant is the code disassembled, which takes longer than to compile a small kernel.
+    Only where a dot is meant or local memory is used is the code disassembled, which takes longer than to compile a
+    small kernel.
     """
     launch = LAUNCHES[place]
     result = {"kernel": named(launch), "sm": launch.capability, "grid": launch.grid, "wants_dot": wants_dot(launch)}
@@ -96,9 +97,11 @@ def report(place: int) -> dict:
     except Exception as error:  # the other kernels' proofs stand
         return result | {"raised": f"{type(error).__name__}: {error}"}
     stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", dump(code.asm["cubin"], "-res-usage")).groups()
-    sass = dump(code.asm["cubin"], "-sass") if result["wants_dot"] else ""
+    local_bytes = int(stack) + int(local)
+    sass = dump(code.asm["cubin"], "-sass") if result["wants_dot"] or local_bytes else ""
+    # for sm_120 a copy by descriptor writes 8 bytes there that nothing reads
     return result | {
-        "local_bytes": int(stack) + int(local),
+        "local_bytes": local_bytes if re.search(r"\bLDL\b", sass) else 0,
         "shared_bytes": code.metadata.shared,
         "tensor_cores": len(re.findall(TENSOR_CORES[launch.capability], sass)),
     }

@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
     step_ends: Tensor
     group_ids: Tensor
     targets: Tensor
+    uniforms: Tensor  # [T] float64
 
 
 def inputs(sizes: Sizes, seed: int, device: str) -> Inputs:
@@ -76,6 +77,7 @@ def inputs(sizes: Sizes, seed: int, device: str) -> Inputs:
         step_ends=torch.randperm(t, generator=g)[:k].sort().values,
         group_ids=torch.randint(s, (s,), generator=g) // 2,
         targets=torch.randint(v, (t,), generator=g),
+        uniforms=torch.rand(t, generator=g, dtype=torch.float64),
     )
     return Inputs(*(x.to(device).requires_grad_(i < LEAVES) for i, x in enumerate(made)))
 
@@ -103,6 +105,7 @@ CALLS: dict[str, Callable[[Inputs], object]] = {
     "linear_q_values": lambda x: qrm_fast.linear_q_values(
         x.hidden.detach(), x.weight.detach(), x.hidden.detach(), x.weight.detach(), x.targets
     ),
+    "linear_sample": lambda x: qrm_fast.linear_sample(x.hidden.detach(), x.weight.detach(), x.uniforms),
     "loss_weights": lambda x: qrm_fast.loss_weights(x.cu_seqlens, num_tokens=len(x.targets)),
     "merge_logprobs": lambda x: qrm_fast.merge_logprobs(
         LogprobsPartial(*map(torch.stack, zip(*shards(x), strict=True)))
@@ -138,7 +141,14 @@ def in_16_bits(x: Inputs) -> Inputs:
     return x._replace(hidden=x.hidden.bfloat16(), weight=x.weight.bfloat16(), head=x.head.bfloat16())
 
 
-for name in "linear_logprobs", "linear_policy_loss", "linear_q_values", "q_head_advantages", "token_q":
+for name in (
+    "linear_logprobs",
+    "linear_policy_loss",
+    "linear_q_values",
+    "linear_sample",
+    "q_head_advantages",
+    "token_q",
+):
     CALLS[f"{name} in 16 bits"] = lambda x, call=CALLS[name]: call(in_16_bits(x))
 
 

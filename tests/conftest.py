@@ -1,10 +1,13 @@
 """Poisoned memory, devices, threads and real data, for every test.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before qrm_fast is imported: without a CUDA
-device the tests run Triton kernels in the interpreter.
+device the tests run Triton kernels in the interpreter. With EMULATED=90 or 80 only the tests of Triton kernels are run,
+on the machine code that Triton compiles for such a GPU (tests/ptx).
 """
 
+import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,12 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
-if not torch.cuda.is_available():
+EMULATED = int(os.environ.get("EMULATED", "0"))
+if EMULATED:
+    from ptx import triton_launches
+
+    triton_launches.install(EMULATED)
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter
 
@@ -29,16 +37,32 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; `make gpu` runs these")
     config.addinivalue_line("markers", "unpoisoned: runs as users do, without PyTorch's deterministic mode")
+    config.addinivalue_line("markers", "overlapping: sequences share rows, for which blocks may then race")
     config.addinivalue_line("markers", "vectors: test_narrower_vectors.py runs it on CPU kernels of narrower vectors")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if EMULATED:
+        unasked = [item for item in items if "triton_device" not in item.fixturenames]
+        config.hook.pytest_deselected(items=unasked)
+        items[:] = [item for item in items if "triton_device" in item.fixturenames]
     for item in items:
         device = getattr(item, "callspec", None) and item.callspec.params.get("device")
         if device == "cuda" or ("triton_device" in item.fixturenames and torch.cuda.is_available()):
             item.add_marker("gpu")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup(item):
+    if EMULATED:
+        triton_launches.state["seed"] = zlib.crc32(item.nodeid.encode())  # alone as among others
+        triton_launches.state["blocks_may_race"] = item.get_closest_marker("overlapping") is not None
+
+
+def pytest_sessionfinish():
+    if EMULATED and "EMULATED_COUNTS" in os.environ:
+        Path(os.environ["EMULATED_COUNTS"]).write_text(json.dumps(triton_launches.counts))
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +78,14 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def waiting_allowed():
+    """After a test that failed where waiting for the device is an error, the next one may wait again."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """A device with registered kernels; the CUDA case carries the mark `gpu`."""
@@ -62,7 +94,7 @@ def device(request):
 
 @pytest.fixture
 def triton_device():
-    """Where a Triton launcher called by itself runs: the GPU, or the CPU through the interpreter."""
+    """Where a Triton launcher called by itself runs: the GPU, or the CPU, interpreted or emulated."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

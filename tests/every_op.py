@@ -1,83 +1,182 @@
-"""Call every public function once, and walk every gradient: `python tests/every_op.py`, the modules it loaded out.
+"""Call every public function and walk every gradient: `python tests/every_op.py`, the modules it loaded out.
 
 What a user of the ops alone runs: test_dependencies.py starts it where nothing but the base dependencies is installed.
+`--device cuda gae` calls one function there, at sizes of several blocks: a slot on a GPU runs each name of `--list`
+under compute-sanitizer.
 """
 
+import argparse
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 
 import torch
 
 import qrm_fast
 
-T, S, K, D, V = 6, 2, 4, 8, 16  # tokens, sequences, steps, hidden, vocabulary
-CU_SEQLENS, STEP_CU, STEP_ENDS = torch.tensor([0, 4, 6]), torch.tensor([0, 3, 4]), torch.tensor([0, 2, 3, 5])
-GROUP_IDS, TARGETS = torch.tensor([0, 0]), torch.arange(T)
-REAL = torch.tensor([[True] * 4, [True] * 2 + [False] * 2])
 
-
-def calls() -> dict[str, object]:
-    """What each function returned."""
+def calls(device: str, times: int) -> dict[str, list[Callable]]:
+    """Each function with the options that lead to kernels of their own, over two sequences of 4 and 2 `times` rows."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    head, logits = torch.randn(D, requires_grad=True), torch.randn(T, V, requires_grad=True)
-    rows, steps, answers = torch.randn(4, T), torch.randn(K), torch.rand(S)
-    logprobs, values = (-torch.rand(T)).requires_grad_(), torch.randn(T, requires_grad=True)
-    shards = [
-        qrm_fast.linear_logprobs_partial(hidden.detach(), part, TARGETS, vocab_start=start)
-        for start, part in ((0, weight.detach()[: V // 2]), (V // 2, weight.detach()[V // 2 :]))
-    ]
+    on = partial(torch.randn, device=device)
+    num_tokens, dim, vocab = 6 * times, 8 + times, 16 * times
+    cu_seqlens = times * torch.tensor([0, 4, 6], device=device)
+    step_cu, step_ends = torch.tensor([0, 3, 4], device=device), times * torch.tensor([1, 3, 4, 6], device=device) - 1
+    real = torch.tensor([[True] * 4, [True] * 2 + [False] * 2], device=device)
+    group_ids = torch.zeros(2, dtype=torch.int64, device=device)
+    targets = torch.arange(num_tokens, device=device) % vocab
+    rows, steps, answers = on(4, num_tokens), on(4), on(2).abs()
+    ratios = rows[2].exp()
+    old, mask = -rows[3].abs(), rows[0] > -1
+
+    def heads(dtype: torch.dtype, dim: int = dim) -> dict:
+        """With a gradient."""
+        hidden, weight = on(num_tokens, dim).to(dtype), on(vocab, dim).to(dtype)
+        return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "targets": targets}
+
+    narrow, wide = heads(torch.bfloat16), heads(torch.float32)
+    odd = heads(torch.bfloat16, dim - 1)  # its rows do not begin where a copy engine could load them
+    frozen = [{k: x.detach() for k, x in head.items()} for head in (narrow, wide)]
+    logprobs, values = (-on(num_tokens).abs()).requires_grad_(), on(num_tokens).requires_grad_()
+    logits = on(num_tokens, vocab).requires_grad_()
+    capped = {"bias": on(vocab).requires_grad_(), "softcap": 30.0, "temperature": 0.7}
+    loss = {"old_logprobs": old, "ref_logprobs": rows[1], "token_weights": rows[2].abs(), "kl_coef": 0.1}
+    gspo = {"kind": "gspo", "cu_seqlens": cu_seqlens}
+    in_steps = step_ends, cu_seqlens
+    scored = {"scope": "group", "group_ids": group_ids, "eos_rescore": "mean", "center": True, "mask": mask}
+    scored |= {"kl_coef": 0.1, "logprobs": rows[1], "ref_logprobs": rows[2]}
+
+    def merged() -> qrm_fast.TokenLogprobs:
+        halves = [partial_logprobs(head, start) for head in frozen[1:] for start in (0, vocab // 2)]
+        return qrm_fast.merge_logprobs(qrm_fast.LogprobsPartial(*map(torch.stack, zip(*halves, strict=True))))
+
+    def partial_logprobs(head: dict, start: int) -> qrm_fast.LogprobsPartial:
+        shard = head["weight"][start : start + vocab // 2]
+        return qrm_fast.linear_logprobs_partial(head["hidden"], shard, targets, vocab_start=start)
+
+    f = qrm_fast
     return {
-        "clip_delta": qrm_fast.clip_delta(steps, STEP_CU),
-        "discounted_returns": qrm_fast.discounted_returns(rows[0], CU_SEQLENS),
-        "from_padded": qrm_fast.from_padded(REAL, torch.randn(S, 4)),
-        "gae": qrm_fast.gae(rows[0], rows[1], CU_SEQLENS),
-        "gather_logprobs": qrm_fast.gather_logprobs(logits, TARGETS),
-        "group_advantages": qrm_fast.group_advantages(answers, GROUP_IDS),
-        "implicit_rewards": qrm_fast.implicit_rewards(rows[0], rows[1]),
-        "informative_groups": qrm_fast.informative_groups(answers, GROUP_IDS),
-        "linear_logprobs": qrm_fast.linear_logprobs(hidden, weight, TARGETS),
-        "linear_logprobs_partial": shards[0],
-        "linear_policy_loss": qrm_fast.linear_policy_loss(hidden, weight, TARGETS, rows[0]),
-        "linear_q_values": qrm_fast.linear_q_values(
-            hidden.detach(), weight.detach(), hidden.detach(), weight.detach(), TARGETS
-        ),
-        "linear_sample": qrm_fast.linear_sample(hidden.detach(), weight.detach(), torch.rand(T, dtype=torch.float64)),
-        "loss_weights": qrm_fast.loss_weights(CU_SEQLENS),
-        "merge_logprobs": qrm_fast.merge_logprobs(
-            qrm_fast.LogprobsPartial(*map(torch.stack, zip(*shards, strict=True)))
-        ),
-        "min_form_returns": qrm_fast.min_form_returns(steps, STEP_ENDS, CU_SEQLENS),
-        "min_gae": qrm_fast.min_gae(rows[0], rows[1], CU_SEQLENS),
-        "pack": qrm_fast.pack([[2, 3, 4, 5, 1], [6, 7, 1]], [1, 1]),
-        "pairwise_q_loss": qrm_fast.pairwise_q_loss(values, CU_SEQLENS),
-        "per_token": qrm_fast.per_token(answers, CU_SEQLENS, T),
-        "plan_microbatches": qrm_fast.plan_microbatches([4, 2], max_tokens=4),
-        "policy_loss": qrm_fast.policy_loss(logprobs, rows[0]),
-        "prm_rewards": qrm_fast.prm_rewards(torch.randn(K, 2)),
-        "process_advantages": qrm_fast.process_advantages(steps, STEP_ENDS, CU_SEQLENS, GROUP_IDS, max_gen_len=8),
-        "process_diagnostics": qrm_fast.process_diagnostics(steps, STEP_ENDS, CU_SEQLENS),
-        "progress_rewards": qrm_fast.progress_rewards(steps, answers, STEP_CU),
-        "q_advantages": qrm_fast.q_advantages(rows[0], rows[1], CU_SEQLENS),
-        "q_head_advantages": qrm_fast.q_head_advantages(hidden.detach(), head.detach(), CU_SEQLENS),
-        "q_token_rewards": qrm_fast.q_token_rewards(rows[0], CU_SEQLENS),
-        "to_padded": qrm_fast.to_padded(rows[0], CU_SEQLENS, 4),
-        "token_q": qrm_fast.token_q(hidden, head),
-        "unpack": qrm_fast.unpack(rows[0], CU_SEQLENS),
-        "value_loss": qrm_fast.value_loss(values, rows[0]),
-        "vtrace": qrm_fast.vtrace(rows[0], rows[1], rows[2].exp(), CU_SEQLENS),
-        "whiten": qrm_fast.whiten(rows[0]),
+        "clip_delta": [lambda: f.clip_delta(steps, step_cu)],
+        "discounted_returns": scan("discounted_returns", rows[:1], cu_seqlens, mask, {"gamma": 0.9}, 0.9),
+        "from_padded": [lambda: f.from_padded(real, on(2, 4))],
+        "gae": scan("gae", rows[:2], cu_seqlens, mask, {"gamma": 0.9, "lam": 0.9}, 0.9, 0.9, None),
+        "gather_logprobs": [lambda x=x: f.gather_logprobs(x, targets) for x in (logits, logits.bfloat16())],
+        "group_advantages": [
+            lambda kind=kind, options=options: f.group_advantages(answers, group_ids, kind=kind, **options)
+            for kind, options in {
+                **{"rloo": {}, "grpo": {}, "pass_at_k": {}},
+                **{"opo": {"lengths": group_ids + 1}, "remax": {"baseline": answers}},
+            }.items()
+        ],
+        "implicit_rewards": [lambda: f.implicit_rewards(rows[0], rows[1])],
+        "informative_groups": [lambda: f.informative_groups(answers, group_ids)],
+        "linear_logprobs": [
+            lambda head=head, options=options: f.linear_logprobs(**head, **options)
+            for head, options in ((narrow, {}), (odd, {}), (wide, capped))
+        ],
+        "linear_logprobs_partial": [partial(partial_logprobs, head, 0) for head in frozen],
+        "linear_policy_loss": [
+            lambda head=head, options=options: f.linear_policy_loss(**head, advantages=rows[0], **options)
+            for head in (narrow, odd, wide)
+            for options in ({}, loss | gspo | {"entropy_coef": 0.1})
+        ],
+        "linear_q_values": [
+            lambda h=h: f.linear_q_values(h["hidden"], h["weight"], h["hidden"], h["weight"], targets) for h in frozen
+        ],
+        "linear_sample": [
+            lambda head=head, options=options: f.linear_sample(
+                head["hidden"], head["weight"], torch.rand(num_tokens, dtype=torch.float64, device=device), **options
+            )
+            for head, options in ((frozen[0], {}), (frozen[1], {"bias": capped["bias"].detach(), "softcap": 30.0}))
+        ],
+        "loss_weights": [
+            lambda mode=mode: f.loss_weights(cu_seqlens, mask=mask, mode=mode, num_tokens=num_tokens)
+            for mode in ("token-mean", "seq-mean-token-mean")
+        ],
+        "merge_logprobs": [merged],
+        "min_form_returns": [
+            lambda operator=operator: f.min_form_returns(steps, *in_steps, operator=operator)
+            for operator in ("soft", "causal_soft", "sum")
+        ],
+        "min_gae": scan("min_gae", rows[:2], cu_seqlens, mask, {"lam": 0.9}, 0.9),
+        "pack": [lambda: f.pack([[2, 3, 4, 5, 1], [6, 7, 1]], [1, 1], device=device)],
+        "pairwise_q_loss": [lambda m=m: f.pairwise_q_loss(values, cu_seqlens, mask=m) for m in (None, mask)],
+        "per_token": [lambda: f.per_token(answers, cu_seqlens, num_tokens)],
+        "plan_microbatches": [lambda: f.plan_microbatches([4, 2], max_tokens=4)],
+        "policy_loss": [
+            lambda options=options: f.policy_loss(logprobs, rows[0], **options)
+            for options in ({}, loss | gspo, {"entropy": values, "entropy_coef": 0.1, "kind": "cispo"})
+        ],
+        "prm_rewards": [lambda: f.prm_rewards(on(4, 2))],
+        "process_advantages": [
+            lambda preset=preset: f.process_advantages(
+                *(steps, *in_steps, group_ids),
+                **{"outcome_rewards": answers, "preset": preset, "max_gen_len": num_tokens, "num_tokens": num_tokens},
+            )
+            for preset in ("paper", "paper-step", "openrlhf", "verl")
+        ],
+        "process_diagnostics": [lambda: f.process_diagnostics(steps, *in_steps, advantages=rows[0])],
+        "progress_rewards": [lambda: f.progress_rewards(steps, answers, step_cu)],
+        "q_advantages": [lambda: f.q_advantages(rows[0], rows[1], cu_seqlens, **scored)],
+        "q_head_advantages": [
+            lambda head=head: f.q_head_advantages(head["hidden"], head["weight"][0], cu_seqlens, center=True)
+            for head in frozen
+        ],
+        "q_token_rewards": [
+            lambda options=options: f.q_token_rewards(rows[0], cu_seqlens, **options)
+            for options in ({}, {"scope": "sequence"}, scored)
+        ],
+        "to_padded": [lambda: f.to_padded(rows[0], cu_seqlens, 4 * times)],
+        "token_q": [
+            lambda: f.token_q(wide["hidden"], wide["weight"][0]),
+            lambda: f.token_q(
+                *narrow.values(), norm_weight=narrow["weight"][0].detach(), bias=narrow["weight"].detach()[:, 0].clone()
+            ),
+        ],
+        "unpack": [lambda: f.unpack(rows[0], cu_seqlens)],
+        "value_loss": [lambda: f.value_loss(values, rows[0], old_values=rows[1], clip=0.2)],
+        "vtrace": scan("vtrace", (*rows[:2], ratios), cu_seqlens, mask, {"gamma": 0.9, "lam": 0.9}, 0.9, 0.9, 1.0, 1.0),
+        "whiten": [lambda m=m: f.whiten(rows[0], mask=m) for m in (None, mask)],
     }
 
 
+def scan(name: str, columns, cu_seqlens: torch.Tensor, mask: torch.Tensor, options: dict, *numbers) -> list[Callable]:
+    """By the kernel that is registered and, on CUDA, by Triton's, which serves installations without nvcc."""
+    ways = [lambda: getattr(qrm_fast, name)(*columns, cu_seqlens, mask=mask, **options)]
+    if cu_seqlens.is_cuda:
+        launch = import_module(f"qrm_fast.triton.{name}").launch
+        ways.append(lambda: launch(*columns, cu_seqlens, *numbers, None, mask))
+    return ways
+
+
+def tensors(result: object) -> Iterator[torch.Tensor]:
+    for part in result if isinstance(result, tuple) else (result,):
+        if isinstance(part, tuple):
+            yield from tensors(part)
+        elif isinstance(part, torch.Tensor):
+            yield part
+
+
 def main() -> None:
-    results = calls()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("functions", nargs="*", help="all by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--list", action="store_true", help="print the functions that run on a device")
+    arguments = parser.parse_args()
+    ways = calls("cpu" if arguments.list else arguments.device, times=1 if arguments.device == "cpu" else 200)
     functions = {name for name in qrm_fast.__all__ if not isinstance(getattr(qrm_fast, name), type)}
-    assert results.keys() == functions, f"expected a call of every function, got {results.keys() ^ functions} wrong"
-    for result in results.values():
-        parts = result if isinstance(result, tuple) else (result,)
-        losses = [x.sum() for x in parts if isinstance(x, torch.Tensor) and x.requires_grad]
-        if losses:
-            torch.autograd.backward(losses)
+    assert ways.keys() == functions, f"expected a call of every function, got {ways.keys() ^ functions} wrong"
+    if arguments.list:
+        print(*sorted(functions - {"plan_microbatches", "pack"}))
+        return
+    for name in arguments.functions or ways:
+        for call in ways[name]:
+            losses = [x.float().sum() for x in tensors(call()) if x.requires_grad]
+            if losses:
+                torch.autograd.backward(losses)
+    if arguments.device != "cpu":
+        torch.cuda.synchronize()
     print(*sorted(sys.modules), sep="\n")
 
 

@@ -47,18 +47,23 @@ def _binder(kernel: JITFunction, capability: int):
     return backend, jit.create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
+def bind(kernel: JITFunction, capability: int, args: tuple, grid: tuple, options: dict) -> tuple[Launch, dict]:
+    """A launch, and its arguments by name."""
+    backend, binder = _binder(kernel, capability)
+    options = {**options, "debug": False}
+    bound, specialization, rest = binder(*args, **options)
+    parsed, *parts = kernel._pack_args(backend, options, bound, specialization, rest)
+    key = jit.compute_cache_key({}, specialization, rest)
+    return Launch(kernel, capability, *parts, parsed, key, (*grid, 1, 1)[:3]), bound
+
+
 @contextlib.contextmanager
 def recording(capability: int) -> Iterator[list[Launch]]:
     """A list that receives the launches made in this block; factories of tensors give meta tensors in it."""
     launches: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **options):
-        backend, binder = _binder(kernel, capability)
-        options["debug"] = False
-        bound, specialization, rest = binder(*args, **options)
-        parsed, *parts = kernel._pack_args(backend, options, bound, specialization, rest)
-        key = jit.compute_cache_key({}, specialization, rest)
-        launches.append(Launch(kernel, capability, *parts, parsed, key, (*grid, 1, 1)[:3]))
+        launches.append(bind(kernel, capability, args, grid, options)[0])
 
     with (
         torch.device("meta"),

@@ -59,6 +59,25 @@ def test_a_rival_that_raises_is_absent(monkeypatch):
     assert "| extra MiB | error |" in table
 
 
+def test_an_error_that_cannot_be_had_leaves_the_figures(monkeypatch):
+    def error(way, result):
+        raise TypeError("x must not be float64 on CUDA")
+
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+    monkeypatch.setattr(harness.OtherCpu, "__call__", lambda self: 0.0)
+    record = harness.measure(case_of(monkeypatch, error=error))
+    assert record["times"]["ours"]["extra_mib"] == 7.0 and "error" not in record["times"]["ours"]
+    assert record["absent"] == {"error of ours": "TypeError: x must not be float64 on CUDA"}
+
+
+def test_a_tree_without_git_names_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert {"commit": "0123abc", "dirty": None}.items() <= provenance("cpu").items()
+    monkeypatch.delenv("COMMIT")
+    assert {"commit": None, "dirty": None}.items() <= provenance("cpu").items()
+
+
 def test_rivals_come_from_wheels_or_are_absent(monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "peer_of_ours-1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr("peer_of_ours.py", "def head(): return 3")

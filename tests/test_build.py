@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import triton
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 import qrm_fast
@@ -36,8 +37,10 @@ def run(*command, **options) -> str:
 
 
 STEMS = sorted(p.stem for p in PACKAGE.glob("triton/*.py") if "@triton.jit" in p.read_text())
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one block can have
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that one block can have
 GRID = 2**31 - 1, 65535, 65535
+# Machine codes of the launches of tests/launches by architecture: in a training step, and in steps of other sizes too.
+SPECIALISATIONS = {"80": [117, 137], "90": [148, 174], "100": [124, 146]}
 
 
 def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:
@@ -66,12 +69,19 @@ def reports(request) -> dict[str, dict]:
     chosen = [
         item for item in request.session.items if item.originalname == "test_triton_kernels_compile_without_spills"
     ]
-    return compiled([f"qrm_fast.triton.{item.callspec.params['stem']}" for item in chosen], 80, 90, 100)
+    return compiled([f"qrm_fast.triton.{item.callspec.params['stem']}" for item in chosen], *SHARED_BYTES)
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_triton_kernels_compile_without_spills(stem, reports):
     check_triton(stem, reports[f"qrm_fast.triton.{stem}"])
+
+
+def test_no_more_specialisations_than_are_said():
+    """A size whose alignment or value of 1 compiles anew gains by it, or stands in its kernel's do_not_specialize."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = json.loads(run(sys.executable, ROOT / "tests/specialisations.py", cwd=ROOT, env=environment))
+    assert found == SPECIALISATIONS, f"update SPECIALISATIONS, and say in the commit why, if {found} are worth it"
 
 
 PRELUDE = """
@@ -166,6 +176,7 @@ def test_the_recorder_decides_as_triton_does(tmp_path):
 
 # CUDA sources
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 
 
@@ -182,6 +193,12 @@ def check_cuda(source: Path, folder: Path) -> None:
     stores = [int(number) for number in re.findall(r"(\d+) bytes spill stores", report)]
     assert len(stores) >= len(setup.CUDA_ARCHITECTURES), f"no kernel compiled for every architecture:\n{report}"
     assert not any(stores), f"spills:\n{report}"
+    images = run(CUOBJDUMP, "--list-elf", "--list-ptx", folder / "kernel.o")
+    codes = set(re.findall(r"\.(sm_\w+)\.(cubin|ptx)", images))
+    assert codes == {
+        *((f"sm_{a}", "cubin") for a in setup.CUDA_ARCHITECTURES),
+        (f"sm_{setup.CUDA_ARCHITECTURES[-1]}", "ptx"),
+    }
 
 
 @needs_nvcc

@@ -61,9 +61,8 @@ def make_up_to_30(t: int, d: int, v: int, dtype: torch.dtype) -> tuple[dict, dic
     return tensors | {"weight": (tensors["weight"].double() * (30 / largest)).to(dtype)}, rest
 
 
-def naive(hidden, weight, bias, targets, temperature, softcap):
-    """logprobs, entropy, lse by log_softmax over materialised logits, in hidden's dtype."""
-    z = torch.nn.functional.linear(hidden, weight, bias)
+def of_logits(z, targets, temperature=1.0, softcap=None):
+    """logprobs, entropy, lse by log_softmax, in the dtype of the logits."""
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
     logp = z.log_softmax(-1)
@@ -71,6 +70,11 @@ def naive(hidden, weight, bias, targets, temperature, softcap):
     logprobs = logp.gather(-1, targets.where(keep, 0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
     return tuple(torch.where(keep, x, 0) for x in (logprobs, entropy, z.logsumexp(-1)))
+
+
+def naive(hidden, weight, bias, targets, temperature, softcap):
+    """The same of materialised logits, in hidden's dtype."""
+    return of_logits(torch.nn.functional.linear(hidden, weight, bias), targets, temperature, softcap)
 
 
 def run(function, tensors, options, dtype):

@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_as_tensor_cores, assert_no_further, head_limit
 from cuda_graph import replayed
-from test_linear_logprobs import OPTIONS, assert_no_further, make, make_up_to_30, naive
+from test_linear_logprobs import OPTIONS, make, make_up_to_30, naive, of_logits
 
 import qrm_fast
 from qrm_fast.triton import linear_logprobs as kernels
@@ -100,10 +101,11 @@ def test_results_as_accurate_as_pytorch_in_float32(forward, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_up_to_30(forward, dtype):
+def test_logits_up_to_30(forward, dtype, triton_device):
     tensors, rest = make_up_to_30(40, 64, 1100, dtype)
+    limit = head_limit(64, 30.0) if triton_device == "cuda" else 2e-5
     for got, want in zip(forward(**tensors, **rest), naive(**in_dtype(torch.float64, tensors, rest)), strict=False):
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=limit)
 
 
 def gradients(function, dtype, tensors, rest, scale):
@@ -121,8 +123,8 @@ def gradients(function, dtype, tensors, rest, scale):
 
 
 def assert_gradients(forward, dtype, shapes, options, scale=1.0):
-    """In the mean square over all shapes: for float32 as PyTorch's. For 16 bits, whose dZ tensor cores need in 16 bits,
-    at most a third of the error of PyTorch's path in that dtype, or one rounding."""
+    """In the mean square over all shapes: for float32 1.1 times PyTorch's error and one rounding. For 16 bits, whose dZ
+    tensor cores need in 16 bits, at most a third of the error of PyTorch's path in that dtype, or one rounding."""
     errors = []
     for shape in shapes:
         tensors, rest = make(*shape, dtype, **options)
@@ -133,8 +135,9 @@ def assert_gradients(forward, dtype, shapes, options, scale=1.0):
             size = want.norm() + 1e-300
             errors.append(torch.stack([((x.double() - want) / size).norm() for x in (got, other)]))
     error, peer_error = torch.stack(errors).square().mean(0).sqrt()
-    limit = 1.1 * peer_error if dtype == torch.float32 else peer_error / 3
-    assert error <= max(limit, torch.finfo(dtype).eps), f"off by {error:.3g}, PyTorch by {peer_error:.3g}"
+    rounding = torch.finfo(dtype).eps
+    limit = 1.1 * peer_error + rounding if dtype == torch.float32 else max(peer_error / 3, rounding)
+    assert error <= limit, f"off by {error:.3g}, PyTorch by {peer_error:.3g}"
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES.values(), ids=CASES)
@@ -282,9 +285,11 @@ def test_at_the_size_of_models(num_rows, dim, vocab):
     sample = torch.cat([torch.arange(100), torch.arange(num_rows - 100, num_rows)]).cuda()
     leaf, exact_leaf = hidden.requires_grad_(), hidden.detach()[sample].double().requires_grad_()
     ours = qrm_fast.linear_logprobs(leaf, weight, targets)
-    exact = naive(exact_leaf, weight.double(), None, targets[sample], 1.0, None)
-    for x, y in zip(ours, exact, strict=True):
-        torch.testing.assert_close(x[sample].double(), y, rtol=0, atol=2e-5)
+    z = exact_leaf @ weight.double().T
+    exact, limit = of_logits(z, targets[sample]), head_limit(dim, z.detach().abs().max().item())
+    peer = of_logits(torch.mm(hidden.detach()[sample], weight.T, out_dtype=torch.float32), targets[sample])
+    for x, y, other in zip(ours, exact, peer, strict=True):
+        assert_as_tensor_cores(x[sample].detach(), y.detach(), other, limit)
     ours.logprobs.sum().backward()
     exact[0].sum().backward()
     assert (leaf.grad[sample].double() - exact_leaf.grad).norm() <= 2**-8 * exact_leaf.grad.norm()

@@ -92,18 +92,23 @@ def test_as_accurate_as_autograd(dtype, options):
     assert error <= limit, f"off by {error:.3g}, PyTorch by {peer_error:.3g}"
 
 
-def test_same_logprobs_as_the_head_and_as_its_two_parts(triton_device):
-    """The very bits of linear_logprobs; three products give the gradients of four to the rounding of 16 bits."""
-    inputs, constants, rest = make(140, 24, 300, torch.bfloat16, kl_coef=0.1, entropy_coef=0.01)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dim", [24, 25], ids=["described", "pointers"])
+def test_same_logprobs_as_the_head_and_as_its_two_parts(triton_device, dim, biased):
+    """The very bits of linear_logprobs, so that every ratio to them is 1; three products give the gradients of four to
+    the rounding of 16 bits. Rows of 25 are off multiples of 16 bytes: pointers, and other blocks, then."""
+    inputs, constants, rest = make(140, dim, 300, torch.bfloat16, kl_coef=0.1, entropy_coef=0.01)
+    inputs |= {"bias": torch.linspace(-1, 1, 300, dtype=torch.bfloat16)} if biased else {}
     constants = {k: x.float() for k, x in constants.items()}
     leaves = {k: x.requires_grad_() for k, x in inputs.items()}
     out = linear_policy_loss(**leaves, **constants, **rest)
-    targets = rest.pop("targets")
-    head = head_kernels.forward(
-        *(x.detach().to(triton_device) for x in (*inputs.values(), targets)), None, 1.0, None, None, -100
-    )
-    assert torch.equal(out.logprobs, head[0].cpu()) and torch.equal(out.entropy, head[1].cpu())
-    frozen = linear_policy_loss(**{k: x.detach() for k, x in inputs.items()}, targets=targets, **constants, **rest)
+    of_head = {k: x.detach().to(triton_device) for k, x in (inputs | {"targets": rest["targets"]}).items()}
+    places = (of_head.get(k) for k in ("hidden", "weight", "targets", "bias"))
+    head = [x.cpu() for x in head_kernels.forward(*places, 1.0, None, None, -100)]
+    assert torch.equal(out.logprobs, head[0]) and torch.equal(out.entropy, head[1])
+    again = linear_policy_loss(**leaves, **constants | {"old_logprobs": head[0]}, **rest)
+    assert again.metrics.ratio_max == 1 and again.metrics.approx_kl == 0
+    frozen = linear_policy_loss(**{k: x.detach() for k, x in inputs.items()}, **constants, **rest)
     assert torch.equal(frozen.loss, out.loss.detach()) or (frozen.loss - out.loss).abs() < 1e-6
     torch.testing.assert_close(torch.stack(frozen.metrics), torch.stack(out.metrics))
 

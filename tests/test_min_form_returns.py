@@ -370,6 +370,7 @@ def test_triton_bits_do_not_depend_on_the_packing(by_triton):
         assert torch.equal(alone[0], packed[0][37:]) and alone[1] == packed[1][2]
 
 
+@pytest.mark.overlapping
 def test_triton_finds_the_steps_between_any_two_rows(triton_device):
     pairs = torch.tensor(list(itertools.combinations(range(10), 2)))
     rewards, ends = 2.0 ** torch.arange(9), torch.arange(9)
@@ -390,6 +391,7 @@ def test_triton_whitens_and_masks_as_the_kernel_does(triton_device, monkeypatch)
         torch.testing.assert_close(result.cpu(), step_rows(values, base, ends, cu, *options), rtol=2e-7, atol=1e-9)
 
 
+@pytest.mark.overlapping
 def test_triton_stays_inside_its_tensors(triton_device):
     """Boundaries that a CPU kernel would refuse."""
     rewards, ends = torch.rand(5, device=triton_device), torch.tensor([1, 3, 4, 8, 9], device=triton_device)

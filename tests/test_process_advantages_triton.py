@@ -127,6 +127,7 @@ def test_ids_out_of_range_make_their_own_sequence_nan(by_triton, preset):
     assert result[6:10].isnan().all() and result[:6].isfinite().all() and result[10:].isfinite().all()
 
 
+@pytest.mark.overlapping
 @pytest.mark.parametrize("preset, penalised", [("paper-step", False), ("openrlhf", False), ("verl", True)])
 def test_stays_inside_its_tensors(preset, penalised, triton_device, monkeypatch):
     """Boundaries, steps and groups that a CPU kernel would refuse."""

@@ -8,6 +8,7 @@ import torch
 from accuracy import assert_as_accurate
 from grids import LENGTHS, cu_seqlens, far_apart
 from test_q_token_rewards import oracle
+from triton import knobs
 from triton.runtime import interpreter
 
 from qrm_fast import q_head_advantages, q_token_rewards, token_q
@@ -26,7 +27,7 @@ OPTIONS = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """In the interpreter a program takes 16 rows, so that short sequences have several."""
-    if not torch.cuda.is_available():
+    if knobs.runtime.interpret:
         for name, size in {"ROWS": 16, "BT": 8, "BD": 32, "BR": 16}.items():
             monkeypatch.setitem(triton_kernels.LAUNCH, name, size)
 

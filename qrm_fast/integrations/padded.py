@@ -82,7 +82,7 @@ def compute_gae_advantage_return(
     """
     rewards, values = _same_dtype(token_level_rewards, values)
     mask = (response_mask != 0).flatten()
-    out = gae(rewards.flatten(), values.flatten(), _cu_seqlens(values), gamma=float(gamma), lam=float(lam), mask=mask)
+    out = gae(rewards.flatten(), values.flatten(), row_bounds(values), gamma=float(gamma), lam=float(lam), mask=mask)
     return masked_whiten(out.advantages, mask).view(values.shape), out.returns.view(values.shape)
 
 
@@ -97,7 +97,7 @@ def get_advantages_and_returns(
     rewards, values = _same_dtype(rewards, values)
     if action_mask is not None:
         rewards, values = (x.where(action_mask != 0, 0.0) for x in (rewards, values))
-    out = gae(rewards.flatten(), values.flatten(), _cu_seqlens(values), gamma=float(gamma), lam=float(lambd))
+    out = gae(rewards.flatten(), values.flatten(), row_bounds(values), gamma=float(gamma), lam=float(lambd))
     return out.advantages.view(values.shape), out.returns.view(values.shape)
 
 
@@ -116,6 +116,20 @@ def agg_loss(
     (`dp_size` > 1, by which the loss is multiplied) is refused. `loss_scale_factor` None: L. verl multiplies by the
     mask, here what it hides may be NaN.
     """
+    mask = loss_mask != 0
+    given = dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
+    return (loss_mat.where(mask, 0.0) * agg_weights(mask, loss_agg_mode, *given)).sum()
+
+
+def agg_weights(
+    mask: Tensor,
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+    loss_scale_factor: float | None = None,
+) -> Tensor:
+    """The weights w [B, L] float32 with which `agg_loss` over `mask` [B, L] bool is the sum of w times the loss."""
     of_tokens = loss_agg_mode in ("token-mean", "token-sum")
     total = batch_num_tokens if of_tokens else global_batch_size
     if loss_agg_mode == "token-sum":
@@ -123,19 +137,19 @@ def agg_loss(
     if total is None and dp_size > 1:
         name = "batch_num_tokens" if of_tokens else "global_batch_size"
         raise ValueError(f"{name} must be given for {loss_agg_mode!r} where dp_size is {dp_size}, got None")
-    mask = (loss_mask != 0).flatten()
     weights = loss_weights(
-        _cu_seqlens(loss_mat),
-        mask=mask,
+        row_bounds(mask),
+        mask=mask.flatten(),
         mode="token-mean" if of_tokens else loss_agg_mode,
         global_tokens=total if of_tokens else None,
         global_sequences=None if of_tokens else total,
-        norm=(loss_scale_factor or loss_mat.shape[-1]) if loss_agg_mode == "seq-mean-token-sum-norm" else None,
+        norm=(loss_scale_factor or mask.shape[-1]) if loss_agg_mode == "seq-mean-token-sum-norm" else None,
     )
-    return (loss_mat.flatten().where(mask, 0.0) * weights).sum() * dp_size
+    return weights.view(mask.shape) * dp_size
 
 
-def _cu_seqlens(x: Tensor) -> Tensor:
+def row_bounds(x: Tensor) -> Tensor:
+    """[B+1] int64: where the rows of a padded [B, L] begin and end, laid end to end."""
     num_sequences, width = x.shape
     return torch.arange(num_sequences + 1, device=x.device) * width
 

@@ -50,7 +50,7 @@ class Checker:
             raise ValueError(f"{name} must be on {self.device} like the other arguments, got {x.device}")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name} must have no forward-mode tangent, which would be dropped: go backward")
-        if x.dtype == torch.float64 and x.is_cuda:
+        if x.dtype == torch.float64 and x.is_cuda and len(dtypes) > 1:  # where it is not the only one asked for
             raise TypeError(f"{name} must not be float64 on CUDA: the kernels accumulate in float32 there")
         if x.is_contiguous():
             return

@@ -55,7 +55,7 @@ def linear_policy_loss(
     does not know the sequences' ends, all rows take 3 GEMMs if they fit into one block (1.45 GB of logits at 2 bytes,
     4 for float32: 4736 rows of V = 152064 in bfloat16) and 4 if they do not; without `old_logprobs`, where every ratio
     is 1, always 3. dZ has the inputs' dtype on CUDA, for 16-bit tensor cores take no other; sums, loss and statistics
-    are float32.
+    are float32. `logprobs` and `entropy` are as exact as those of `linear_logprobs`, and on CUDA the same bits.
 
     Only `loss` is differentiable, once; gradients are formed in the forward pass, only for inputs that require them, in
     float32 (float64), and rounded to the input's dtype in the backward pass. `logprobs` and `entropy` are [T] float32,

@@ -48,8 +48,8 @@ def linear_q_values(
     which normalising removes: they are a Q up to that factor and a function of the state (arXiv 2505.23363, Proposition
     3.4). soft_value is the value of the policy exp(Q / beta) (Haarnoja et al., arXiv 1702.08165, eq. 6).
     Products and sums are float32 for 16-bit inputs (float64 for float64), no logit is rounded to 16 bits, and all
-    results are float32 (float64). A row's bits depend on that row and the weights alone. Not differentiable. Under
-    autocast the tensors are cast as for F.linear.
+    results are float32 (float64), as exact as `linear_logprobs` of the deeper head and the larger logits. A row's bits
+    depend on that row and the weights alone. Not differentiable. Under autocast the tensors are cast as for F.linear.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device or option, and, on CPU, ValueError for a target
     outside [0, V); on CUDA such a row is NaN.

@@ -10,24 +10,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from .attention import without_adapters
+
+# What an adapter makes of its base: its head, its separator, its reference. Not config.json, beside which transformers
+# would look for whole weights.
+MODEL_CONFIG = "model_config.json"
 KEPT = 2  # the newest, and one to fall back to
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
     """Save weights (safetensors), config and tokenizer: a directory that plain transformers loads.
 
-    Files are written aside and renamed. Raises FloatingPointError, and writes nothing, where a weight is not finite.
+    Of a model with an adapter the adapter alone, in a directory that plain peft loads, and the configuration of what it
+    makes of its base. Files are written aside and renamed; those of the other kind are removed, or nobody could tell
+    which model the directory holds. Raises FloatingPointError, and writes nothing, where a weight is not finite.
     """
-    check_finite(model.state_dict(), type(model).__name__)
+    plain = without_adapters(model)
+    check_finite(model.state_dict(), type(plain).__name__)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory, prefix=".saving") as aside:
-        model.save_pretrained(aside)
+        if model is plain:
+            model.save_pretrained(aside)
+            others = ["adapter_*", MODEL_CONFIG]
+        else:
+            model.save_pretrained(aside, save_embedding_layers=False)
+            plain.config.architectures = [type(plain).__name__]
+            plain.config.to_json_file(Path(aside) / MODEL_CONFIG)
+            others = ["config.json", "model*.safetensors*"]
         tokenizer.save_pretrained(aside)
         for file in Path(aside).iterdir():
             os.replace(file, directory / file.name)
+    for file in (file for pattern in others for file in directory.glob(pattern)):
+        file.unlink()
 
 
 def save_state(directory: Path, step: int, parts: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from .. import PackedBatch, pack, plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Instruction, Judged, fit_rows, read_rows, texts
+from .lora import adapted
 from .models import check_context, load_policy, num_token_ids
 from .optimizer import AdamW
 from .policy import Policy
@@ -92,6 +93,7 @@ def train_implicit(config: DPOConfig | ImplicitConfig) -> ImplicitResult:
     tokenizer, instructions, items = _read(config)
     longest = max(len(answer) for item in items for answer in item.answers)
     model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    model = adapted(model, config.model, config)
     check_context(model, longest)
     check_packing(model, longest)
     policy = Policy(model, num_ids=num_token_ids(tokenizer))
@@ -109,7 +111,7 @@ def train_implicit(config: DPOConfig | ImplicitConfig) -> ImplicitResult:
 
     with folder:
         optimizer = AdamW(policy.train().parameters())
-        log = take_steps(config, folder, config.kind, policy, optimizer, batches, backward, _num_tokens_of)
+        log = take_steps(config, folder, config.kind, optimizer, batches, backward, _num_tokens_of)
         speed = tokens_per_s(log)
         model.config.reward_model, model.config.implicit_beta = config.kind, config.beta
         model.config.reference_model = config.model

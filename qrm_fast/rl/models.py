@@ -24,8 +24,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
+from transformers.utils import cached_file
 
-from .attention import of_transformers
+from .attention import backbone, of_transformers, without_adapters
+from .checkpoint import MODEL_CONFIG
+from .lora import merged, whole_modules
 from .policy import check_head
 from .tokenizers import adapter_base
 
@@ -47,9 +50,6 @@ def load_policy(
     without a language model, a checkpoint that lacks weights, too small a vocabulary and logits that training would not
     see (`check_head`), OSError for an unknown id.
     """
-    base = None if spec.startswith("scratch:") else adapter_base(spec)
-    if base is not None:
-        return _merged(spec, load_policy(base, tokenizer, device=device, dtype=dtype))
     config = _config(spec, tokenizer)
     if _has_token_head(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         got = (config.architectures or [type(config).__name__])[0]
@@ -57,18 +57,6 @@ def load_policy(
     model = _load(AutoModelForCausalLM, spec, config, tokenizer, device, dtype)
     check_head(model)
     return model
-
-
-def _merged(spec: str, model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with the adapter at `spec` in its weights."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ValueError(f"{spec} is an adapter, which needs the package peft, pip install peft") from None
-    with of_transformers(spec):
-        merged: Any = PeftModel.from_pretrained(model, spec, torch_device=str(model.device)).merge_and_unload()
-    check_head(merged)
-    return merged.requires_grad_(True).eval()
 
 
 def load_token_model(
@@ -81,8 +69,8 @@ def load_token_model(
 ) -> PreTrainedModel:
     """A token classifier (Q-RM, critic: one label; PRM: two), from the same kinds of `spec` as `load_policy`.
 
-    A checkpoint without a classification head gets a new one, with one label without bias (arXiv 2505.23363), with two
-    with a bias (arXiv 2504.15275); a trained head is loaded as it is. `model.score` is the head, also for a family that
+    A model without a classification head gets a new one, with one label without bias (arXiv 2505.23363), with two with
+    a bias (arXiv 2504.15275); a trained head is loaded as it is. `model.score` is the head, also for a family that
     transformers has no such class for: its class is made here, and a checkpoint of it is loaded here alone. Raises as
     `load_policy` does.
     """
@@ -91,7 +79,15 @@ def load_token_model(
     config.num_labels = num_labels
     if not trained:
         config.token_classification_bias = num_labels > 1
-    return _load(_token_class(config), spec, config, tokenizer, device, dtype, () if trained else ("score.",))
+    new_weights = () if trained else ("score.",)
+    root = _root(spec)
+    if trained or root == spec:
+        return _load(_token_class(config), spec, config, tokenizer, device, dtype, new_weights)
+    # the adapter of a policy may change its head, too: merged there, and the backbone taken
+    policy = load_policy(spec, tokenizer, device=device, dtype=dtype)
+    model = _load(_token_class(config), root, config, tokenizer, device, dtype, new_weights)
+    backbone(model).load_state_dict(backbone(policy).state_dict())
+    return model
 
 
 def load_q_rm(
@@ -126,9 +122,8 @@ def load_vocabulary_q(
 
 
 def is_vocabulary_q(spec: str) -> bool:
-    """Whether the checkpoint at `spec` was trained as a Q-RM with a vocabulary head. Refuses an adapter."""
-    _check_whole(spec)
-    return getattr(AutoConfig.from_pretrained(spec), "reward_model", None) == "qrm-vocab"
+    """Whether the checkpoint at `spec` was trained as a Q-RM with a vocabulary head."""
+    return getattr(_config_at(spec), "reward_model", None) == "qrm-vocab"
 
 
 def load_implicit(
@@ -150,8 +145,7 @@ def load_implicit(
 
 def num_labels(spec: str) -> int:
     """Labels of the token classifier at `spec`: 1 of a Q-RM, 2 of a PRM. 0 for any other model."""
-    _check_whole(spec)
-    config = AutoConfig.from_pretrained(spec)
+    config = _config_at(spec)
     return config.num_labels if _has_token_head(config) else 0
 
 
@@ -159,7 +153,7 @@ def _load_trained(
     what: str, spec: str, tokenizer: PreTrainedTokenizerBase, labels: int, device: str, dtype: torch.dtype
 ) -> PreTrainedModel:
     if num_labels(spec) != labels:
-        config = AutoConfig.from_pretrained(spec)
+        config = _config_at(spec)
         name = (config.architectures or ["a model of unknown architecture"])[0]
         expected = f"{what}, a token classifier with {('one label', 'two labels')[labels - 1]}"
         raise ValueError(f"{spec} must be {expected}, got {name}, {config.num_labels}")
@@ -198,8 +192,7 @@ def _token_class(config: PreTrainedConfig) -> Any:
 
 def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     if not spec.startswith("scratch:"):
-        _check_whole(spec)
-        return _text_config(AutoConfig.from_pretrained(spec))
+        return _text_config(_config_at(spec))
     if spec not in SCRATCH:
         raise ValueError(f"model must be one of {', '.join(SCRATCH)} or a Hugging Face id or directory, got {spec}")
     # Llama and not Qwen2: transformers' AutoTokenizer replaces the tokenizer of a Qwen2 checkpoint by Qwen2's own.
@@ -217,13 +210,19 @@ def _config(spec: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     )
 
 
-def _check_whole(spec: str) -> None:
-    """A head is not among the weights of an adapter, or not as the one it would be merged into."""
+def _root(spec: str) -> str:
+    """The whole model below the adapter, or the adapters, at `spec`."""
+    base = None if spec.startswith("scratch:") else adapter_base(spec)
+    return spec if base is None else _root(base)
+
+
+def _config_at(spec: str) -> PreTrainedConfig:
+    """The configuration of the model at `spec`; of an adapter the one that lies beside it, or its base's."""
     base = adapter_base(spec)
-    if base is not None:
-        raise ValueError(
-            f"{spec} must be a whole checkpoint to bear a scalar head, got an adapter of {base}: merge it first"
-        )
+    if base is None:
+        return AutoConfig.from_pretrained(spec)
+    own = cached_file(spec, MODEL_CONFIG, _raise_exceptions_for_missing_entries=False)
+    return _config_at(base) if own is None else AutoConfig.from_pretrained(own)
 
 
 # Where a model of text and images keeps what belongs to its text model.
@@ -260,6 +259,9 @@ def _load(
     new_weights: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """`new_weights`: beginnings of the names of weights that the checkpoint need not hold."""
+    base = None if spec.startswith("scratch:") else adapter_base(spec)
+    if base is not None:
+        return merged(_load(auto, base, config, tokenizer, device, dtype, whole_modules(spec)), spec)
     _switch_dropout_off(spec, config)
     options: dict[str, Any] = dict(dtype=dtype, attn_implementation="qrm_packed")
     with of_transformers(spec):
@@ -306,7 +308,7 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_context(model: PreTrainedModel, num_tokens: int) -> None:
+def check_context(model: Any, num_tokens: int) -> None:
     """Raise ValueError where a sequence of `num_tokens` has more positions than the model was built for.
 
     Past the original positions of LongRoPE one long sequence would turn the embeddings of all that it is packed with.
@@ -318,5 +320,6 @@ def check_context(model: PreTrainedModel, num_tokens: int) -> None:
         most = min(most or math.inf, rope["original_max_position_embeddings"])
     if most is not None and num_tokens > most:
         raise ValueError(
-            f"the longest sequence must fit the {most} positions of {type(model).__name__}, got {num_tokens}"
+            f"the longest sequence must fit the {most} positions of {type(without_adapters(model)).__name__}, got "
+            f"{num_tokens}"
         )

@@ -8,14 +8,14 @@ from torch.nn import Parameter
 
 
 class AdamW:
-    """AdamW without weight decay, in float32 also where parameters have fewer bits.
+    """AdamW without weight decay of the parameters that want a gradient, in float32 also where they have fewer bits.
 
     Such a parameter is the rounding of a float32 master: an update is mostly smaller than half its last bit, and would
     be lost in it.
     """
 
     def __init__(self, parameters: Iterable[Parameter], *, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [p.detach().float() if p.element_size() < 4 else p for p in self.parameters]
         self._adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
 
@@ -40,13 +40,15 @@ class AdamW:
         return grad_norm
 
     def state_dict(self) -> dict:
-        return {"adamw": self._adamw.state_dict(), "masters": [master for _, master in self._rounded()]}
+        """All that is trained: moments, and the float32 parameters, of which those of fewer bits are the rounding."""
+        return {"adamw": self._adamw.state_dict(), "masters": [master.detach() for master in self.masters]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self._adamw.load_state_dict(state["adamw"])
-        for (_, master), saved in zip(self._rounded(), state["masters"], strict=True):
+        for p, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
             master.copy_(saved)
+            p.copy_(master)
 
     def _rounded(self) -> list[tuple[Parameter, Tensor]]:
         return [(p, master) for p, master in zip(self.parameters, self.masters, strict=True) if p is not master]

@@ -15,6 +15,7 @@ from .attention import backbone, check_packing
 from .checkpoint import save_checkpoint
 from .control_tokens import text_ids
 from .data import Rows, Solution, at, fit, read_rows, texts
+from .lora import adapted
 from .models import check_context, load_token_model
 from .optimizer import AdamW
 from .prm import SEPARATOR, separator_id
@@ -113,12 +114,14 @@ def train_prm(config: PRMConfig) -> PRMResult:
     train, heldout = split(instructions, [solutions[i] for i in whole], config.heldout, order)
     dtype = getattr(torch, config.dtype)
     model = load_token_model(config.model, tokenizer, num_labels=2, device=config.device, dtype=dtype)
+    model = adapted(model, config.model, config)
     longest = max(len(solution.tokens) for solution in solutions)
     check_context(model, longest)
     check_packing(model, longest)
     model.config.step_separator = config.separator  # who scores with it closes steps as they were in training
     model.config.eos_token_id = load_stop_ids(config.model, tokenizer)
     prm = StepScorer(model).train()
+    below = [p for p in backbone(model).parameters() if p.requires_grad]
 
     batches: list[Batch] = []
     lrs: list[float] = []
@@ -133,7 +136,8 @@ def train_prm(config: PRMConfig) -> PRMResult:
         lrs += learning_rates(config, lr, len(stage))
 
     def backward(batch: Batch) -> dict[str, Tensor]:
-        backbone(model).requires_grad_(not batch.head_alone)
+        for p in below:
+            p.requires_grad_(not batch.head_alone)
         num_steps = sum(len(solution.ends) for solution in batch.solutions)
         loss, num_right = torch.zeros(2, device=config.device).unbind()
         for microbatch in _microbatches(batch.solutions, config.max_tokens):
@@ -151,7 +155,6 @@ def train_prm(config: PRMConfig) -> PRMResult:
             config,
             folder,
             "prm",
-            prm,
             optimizer,
             batches,
             backward,

@@ -13,6 +13,7 @@ from .. import PackedBatch, PairLoss, pack, pairwise_q_loss, plan_microbatches, 
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Instruction, Pair, Rows, fit_rows, read_rows, texts, unequal_pairs
+from .lora import adapted
 from .models import check_context, load_policy, load_token_model
 from .optimizer import AdamW
 from .ranges import Count, NonNegative, Positive, Share, check_ranges
@@ -99,11 +100,12 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
     dtype = getattr(torch, config.dtype)
     scorer: TokenScorer | VocabularyScorer
     if config.kind == "qrm-vocab":
-        scorer = VocabularyScorer(load_policy(config.model, tokenizer, device=config.device, dtype=dtype))
+        model = load_policy(config.model, tokenizer, device=config.device, dtype=dtype)
+        scorer = VocabularyScorer(adapted(model, config.model, config))
         scorer.model.config.reward_model = config.kind  # or nothing would tell it from a policy
     else:
         model = load_token_model(config.model, tokenizer, device=config.device, dtype=dtype)
-        scorer = TokenScorer(model, reads_action=True)
+        scorer = TokenScorer(adapted(model, config.model, config), reads_action=True)
     longest = max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
     check_context(scorer.model, longest)
     check_packing(scorer.model, longest)
@@ -124,7 +126,7 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
 
     with folder:
         optimizer = AdamW(scorer.train().parameters())
-        log = take_steps(config, folder, "qrm", scorer, optimizer, batches, backward, num_batch_tokens)
+        log = take_steps(config, folder, "qrm", optimizer, batches, backward, num_batch_tokens)
         speed = tokens_per_s(log)
         save_checkpoint(scorer.model, tokenizer, config.out)
 

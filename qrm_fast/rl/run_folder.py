@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from .checkpoint import load_state, save_state, states
-from .ranges import CountOrNone
+from .ranges import CountOrNone, Positive
 
 Dtype = Literal["float32", "bfloat16"]  # of weights and activations; updates are float32
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,6 +32,12 @@ class RunOptions:
     seed: CountOrNone = 0
     device: str = "cpu"
     dtype: Dtype = "float32"
+    lora_rank: CountOrNone = 0
+    """Rank of the adapters (LoRA) that are trained in place of the model's weights; 0: the weights are."""
+    lora_alpha: Positive = 32.0
+    """An adapter counts lora_alpha / lora_rank."""
+    lora_target_modules: str = "all-linear"
+    """Layers that get an adapter: every linear one below the head, or names by commas, q_proj,v_proj."""
     tensorboard: bool = False
     """Write TensorBoard event files beside metrics.jsonl."""
 

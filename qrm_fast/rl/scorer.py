@@ -1,8 +1,9 @@
 """What a reward model says of actions: one number of each (Q-RM, ORM, critic), of each step two (PRM)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .. import PackedBatch, token_q
 from .attention import packed_hidden
@@ -15,7 +16,7 @@ class TokenScorer(nn.Module):
     A Q-RM scores an action by the state that has consumed it, a critic values the state before it (`reads_action`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, reads_action: bool) -> None:
+    def __init__(self, model: Any, *, reads_action: bool) -> None:
         super().__init__()
         self.model, self.reads_action = model, reads_action
 
@@ -29,7 +30,7 @@ class TokenScorer(nn.Module):
 class VocabularyScorer(nn.Module):
     """A causal language model whose logits are Q-values: Q(s, a) from the state before the action."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         head = policy_head(model)
@@ -51,7 +52,7 @@ class VocabularyScorer(nn.Module):
 class StepScorer(nn.Module):
     """A backbone with a head of two labels, wrong and right, read where a step has been closed: a PRM."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 

@@ -10,6 +10,7 @@ from .. import pack, plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Demonstration, fit_rows, read_rows, texts
+from .lora import adapted
 from .models import check_context, load_policy, num_token_ids
 from .optimizer import AdamW
 from .policy import Policy
@@ -59,6 +60,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
     sequences = fit_rows(prompts, responses, config.max_len, rows.places)
     plan_microbatches(list(map(len, sequences)), max_tokens=config.max_tokens)  # over the budget is an error now
     model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
+    model = adapted(model, config.model, config)
     longest = max(map(len, sequences))
     check_context(model, longest)
     check_packing(model, longest)
@@ -86,7 +88,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
         return {"loss": loss}
 
     with folder:
-        log = take_steps(config, folder, "sft", policy, optimizer, batches, backward, num_tokens)
+        log = take_steps(config, folder, "sft", optimizer, batches, backward, num_tokens)
         save_checkpoint(model, tokenizer, config.out)
     last = [row["sft/loss"] for row in log.rows[-max(1, len(log.rows) // 10) :]]
     return SFTResult(config.out, sum(last) / len(last), tokens_per_s(log))

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .metrics import MetricsLog, Phases
 from .optimizer import AdamW, trapezoid
@@ -46,7 +46,6 @@ def take_steps(
     config: StepOptions,
     folder: RunFolder,
     name: str,
-    module: nn.Module,
     optimizer: AdamW,
     batches: Sequence[Batch],
     backward: Callable[[Batch], Mapping[str, Tensor]],
@@ -60,12 +59,10 @@ def take_steps(
     FloatingPointError before a step that is not finite.
     """
     lrs = lrs or learning_rates(config, config.lr, len(batches))
-    parts: dict[str, Any] = {"model": module, "optimizer": optimizer}
     first, state = 0, folder.load()
     if state is not None:
         first = state["step"]
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
+        optimizer.load_state_dict(state["optimizer"])
     log = MetricsLog(config.out, first_step=first, tensorboard=config.tensorboard)
     phases = Phases(torch.device(config.device))
     for i in range(first, len(batches)):
@@ -80,7 +77,7 @@ def take_steps(
                 "that step, and nothing is saved"
             )
         log(i, {f"{name}/{key}": x for key, x in (values | {"lr": lrs[i]}).items()} | phases.report())
-        folder.keep(i + 1, parts)
+        folder.keep(i + 1, {"optimizer": optimizer})
     return log
 
 

@@ -107,7 +107,9 @@ def load_stop_ids(spec: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`stop_ids` of the model at `spec`, as `load_policy` takes it, by its files alone."""
     if spec.startswith("scratch:"):
         return stop_ids(tokenizer)
-    spec = adapter_base(spec) or spec
+    base = adapter_base(spec)
+    if base is not None:
+        return load_stop_ids(base, tokenizer)
     try:
         generation_config = GenerationConfig.from_pretrained(spec)
     except OSError:  # there is none: transformers then generates by the model's configuration

@@ -12,7 +12,7 @@ from random import Random as HostRandom
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, plan_microbatches
@@ -20,6 +20,7 @@ from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .config import Config, check, parse_streams
 from .data import Example, Prompt, Rows, read_rows
+from .lora import Start, adapted
 from .metrics import MetricsLog, Phases
 from .models import check_context, load_policy, load_token_model, num_token_ids
 from .optimizer import AdamW, trapezoid
@@ -52,13 +53,13 @@ class Parts(NamedTuple):
     engine: Engine
     optimizer: AdamW
     credit: Credit
-    reference: Policy | None
+    reference: Policy | Start | None
     critic: TokenScorer | None
     critic_optimizer: AdamW | None
 
     def learning(self) -> dict[str, Any]:
-        """The parts that a resumed run takes up where they were."""
-        names = ("policy", "optimizer", "credit", "critic", "critic_optimizer")
+        """The parts that a resumed run takes up where they were; what is trained of a model is its optimiser's."""
+        names = ("optimizer", "credit", "critic_optimizer")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -225,17 +226,20 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         return Policy(model, num_ids=num_token_ids(tokenizer))
 
     policy = load_start()
+    policy.model = adapted(policy.model, config.model, config)
     credit = load_credit(config, tokenizer, policy)
-    reference = load_start().requires_grad_(False) if config.kl_coef else None
+    reference: Policy | Start | None = None
+    if config.kl_coef:
+        reference = Start(policy) if config.lora_rank else load_start().requires_grad_(False)
     critic = critic_optimizer = None
     if config.value_coef or config.estimator != "own":
         # the critic starts as the Q-RM, or the policy's backbone, with a new head
         model = load_token_model(config.q_rm or config.model, tokenizer, device=device, dtype=dtype)
         model.score.reset_parameters()
-        critic = TokenScorer(model, reads_action=False)
+        critic = TokenScorer(adapted(model, config.model, config), reads_action=False)
         critic_optimizer = AdamW(critic.train().parameters())
     for module in (policy, *credit.models, reference, critic):
-        if module is not None:
+        if isinstance(module, nn.Module):  # which a reference of the policy's own weights is not
             check_context(module.model, max(longest, longest_eval) if module is policy else longest)
             check_packing(module.model, longest)
     engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))

@@ -21,7 +21,7 @@ def member_rewards(rewards, o_s, m_s):
     return tl.where(m_finite, b_r, 0.0), m_finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def group_advantages(
     rewards,  # [S]
     ids,  # [S], of by_group

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import _forward
 from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, picked, target_column
-from .product import GROUP, blocks, capability, describable, grouped, operand, store_block
+from .product import GROUP, blocks, capability, describable, grouped, operand, store_block, vectorised
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def merged(b_max, b_sum, b_weighted, b_max2, b_sum2, b_weighted2):
     return b_top, b_scale * b_sum + b_scale2 * b_sum2, b_weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_fold(
     hidden,  # [T, D]
     weight,  # [V, D]
@@ -80,9 +80,6 @@ def linear_logprobs_fold(
         b_e = tl.exp2(1.4426950408889634 * b_shift)
         if tops is not None:
             tl.store(tops + i_v // BV * num_rows + o_t, b_origin, m_t)
-        if kept is not None:
-            b_kept = b_z if tops is None else b_e
-            store_block((kept, stride_kept, num_rows, vocab), i_t, i_v, b_kept, DESCRIBED, BT, BV)
         # where e is 0 the shift may be -inf
         b_max, b_sum, b_weighted = merged(
             b_max, b_sum, b_weighted, b_top, tl.sum(b_e, 1), tl.sum(b_e * tl.maximum(b_shift, -1000.0), 1)
@@ -91,6 +88,9 @@ def linear_logprobs_fold(
             p = running + i_v // BV * num_rows + o_t
             tl.store(p, b_max, m_t)
             tl.store(p + stride_running, b_sum, m_t)
+        if kept is not None:
+            b_kept = b_z if tops is None else b_e
+            store_block((kept, stride_kept, num_rows, vocab), i_t, i_v, b_kept, DESCRIBED, BT, BV)
     p = statistics + i_s.to(tl.int64) * num_rows + o_t
     tl.store(p, b_max, m_t)
     p += stride_statistics
@@ -139,7 +139,7 @@ def finished_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_merge(
     statistics,  # [3, splits, T]
     target_logits,  # [T]
@@ -184,7 +184,7 @@ def fold(
     num_splits = triton.cdiv(vocab, SPLIT)
     statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
     described = describable(hidden, weight)
-    launch = fold_blocks(hidden.dtype, capability(hidden), described, softcap is not None, kept is not None)
+    launch = fold_blocks(head, kept is not None)
     linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
         operand(hidden, described, launch["BT"], launch["BD"]),
         operand(weight, described, launch["BV"], launch["BD"]),
@@ -213,9 +213,16 @@ def fold(
     return statistics
 
 
-def fold_blocks(dtype: torch.dtype, capability: int, described: bool, capped: bool, kept: bool) -> dict[str, int]:
-    halved = capped or (kept and not described)
-    return blocks(dtype, capability, described, halved=halved, stored=kept and described)
+def fold_blocks(head: Head, kept: bool) -> dict[str, int]:
+    """What is kept changes no block's columns nor depth: a log-probability has the same bits either way.
+
+    Half the columns where a softcap, or pointers with a bias or to rows that are no vectors, take the registers.
+    """
+    hidden, weight, _, bias, _, softcap = head
+    described = describable(hidden, weight)
+    crowded = softcap is not None or (not described and (bias is not None or not vectorised(hidden, weight)))
+    launch = blocks(hidden.dtype, capability(hidden), described, halved=crowded, stored=kept and described)
+    return launch if described else launch | {"BD": min(launch["BD"], 32)}
 
 
 def merge(statistics: Tensor, target_logits: Tensor, head: Head, ignore_index: int) -> tuple[Tensor, ...]:

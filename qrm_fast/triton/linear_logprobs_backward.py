@@ -69,7 +69,7 @@ def load_factors(factors, stride_factors, o_t, m_t):
     return b_scale, b_g, tl.load(p_a, m_t, 0.0), tl.load(p_a + stride_factors, m_t, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_factors", "num_rows"])
 def linear_logprobs_rows(
     grad_logprobs,  # [T]
     grad_entropy,  # [T]
@@ -97,7 +97,7 @@ def linear_logprobs_rows(
     store_factors(factors, tops, i_b, stride_factors, o_t, m_t, b_g, b_e, b_entropy, b_temperature, m_idle, m_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_factors", "num_rows"])
 def linear_logprobs_dz(
     hidden,  # [T, D]
     weight,  # [V, D]
@@ -153,7 +153,7 @@ def linear_logprobs_dz(
         store_block((dz, stride_dz, num_rows, num_columns), i_t, i_c, b_d, DESCRIBED, BT, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tops"])
 def linear_logprobs_scaled_hidden(
     hidden,  # [T, D]
     scale,  # [T]

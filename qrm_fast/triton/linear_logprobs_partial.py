@@ -14,7 +14,7 @@ from .linear_logprobs import fold, merged_splits
 from .logits import MERGE, Head, per_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "num_rows"])
 def linear_logprobs_join(
     statistics,  # [3, splits, T]
     targets,  # [T]

@@ -27,7 +27,7 @@ from .linear_logprobs_backward import gradient, gradients, load_factors, new_fac
 from .logits import MERGE, Head, load_temperature, per_row
 from .policy_loss import NUM_SUMS, load_row, policy_terms, sequence_log_ratios, store_sums, totals
 from .policy_loss import forward as policy_loss
-from .product import capability, describable, multiply
+from .product import multiply
 
 KEPT_BYTES = 1_450_000_000
 HEIGHT = 128  # of the rows over which one program turns logits into dZ
@@ -54,7 +54,7 @@ class Policy(NamedTuple):
         return Policy(*(None if x is None else x[rows] for x in self[:4]), *self[4:])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "stride_factors", "stride_sums", "num_rows"])
 def linear_policy_loss_rows(
     statistics,  # [3, splits, T]
     target_logits,  # [T]
@@ -123,7 +123,7 @@ def linear_policy_loss_rows(
     store_factors(factors, tops, i_b, stride_factors, o_t, m_t, b_g, b_e, b_entropy, b_temperature, m_idle, m_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_factors", "num_rows"])
 def linear_policy_loss_dz(
     kept,  # [T, V]
     tops,  # [blocks of columns, T] or None, as linear_logprobs_fold writes both
@@ -246,9 +246,7 @@ def in_blocks(
     dx = hidden.new_empty(hidden.shape if need_hidden else 0, dtype=torch.float32)
     dw = hidden.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
     db = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
-    width = fold_blocks(hidden.dtype, capability(hidden), describable(hidden, weight), softcap is not None, kept=True)[
-        "BV"
-    ]
+    width = fold_blocks(head, kept=True)["BV"]
     dz_rows = hidden.new_empty(height, triton.cdiv(vocab, 8) * 8)
     for row in range(0, num_rows, height):
         rows = slice(row, min(num_rows, row + height))

@@ -18,7 +18,7 @@ from .logits import MERGE, SPLIT, load_temperature, logits, per_row, picked, res
 from .product import GROUP, blocks, capability, describable, grouped, operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sums", "num_rows"])
 def linear_q_values_fold(
     policy_hidden,  # [T, Dp]
     policy_weight,  # [V, Dp]
@@ -96,7 +96,7 @@ def linear_q_values_fold(
     tl.store(target_logits + num_rows + o_t, b_target_q, m_split)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sums", "num_rows"])
 def linear_q_values_merge(
     sums,  # [6, splits, T]
     target_logits,  # [2, T]

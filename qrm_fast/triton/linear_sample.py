@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops.linear_sample import _linear_sample
 from .linear_logprobs import fold, fold_blocks, merge
 from .logits import SPLIT, Head, load_temperature, logits, per_row
-from .product import capability, describable, operand
+from .product import describable, operand
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def advanced(i, upto, goal, found, reached, below):
     return tl.where(m_adds, i, found), tl.where(m_adds, upto, reached), tl.where(m_adds, reached, below)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_statistics", "stride_running", "num_rows"])
 def linear_sample_rows(
     hidden,  # [R, D]
     weight,  # [V, D]
@@ -133,7 +133,7 @@ def forward(
         tokens = torch.full_like(uniforms, -1, dtype=torch.int64)
         head = Head(hidden, weight, tokens, bias, per_row(temperature, temperatures, tokens), softcap)
         described = describable(hidden, weight)
-        launch = fold_blocks(hidden.dtype, capability(hidden), described, softcap is not None, kept=False)
+        launch = fold_blocks(head, kept=False)
         columns = min(launch["BV"], 128)  # of a search; wider ones spill
         running = hidden.new_empty(2, triton.cdiv(vocab, launch["BV"]), num_rows, dtype=torch.float32)
         statistics = fold(head, token_logits, running=running)

@@ -52,7 +52,7 @@ def lowest_step(step_rewards, begin, end, num_steps, BK: tl.constexpr):
     return low, tl.min(tl.where(b_low == low, b_worst, num_steps), 0), tl.sum(b_broken, 0) > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def min_form_returns(
     step_rewards,  # [K]
     step_ends,  # [K]

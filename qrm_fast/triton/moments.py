@@ -73,7 +73,7 @@ def moments_rows(
     store_moments(parts + (i_k * num_splits + i_p) * 3, count, mean, m2, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def moments_join(
     parts,  # [K, num_splits, 3]
     sets,  # [K, 3]
@@ -95,7 +95,7 @@ def moments_join(
     store_moments(sets + i_k * 3, count, mean, m2, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def moments_of_groups(
     sets,  # [S, 3]
     ids,  # [S], of by_group

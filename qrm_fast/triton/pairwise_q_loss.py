@@ -19,7 +19,7 @@ PAIRS = {"BP": 256, "num_warps": 4}
 SPLITS = 4  # a constant: a margin's bits must not depend on the batch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def pair_sums(
     q,  # [T]
     mask,  # [T] or None
@@ -67,7 +67,7 @@ def softplus(x):
     return tl.where(x > 0.0, x, 0.0) + tl.where(b_gained == 0.0, b_u, tl.log(b_more) * (b_u / b_gained))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def pair_margins(
     sums,
     loss,  # []
@@ -101,7 +101,7 @@ def pair_margins(
     tl.store(accuracy, (tl.sum(b_right, 0) / num_counted).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def pair_gradients(
     grad_loss,  # []
     grad_margin,  # [P]
@@ -132,7 +132,7 @@ def pair_gradients(
         tl.store(row_grad + 2 * o_p + 1, tl.where(m_counted, -b_grad / b_rejected, 0.0), m_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_halvings"])
 def pair_rows(
     row_grad,
     mask,  # [T] or None

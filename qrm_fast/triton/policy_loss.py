@@ -173,7 +173,7 @@ def policy_loss_rows(
     store_sums(sums, i_b, tl.num_programs(0), b_terms, b_entropy, b_weight, entropy_coef)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def policy_loss_log_ratios(
     logprobs,  # [T]
     old_logprobs,  # [T]
@@ -201,7 +201,7 @@ def policy_loss_log_ratios(
         tl.store(log_ratios + o_t, tl.full([BT], 0.0, tl.float32) + mean.to(tl.float32), o_t < eos)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def policy_loss_sum(
     sums,  # [8, num_blocks] float64
     loss,  # []

@@ -46,7 +46,7 @@ def outcome_of(outcome_rewards, has_answer, o_s, m_s):
     return b_outcome, m_asked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_steps"])
 def process_sums(
     returns,  # [K] float64
     step_ends,  # [K]
@@ -117,7 +117,7 @@ def shares(cu_seqlens, outcome_rewards, has_answer, numerators, o_s, m_s, PRESET
     return b_process, b_size, b_solved, b_answers, b_outcome, m_asked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def process_baselines(
     ids,  # [S], of by_group
     order,  # [S] or None
@@ -204,7 +204,7 @@ def level_steps(
     return tl.where(o_k < last, process_coef * b_level + base, base), b_begin, b_end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps", "num_halvings"])
 def process_levels(
     returns,
     step_ends,

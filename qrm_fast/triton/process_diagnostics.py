@@ -18,7 +18,7 @@ from .search import sequence_bounds
 SEQUENCES = {"BS": 512, "num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
 def diagnose(
     step_rewards,  # [K]
     step_ends,  # [K]
@@ -73,7 +73,7 @@ def diagnose(
     tl.store(mass + i_s * num_splits + i_p, tl.sum(b_mass, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def diagnose_shares(
     is_few,
     mass,

@@ -21,14 +21,14 @@ def blocks(dtype: torch.dtype, capability: int, described: bool, *, halved=False
 
     128 x 256 accumulators fill the register file of a multiprocessor. Pointers instead of descriptors take registers of
     their own: half the columns then, as where the caller asks for room by `halved`. `stored`: the accumulators leave
-    through shared memory, in the place of one buffer. 3 buffers of 128 x 128 fit into the 99 KB of the small GPUs.
+    through shared memory, in the place of one buffer, and in the 99 KB of sm_120 beside buffers of half the depth.
     """
     if dtype == torch.float32:
         return {"BT": 64, "BV": 64, "BD": 16, "num_warps": 8, "num_stages": 3}
     if capability in (9, 10):
         launch = {"BT": 128, "BV": 256 if described else 128, "BD": 64, "num_warps": 8, "num_stages": 3 + (not stored)}
     else:
-        launch = {"BT": 128, "BV": 128, "BD": 64, "num_warps": 8, "num_stages": 3}
+        launch = {"BT": 128, "BV": 128, "BD": 64 if capability == 8 else 32, "num_warps": 8, "num_stages": 3}
     if halved:
         launch["BV"] //= 2
     return launch
@@ -37,6 +37,11 @@ def blocks(dtype: torch.dtype, capability: int, described: bool, *, halved=False
 def capability(x: Tensor) -> int:
     """Major compute capability; the interpreter, on the CPU, runs what a Hopper GPU runs."""
     return 9 if x.is_cpu else torch.cuda.get_device_capability(x.device)[0]
+
+
+def vectorised(*operands: Tensor) -> bool:
+    """Whether Triton knows that every row of all of these [rows, columns] starts at a multiple of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in operands)
 
 
 def describable(*operands: Tensor) -> bool:
@@ -137,7 +142,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, scale: Tensor, *, added: bool, t
     """out = scale a @ b, plus out where `added`, a.T for a where `transposed`; `scale` is 0-d or one per row of out."""
     num_rows, num_columns = out.shape
     described = describable(a, b)
-    launch = blocks(a.dtype, capability(a), described)
+    launch = blocks(a.dtype, capability(a), described, halved=not vectorised(out))
     height, width, depth = launch["BT"], launch["BV"], launch["BD"]
     product[(triton.cdiv(num_rows, height) * triton.cdiv(num_columns, width),)](
         operand(a, described, *((depth, height) if transposed else (height, depth))),

@@ -33,7 +33,7 @@ def counted_rows(mask, advantages, o_t, m_t):
     return b_q, m_counted & m_kept, m_kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_halvings"])
 def q_head_advantages(
     hidden,  # [T, D]
     head,  # [D]

@@ -41,7 +41,7 @@ def kl_penalty(logprobs, ref_logprobs, o_t, m_t, kl_coef, KL: tl.constexpr):
     return kl_coef * b_kl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_halvings"])
 def reward_rows(
     q,  # [T]
     cu_seqlens,  # [S+1]
@@ -75,7 +75,7 @@ def reward_rows(
     tl.store(rewards + o_t, tl.where(m_kept, b_y, 0.0).to(tl.float32), m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rescore_last(
     q,
     cu_seqlens,

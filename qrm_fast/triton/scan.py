@@ -26,10 +26,10 @@ PIECE, GROUP = 32, 64  # rows, pieces
 SETUP_PROGRAMS = 64
 SETUP = {"BS": 512, "num_warps": 4}
 ROWS = {"BP": 32, "HALVINGS": 6, "enable_fp_fusion": False}
-GROUPS = {"BP": 16, "HALVINGS": 5, "num_warps": 4, "enable_fp_fusion": False}
+GROUPS = {"BP": 16, "HALVINGS": 5, "enable_fp_fusion": False}
 STATES = {"BG": 512, "num_warps": 4, "enable_fp_fusion": False}
 PARTS = {"gae": 2, "discounted_returns": 2, "min_gae": 3, "vtrace": 5}  # numbers that a map has
-WARPS = {"gae": 4, "discounted_returns": 4, "min_gae": 4, "vtrace": 8}  # of scan_rows: at 4, five numbers spill
+WARPS = {"gae": 4, "discounted_returns": 4, "min_gae": 4, "vtrace": 8}  # of rows and groups: at 4, five numbers spill
 
 
 @triton.jit
@@ -222,7 +222,18 @@ def owners(
     return i_s, m_s & (i_run >= 0), bos, eos, i_run
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "piece_firsts",
+        "group_firsts",
+        "broken",
+        "num_tokens",
+        "num_sequences",
+        "num_piece_programs",
+        "num_group_programs",
+        "num_halvings",
+    ]
+)
 def scan_setup(
     cu_seqlens,  # [S+1]
     piece_firsts,  # [programs of scan_rows]
@@ -259,7 +270,7 @@ def scan_setup(
     tl.store(broken + i_p, tl.maximum(tl.max(b_broken, 0), ends.to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["firsts", "broken", "num_tokens", "num_sequences", "num_maps", "num_states"])
 def scan_rows(
     rewards,  # [T]
     values,  # [T] or None
@@ -344,7 +355,7 @@ def scan_rows(
         tl.store(more + o_t, tl.where(m_t, b_more, 0.0), m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["firsts", "num_tokens", "num_sequences", "num_maps"])
 def scan_groups(
     cu_seqlens,
     firsts,
@@ -372,7 +383,7 @@ def scan_groups(
     store_map(maps, num_maps, o_map, scanned(b_map, 1, RULE), m_piece, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_maps", "num_states", "num_halvings"])
 def scan_states(
     bootstrap,
     cu_seqlens,
@@ -454,7 +465,10 @@ def launch(
         )
         scan_rows[(programs,)](*of_rows, rule, PARTS[rule], False, **rows)
         scan_groups[(group_programs,)](
-            cu_seqlens, group_firsts, maps, *sizes, num_maps, rule, PARTS[rule], **tree, **GROUPS
+            *(cu_seqlens, group_firsts, maps, *sizes, num_maps, rule, PARTS[rule]),
+            num_warps=WARPS[rule],
+            **tree,
+            **GROUPS,
         )
         scan_states[(num_states,)](
             bootstrap,

@@ -16,7 +16,7 @@ from .search import count_below
 LAUNCH = {"BT": 512, "num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_steps", "sequence_halvings", "step_halvings"])
 def rows_of_steps(
     values,  # [K] float64
     base,  # [S] float64 or None

@@ -51,7 +51,7 @@ def row_sums(
     return tl.sum(b_product, 1), tl.sum(b_square, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def token_q_forward(
     hidden,  # [T, D]
     head,  # [V, D]
@@ -81,7 +81,7 @@ def token_q_forward(
     tl.store(q + o_t, tl.where(m_ignored, 0.0, tl.where(m_inside, b_q, float("nan"))), m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def token_q_backward_rows(
     grad_q,  # [T]
     hidden,
@@ -130,7 +130,7 @@ def token_q_backward_rows(
             tl.store(grad_hidden + o_t[:, None] * dim + o_d[None, :], b_grad, m_t[:, None] & (o_d < dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "block_rows"])
 def token_q_column_sums(
     x,  # [T, D]
     factor,  # [T] or None; a row of factor 0 is not read
@@ -168,7 +168,7 @@ def token_q_column_sums(
     tl.store(sums + i_b * dim + o_d, tl.sum(b_sum, 0), m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def token_q_segment_sums(
     x,  # [T, D]
     factor,  # [T] or None; a row of factor 0 is not read
@@ -216,7 +216,7 @@ def token_q_segment_sums(
         i_id = i_next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def token_q_segment_joins(
     ids,
     norm_weight,

@@ -51,7 +51,7 @@ def value_loss_rows(
     tl.store(sums + i_b, tl.sum(tl.where(m_t, b_weight.to(tl.float64) * b_loss.to(tl.float64), 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def value_loss_sum(sums, loss, num_blocks, BT: tl.constexpr):
     b_sum = tl.zeros([BT], tl.float64)
     for i_b in range(0, num_blocks, BT):

@@ -304,7 +304,7 @@ def test_several_ranks_need_the_count_of_all():
     config = verl_on_cpu.actor_config(9)
     config.global_batch_info["dp_size"] = 2
     for mode, name in ("token-mean", "batch_num_tokens"), ("seq-mean-token-mean", "global_batch_size"):
-        with pytest.raises(ValueError, match=f"{name} must be given for '{mode}' on 2 ranks"):
+        with pytest.raises(ValueError, match=f"{name} must be given for '{mode}' where dp_size is 2"):
             core_algos.get_policy_loss_fn("qrm_ppo")(advantages, advantages, advantages, mask, mode, config)
 
 

@@ -11,6 +11,7 @@ def launches(capability):
         needs = True, True, bias is not None
         forward(hidden, weight, i64(rows), *policy, bias, temperature, None, softcap, -100, *options, *needs)
 
+    launch(bf16(T, 1000), bf16(V, 1000), None, None, None, 1.0, None, "ppo", 0.01)
     if capability != 90:
         launch(bf16(T, D), bf16(V, D), bf16(V), fp32(T), None, 0.7, None, "ppo", 0.01)
         return

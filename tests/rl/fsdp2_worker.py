@@ -43,4 +43,5 @@ gradients = {name: p.grad.full_tensor() * num_ranks for name, p in policy.named_
 if rank == 0:
     parts = {"logprobs": [x for x, _ in gathered], "losses": [x for _, x in gathered], "gradients": gradients}
     torch.save(parts, folder / "sharded.pt")
+dist.barrier()  # a rank that leaves early may tear down what another still waits for
 dist.destroy_process_group()

@@ -4,7 +4,7 @@
 write. `config`: verl's `algorithm`; its entry `qrm` holds our options (`+algorithm.qrm.operator=hard`). `index`: [B],
 the prompts' ids. Each returns (advantages, returns), [B, T] float32 and 0 where the mask is; neither has a gradient.
 
-A reward behind the last trainable token of an answer, as of one that ends in a tool's output, counts at that token.
+A reward on a token under the mask, as of an answer that ends in a tool's output, counts at the trainable one before it.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import from_padded, gae, group_advantages, min_form_returns, process_advantages, q_token_rewards, whiten
+from ... import from_padded, group_advantages, min_form_returns, process_advantages, q_token_rewards
+from ..padded import compute_gae_advantage_return, row_bounds
+from ..rewards import onto_trainable
 
 Estimate = tuple[Tensor, Tensor]
 
@@ -111,28 +113,6 @@ def qrm_gae(
     return compute_gae_advantage_return(rewards, values, mask, config["gamma"], config["lam"])
 
 
-@torch.no_grad()
-def compute_gae_advantage_return(
-    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
-) -> Estimate:
-    """verl's function of this name: whitened advantages and TD(lambda) targets, [B, T] float32 both.
-
-    `token_level_rewards`, `values`: [B, T] floating. `response_mask`: [B, T]; where it is 0 the recurrence is carried
-    through, and the results, which verl reads nowhere, are 0. Whitened over the mask, with n - 1; where fewer than two
-    tokens are in it verl raises and this gives 0.
-    """
-    shape, mask = response_mask.shape, (response_mask != 0).reshape(-1)
-    # Padded rows are packed ones with a mask: nothing is copied.
-    r, v = token_level_rewards.float().reshape(-1), values.float().reshape(-1)
-    advantages, returns = gae(r, v, row_bounds(shape, mask.device), gamma=float(gamma), lam=float(lam), mask=mask)
-    return whiten(advantages, mask=mask, unbiased=True).view(shape), returns.view(shape)
-
-
-def row_bounds(shape: torch.Size, device: torch.device) -> Tensor:
-    """[B+1] int64: the boundaries of the rows of a [B, T] tensor laid end to end."""
-    return torch.arange(shape[0] + 1, device=device) * shape[1]
-
-
 ESTIMATORS = (qrm_min_form, qrm_pure, qrm_q, qrm_rloo, qrm_grpo, qrm_gae)
 
 
@@ -145,17 +125,15 @@ def _options(config: Any, **defaults: Any) -> dict[str, Any]:
 
 
 def _trainable(rewards: Tensor, response_mask: Tensor, config: Any = None) -> tuple[Tensor, Tensor]:
-    """[B, T] float32 rewards, those behind the last trainable token summed there, and the mask as bool."""
+    """[B, T] float32 rewards, each on a trainable token (`onto_trainable`), and the mask as bool."""
     if config is not None and config.get("use_kl_in_reward", False):
         raise ValueError(
             "algorithm.use_kl_in_reward must be False here, for it makes every token a rewarded one: put the KL into "
             "the loss, actor_rollout_ref.actor.use_kl_loss=True"
         )
-    mask = response_mask != 0
-    behind = mask.flip(1).cumsum(1).flip(1) == 0
-    tail = torch.where(behind, rewards.float(), 0.0).sum(1)
-    is_last = mask & torch.cat([behind[:, 1:], torch.ones_like(behind[:, :1])], 1)
-    return torch.where(mask, rewards.float(), 0.0) + torch.where(is_last, tail[:, None], 0.0), mask
+    mask, r = response_mask != 0, rewards.float()
+    moved = onto_trainable(r.flatten(), row_bounds(r), mask.flatten())
+    return moved.view(r.shape), mask
 
 
 def _last_rows(cu_seqlens: Tensor) -> Tensor:

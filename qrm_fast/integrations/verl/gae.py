@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from .estimators import compute_gae_advantage_return
+from ..padded import compute_gae_advantage_return
 from .hooks import after_import, hooked
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import loss_weights, policy_loss
+from ... import policy_loss
 from ...ops.policy_loss import MAX_LOG_RATIO
-from .estimators import row_bounds
+from ..padded import agg_weights, row_bounds
 
 
 def _policy_loss(
@@ -30,7 +30,7 @@ def _policy_loss(
     mask = response_mask != 0
     low, high = (config.clip_ratio if c is None else c for c in (config.clip_ratio_low, config.clip_ratio_high))
     dual_clip = config.get("clip_ratio_c", 3.0) if kind == "ppo" else None
-    weights = token_weights(mask, loss_agg_mode, **config.global_batch_info)
+    weights = agg_weights(mask, loss_agg_mode, **config.global_batch_info)
     # Weights of the rollout are not negative, so a bound on w A is w times the bound on A.
     scaled = advantages if rollout_is_weights is None else advantages * rollout_is_weights
     logprobs, old, scaled = (x.float().reshape(-1) for x in (log_prob, old_log_prob.detach(), scaled.detach()))
@@ -38,44 +38,14 @@ def _policy_loss(
         logprobs,
         scaled,
         old_logprobs=old,
-        token_weights=weights.reshape(-1),
-        cu_seqlens=row_bounds(mask.shape, mask.device) if kind == "gspo" else None,
+        token_weights=weights.flatten(),
+        cu_seqlens=row_bounds(mask) if kind == "gspo" else None,
         kind=kind,
         clip_low=low,
         clip_high=high,
         dual_clip=dual_clip,
     ).loss
     return loss, _metrics(kind, log_prob.detach() - old_log_prob, advantages, mask, low, high, dual_clip)
-
-
-def token_weights(
-    mask: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
-    loss_scale_factor: float | None = None,
-) -> Tensor:
-    """[B, T] float32 w with which verl's `agg_loss(x, mask, loss_agg_mode, ...)` is the sum of w x; 0 off the mask.
-
-    `mask`: [B, T] bool. Raises ValueError for an unknown mode, and for several ranks without the count of all.
-    """
-    if loss_agg_mode == "token-sum":
-        return mask.float() * dp_size
-    by_tokens = loss_agg_mode == "token-mean"
-    name, total = ("batch_num_tokens", batch_num_tokens) if by_tokens else ("global_batch_size", global_batch_size)
-    if total is None and dp_size > 1:
-        raise ValueError(f"{name} must be given for {loss_agg_mode!r} on {dp_size} ranks, got None")
-    normed = loss_agg_mode == "seq-mean-token-sum-norm"
-    weights = loss_weights(
-        row_bounds(mask.shape, mask.device),
-        mask=mask.reshape(-1),
-        mode=loss_agg_mode,
-        global_tokens=batch_num_tokens,
-        global_sequences=global_batch_size,
-        norm=(loss_scale_factor or mask.shape[1]) if normed else None,
-    )
-    return weights.view(mask.shape) * dp_size
 
 
 @torch.no_grad()

@@ -1,0 +1,116 @@
+"""The CUDA C++ scans on CPU tensors: the launchers of csrc/cuda as they are, the PTX that nvcc makes of their kernels.
+
+launched("gae", seed, columns, ...)  # the op's arguments
+"""
+
+import ctypes
+import functools
+import importlib.util
+import re
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
+import qrm_fast  # noqa: F401  defines the ops
+
+from .emulator import COMMAND, Kernel, compiled
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "csrc/cuda"
+RUNTIME = Path(__file__).parent / "cuda_runtime.cpp"
+LAUNCH = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint)),
+    *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)),
+)
+counts: dict[str, int] = {}  # instructions of each kernel
+
+
+def _setup():
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    return setup
+
+
+def _compile(folder: Path) -> None:
+    """One translation unit of all scans, as PTX (scans.ptx) and with its host code in a library (scans.so)."""
+    folder.mkdir()
+    source, host, runtime = folder / "scans.cu", folder / "scans.o", folder / "runtime.o"
+    source.write_text("".join(f'#include "{path}"\n' for path in sorted(CUDA.glob("*.cu"))))
+    setup = _setup()
+    includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    options = [option for option in setup.NVCC if "-gencode" not in option]
+    options += [*COMMON_NVCC_FLAGS, "-gencode=arch=compute_90,code=compute_90", *includes]
+    command = ["nvcc", "-c", source, "-o", host, "--keep", "--keep-dir", folder, "-Xcompiler", "-fPIC", *options]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    subprocess.run([*COMMAND, "-c", RUNTIME, "-o", runtime], check=True)
+    libraries = Path(torch.__file__).parent / "lib"
+    link = ["c++", "-shared", host, runtime, "-o", folder / "scans.so", "-Wl,-Bsymbolic"]
+    subprocess.run([*link, f"-L{libraries}", "-ltorch_cpu", "-ltorch", f"-Wl,-rpath,{libraries}"], check=True)
+
+
+@functools.cache
+def _scans() -> tuple[ctypes.CDLL, str]:
+    sources = sorted((ROOT / "csrc").rglob("*.[hc]*"))
+    folder = compiled("scans.built", [RUNTIME, *(s for s in sources if s.is_file() and "cpu" not in s.parts)], _compile)
+    library = ctypes.CDLL(str(folder / "scans.so"))
+    return library, (folder / "scans.ptx").read_text()
+
+
+class _Allocations(TorchDispatchMode):
+    """Holds on to the tensors that a launcher makes, which are the memory its kernels may use."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.tensors.append(result)
+        return result
+
+
+def launched(op: str, seed: int, *args, mutation: Callable[[str], str] = str) -> tuple[torch.Tensor, ...]:
+    """What the op's CUDA kernels return for these arguments, in the order of its schema.
+
+    `mutation` changes the text of each kernel.
+    """
+    library, module = _scans()
+    allocations, faults = _Allocations(), []
+
+    def launch(name, grid, block, shared_bytes, values):
+        try:
+            text = re.search(rf"\.entry {name.decode()}\(.*?^}}", module, re.DOTALL | re.MULTILINE)[0]
+            kernel = _kernel(mutation(text), name.decode())
+            parameters = kernel.pack(ctypes.string_at(values[i], size) for i, size in enumerate(kernel.sizes))
+            tensors = [x for x in (*args, *allocations.tensors) if isinstance(x, torch.Tensor)]
+            assert block[1] == block[2] == 1
+            done = kernel.run(parameters, tuple(grid[:3]), block[0], shared_bytes, tensors, seed)
+            counts[name.decode()] = counts.get(name.decode(), 0) + done
+            return 0
+        except Exception as fault:
+            faults.append(fault)
+            return 1
+
+    callback = LAUNCH(launch)
+    library.emulate_launches(callback)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    try:
+        with allocations:
+            results = getattr(torch.ops.qrm_fast, op).default.redispatch(keys, *args)
+    except RuntimeError:
+        if faults:
+            raise faults[0] from None
+        raise
+    return results if isinstance(results, tuple) else (results,)
+
+
+@functools.lru_cache(32)
+def _kernel(text: str, name: str) -> Kernel:
+    return Kernel(text, name)

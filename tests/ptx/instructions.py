@@ -1,0 +1,69 @@
+"""Instructions that each kernel executes per row: `EMULATED=90 PYTHONPATH=tests python -m ptx.instructions`.
+
+The launches are those of tests/launches, at the sizes below and with data in the place of meta tensors; a kernel's row
+is a token of the batch. What is counted are a warp's instructions in PTX, before ptxas: to compare kernels and their
+versions with, not to predict times.
+"""
+
+import importlib
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import launches
+import torch
+
+from . import cuda_launches, triton_launches
+
+SIZES = {"T": 512, "D": 128, "V": 640, "K": 64, "S": 16, "MANY": 512}
+SIZES |= {"ODD_T": 511, "ODD_D": 121, "ODD_V": 613, "ODD_K": 61, "ODD_S": 7}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES |= {"i32": torch.int32, "i64": torch.int64, "flags": torch.bool}
+
+
+def filled(*shape, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values; integers are boundaries, ends of steps, ids of groups or of the vocabulary, by their number."""
+    if dtype.is_floating_point:
+        return torch.randn(*shape).to(dtype)
+    if dtype == torch.bool:
+        return torch.rand(*shape) < 0.8
+    (n,) = shape
+    total = SIZES["ODD_T"] if n in (SIZES["ODD_K"], SIZES["ODD_S"] + 1) else SIZES["T"]
+    if n - 1 in (SIZES["S"], SIZES["ODD_S"], SIZES["MANY"]):
+        return (torch.arange(n) * total // (n - 1)).to(dtype)
+    if n in (SIZES["K"], SIZES["ODD_K"]):
+        return (torch.arange(1, n + 1) * total // n - 1).to(dtype)
+    return (torch.arange(n) // 8 if n in (SIZES["S"], SIZES["ODD_S"]) else torch.arange(n) % SIZES["V"]).to(dtype)
+
+
+def main() -> None:
+    capability = int(os.environ["EMULATED"])
+    triton_launches.install(capability)
+    triton_launches.SCHEDULES = 1
+    torch.manual_seed(0)
+    for name, size in SIZES.items():
+        setattr(launches, name, size)
+    for name, dtype in DTYPES.items():
+        setattr(launches, name, partial(filled, dtype=dtype))
+    for file in sorted(Path(launches.__file__).parent.glob("[!_]*.py")):
+        importlib.import_module(f"launches.{file.stem}").launches(capability)
+    print(f"{'Triton kernel':<32}{'launches':>9}{'instructions':>14}{'per row':>9}")
+    for name, count in sorted(triton_launches.counts.items()):
+        per_row = count.instructions / count.launches / SIZES["T"]
+        print(f"{name:<32}{count.launches:>9}{count.instructions:>14}{per_row:>9.1f}")
+    if shutil.which("nvcc"):
+        columns, cu = torch.randn(3, 1 << 14), torch.arange(0, (1 << 14) + 1, 1 << 8)
+        numbers = {"gae": (0.99, 0.95, None), "discounted_returns": (0.99,), "min_gae": (0.95,)}
+        numbers["vtrace"] = 0.99, 0.95, 1.0, 1.0
+        inputs = {"gae": 2, "discounted_returns": 1, "min_gae": 2, "vtrace": 3}
+        print(f"{'CUDA scan':<32}{'':>9}{'instructions':>14}{'per row':>9}")
+        for op, options in numbers.items():
+            cuda_launches.counts.clear()
+            cuda_launches.launched(op, 0, *columns[: inputs[op]], cu, *options, None, None)
+            instructions = sum(cuda_launches.counts.values())
+            print(f"{op:<32}{'':>9}{instructions:>14}{instructions / (1 << 14):>9.1f}")
+
+
+if __name__ == "__main__":
+    main()

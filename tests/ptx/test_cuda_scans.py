@@ -1,0 +1,128 @@
+"""The CUDA C++ scans, as nvcc compiles them for sm_90, under several schedules; without nvcc nothing is compiled."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from scans import SCANS, Problem, decays, problem
+
+from ptx import cuda_launches
+from ptx.emulator import Fault
+
+LENGTHS = [5000, 3, 0, 1024, 1025, 1, 33, 2000, 16]  # units of 1024 rows
+every_scan = pytest.mark.parametrize("name", SCANS)
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+
+
+def launched(
+    name: str, p: Problem, seed: int, *, gamma=1.0, lam=None, masked=True, **options
+) -> tuple[torch.Tensor, ...]:
+    """The results of an op's CUDA kernels; lam defaults as in the public functions."""
+    columns, rest = [c.contiguous() for c in p.columns], (p.bootstrap, p.mask if masked else None)
+    lam = lam if lam is not None else 1.0 if name == "vtrace" else 0.95
+    own = {
+        "gae": (gamma, lam, None),
+        "discounted_returns": (gamma,),
+        "min_gae": (lam,),
+        "vtrace": (gamma, lam, 1.0, 1.0),
+    }
+    return cuda_launches.launched(name, seed, *columns, p.cu, *own[name], *rest, **options)
+
+
+@every_scan
+@pytest.mark.parametrize("decay", [0.0, 0.95, 1.0])
+def test_as_the_cpu_kernel_in_float64(name, decay):
+    """Rounding over some 20 steps of a tree of float32."""
+    p = problem(name, LENGTHS)
+    wide = {"mask": p.mask, "bootstrap": p.bootstrap.double()}
+    exact = SCANS[name].op(p.columns.double(), p.cu, **wide, **decays(name, decay))
+    for ours, want in zip(launched(name, p, seed=3, **decays(name, decay)), exact, strict=True):
+        torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-4 if decay < 1 else 1e-2)
+
+
+@every_scan
+@pytest.mark.unpoisoned
+def test_bits_depend_neither_on_packing_nor_on_timing(name):
+    p = problem(name, LENGTHS)
+    packed = launched(name, p, seed=0)
+    for seed in range(1, 6):
+        assert all(map(torch.equal, packed, launched(name, p, seed)))
+    order = list(range(len(LENGTHS)))[::-1]
+    shuffled, rows = launched(name, p.take(order), seed=6), torch.cat([p.sequences()[i] for i in order])
+    assert all(torch.equal(x[rows], y) for x, y in zip(packed, shuffled, strict=True))
+
+
+@every_scan
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_and_boundaries_of_either_width(name, dtype):
+    p = problem(name, [700, 0, 1500, 9], dtype)
+    narrow = launched(name, p._replace(cu=p.cu.long()), seed=1)
+    wide = launched(name, p._replace(columns=p.columns.float(), cu=p.cu.int()), seed=2)
+    assert all(map(torch.equal, narrow, wide))
+
+
+@every_scan
+def test_broken_boundaries_give_nan_and_nothing_outside(name):
+    p = problem(name, [1500])
+    for bounds in [0, 5000], [-50, 1500], [900, 10, 1500], [1 << 40, 3]:
+        cu = torch.tensor(bounds)
+        broken = p._replace(cu=cu, bootstrap=torch.zeros(len(bounds) - 1))
+        assert all(x.isnan().all() for x in launched(name, broken, seed=4))
+
+
+def mutated(pattern: str, replacement: str, count: int = 0):
+    def mutation(text: str) -> str:
+        return re.sub(pattern, replacement, text, count=count)
+
+    return mutation
+
+
+MUTANTS = {
+    # the unit is taken from the front: it waits for units that take their tickets later
+    "reversed tickets": (
+        r"not\.b64\s+(%rd\d+), (%rd\d+);\s*add\.s64\s+(%rd\d+), \1, %rd\d+;",
+        r"mov.u64 \3, \2;",
+        "hang: all warps compute and read",
+    ),
+    "a plain store publishes": (r"st\.release\.gpu\.s32", "st.global.s32", "race in global memory"),
+    "a plain load waits": (r"ld\.acquire\.gpu\.s32", "ld.global.s32", "race in global memory"),
+    "nothing is waited for": (
+        r"(ld\.acquire\.gpu\.s32\s+(%r\d+), .*;)",
+        r"\1\nmov.u32 \2, 1;",
+        "race in global memory",
+    ),
+    "no barriers": (r"bar\.sync\s+0;", "", "race in shared memory"),
+    "rows from one too far": (r"(ld\.global\.u32\s+%r\d+, \[%rd\d+)\+512\]", r"\1+4194304]", "outside every tensor"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(mutant):
+    *change, complaint = MUTANTS[mutant]
+    p = problem("gae", [12_000, 3])  # more units than are in flight
+    with pytest.raises(Fault, match=complaint):
+        for seed in range(8):
+            launched("gae", p, seed, mutation=mutated(*change))
+
+
+def test_single_barriers_are_missed():
+    """Those of pieces and units; groups of units have theirs in longer sequences."""
+    p, places = problem("gae", [3000, 3, 300, 40]), []
+
+    def without(text: str, k: int) -> str:
+        if "UnitScan" not in text:
+            return text
+        places[:] = [match.span() for match in re.finditer(r"bar\.sync\s+0;", text)]
+        begin, end = places[k]
+        return text[:begin] + text[end:]
+
+    caught, k = set(), 0
+    while k == 0 or k < len(places):
+        try:
+            for seed in range(3):
+                launched("gae", p, seed, mutation=lambda text, k=k: without(text, k))
+        except Fault:
+            caught.add(k)
+        k += 1
+    assert len(caught) >= 4, f"of {k} barriers only those at {caught} are missed"
