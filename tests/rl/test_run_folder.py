@@ -35,6 +35,7 @@ def test_a_folder_that_holds_a_run_is_protected(tmp_path):
     with RunFolder(options):
         written = json.loads((tmp_path / "run/options.json").read_text())
         assert written == {"out": options.out, "save_every": 0, "seed": 0, "device": "cpu", "dtype": "float32"} | {
+            **{"lora_rank": 0, "lora_alpha": 32.0, "lora_target_modules": "all-linear"},
             "tensorboard": False,
             "model": "m",
         }
