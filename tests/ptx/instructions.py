@@ -16,7 +16,7 @@ import torch
 
 from . import cuda_launches, triton_launches
 
-SIZES = {"T": 512, "D": 128, "V": 640, "K": 64, "S": 16, "MANY": 512}
+SIZES = {"T": 512, "D": 128, "V": 640, "WIDEST_V": 640, "K": 64, "S": 16, "MANY": 512}
 SIZES |= {"ODD_T": 511, "ODD_D": 121, "ODD_V": 613, "ODD_K": 61, "ODD_S": 7}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 DTYPES |= {"i32": torch.int32, "i64": torch.int64, "flags": torch.bool}
