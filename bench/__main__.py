@@ -16,7 +16,7 @@ from qrm_fast import doctor
 from . import harness, render
 from .journal import Journal, Worker, leave_if_lost
 from .provenance import ROOT, provenance
-from .slot import results
+from .slot import OUTCOMES, results
 
 
 def main() -> int:
@@ -105,9 +105,19 @@ def journaled(names: list[str], worker: Worker, made: dict) -> int:
 
 
 def adopt(folders: list[Path], out: Path) -> None:
-    """Write what slots of one machine did into its file of results; of a case that several did, the last one's."""
-    done = results([entry for folder in folders for entry in Journal(folder / "journal.jsonl").entries()[0]])
-    write(out / file_name("cuda", done["tests"]["provenance"]), done)
+    """Write what slots of one machine did into its file of results; of a case that several did, the last one's.
+
+    What they did not touch stays as the file has it. Raises FileNotFoundError for a folder without a journal.
+    """
+    journals = [Journal((folder / "journal.jsonl").resolve(strict=True)) for folder in folders]
+    done = results([entry for journal in journals for entry in journal.entries()[0]])
+    made = done["tests"]["provenance"]
+    if made is None:
+        raise ValueError(
+            f"{', '.join(map(str, folders))} must hold a suite of benchmarks, whose records name the machine"
+        )
+    idle = [suite for suite in ("tests", "sanitizer") if not any(done[suite][x] for x in OUTCOMES)]
+    write(out / file_name("cuda", made), {key: value for key, value in done.items() if key not in idle})
 
 
 def file_name(device: str, made: dict) -> str:

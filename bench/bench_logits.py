@@ -186,7 +186,8 @@ def linear_sample_step(device: torch.device, dtype: str, num_rows: int, dim: int
         return (logprobs - exact.gather(-1, tokens[:, None])[:, 0]).abs().max().item()
 
     def gate() -> None:
-        assert (far := error("qrm_fast", linear_sample(hidden, weight, uniforms))) <= 2e-5, f"off by {far:.3g}"
+        far = error("qrm_fast", linear_sample(hidden, weight, uniforms))
+        assert far <= limit(hidden[:64], weight), f"off by {far:.3g}"
 
     return Case(
         {"qrm_fast": lambda: linear_sample(hidden, weight, uniforms), "log_softmax, multinomial": multinomial},

@@ -18,8 +18,8 @@ class Journal:
         self.file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
     def write(self, **entry: object) -> None:
-        """One write of one line, so that those of several processes do not mix."""
-        os.write(self.file, (json.dumps(entry) + "\n").encode())
+        """One write of one line, so that those of several processes do not mix; after one that was cut short, too."""
+        os.write(self.file, ("\n" + json.dumps(entry) + "\n").encode())
         os.fsync(self.file)
 
     def entries(self, start: int = 0) -> tuple[list[dict], int]:

@@ -29,6 +29,7 @@ SUITE_SECONDS = 480
 CASE_SECONDS = 180  # between two lines that a process writes to the journal, and before the first
 CORES = len(os.sched_getaffinity(0))
 PYTEST = "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"
+OUTCOMES = "passed", "skipped", "failed", "lost"
 SANITIZER_FOUND = 86  # its exit status, where it has something to say
 # What a memory-bound and an arithmetic-bound result cannot beat, in bytes and FLOPs per second: measured, not promised.
 LIMITS = {"NVIDIA H200": (4.3e12, 788e12)}
@@ -43,6 +44,7 @@ class Task:
     outcomes: dict[int, str] = field(default_factory=lambda: {0: "finished"})
     environment: dict[str, str] = field(default_factory=dict)
     start: float = 0.0  # the share of the cases that it leaves to the others at first
+    patience: float = CASE_SECONDS  # with its silence outside of a case
 
 
 @dataclass
@@ -53,23 +55,16 @@ class Suite:
     needed: bool = False  # by all that follow; run even where the journal has its end, since the machine may be another
 
 
+def build() -> list[Task]:
+    return [Task("build", ["make", "build/built", f"PYTHON={sys.executable}"], patience=SUITE_SECONDS)]
+
+
 def bench(name: str) -> list[Task]:
     return [Task(name, [sys.executable, "-m", "bench", name, "--device", "cuda", "--worker"])]
 
 
 def tests() -> list[Task]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "-p",
-        "bench.journaled_tests",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, *PYTEST, "-p", "bench.journaled_tests"]
     one_core = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # as many processes as cores
     outcomes = {status: "finished" for status in (0, 1, 5)}  # with failures, without a test
     return [Task(f"tests {i + 1}", command, outcomes, one_core, i / CORES) for i in range(CORES)]
@@ -87,7 +82,7 @@ def sanitized() -> list[Task]:
 
     def watched(tool: str, name: str, command: list[str]) -> Task:
         watch = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND)]
-        return Task(f"{tool} {name}", [*watch, sys.executable, *command], outcomes, environment)
+        return Task(f"{tool} {name}", [*watch, sys.executable, *command], outcomes, environment, patience=SUITE_SECONDS)
 
     every_op = [sys.executable, "tests/every_op.py", "--device", "cuda"]
     ops = subprocess.run([*every_op, "--list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -96,25 +91,13 @@ def sanitized() -> list[Task]:
     corrupted = "inside_its_tensors or inside_their_tensors or broken_boundaries or out_of_range"
     for file in sorted((ROOT / "tests").glob("test_*.py")):
         if re.search(rf"def test_\w*({corrupted.replace(' or ', '|')})", file.read_text()):
-            command = [
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "gpu",
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                corrupted,
-                f"tests/{file.name}",
-            ]
-            tasks.append(watched("memcheck", file.name, command))
+            tasks.append(watched("memcheck", file.name, [*PYTEST, "-k", corrupted, f"tests/{file.name}"]))
     return tasks
 
 
 BENCHES = "advantages", "logits", "policy", "process", "heads"
 PLAN = [
-    Suite("build", lambda: [Task("build", ["make", "build/built", f"PYTHON={sys.executable}"])], needed=True),
+    Suite("build", build, needed=True),
     *(Suite(name, partial(bench, name)) for name in BENCHES),
     Suite("tests", tests, at_once=CORES),
     Suite("sanitizer", sanitized, at_once=CORES),
@@ -166,7 +149,8 @@ class Process:
             f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}: {last_line}"
         )
         if self.case:
-            self.journal.write(end=self.case, worker=self.task.name, outcome="lost", why=why, output=output)
+            if self.case not in ends(self.journal.entries()[0]):  # its last word may have come since
+                self.journal.write(end=self.case, worker=self.task.name, outcome="lost", why=why, output=output)
             return True
         if status == RESTART and self.ended:
             return True
@@ -183,8 +167,10 @@ def run(suite: Suite, journal: Journal, claims: str, deadline: float, case_secon
     try:
         waiting = [task for task in suite.tasks() if task.name not in settled]
     except Exception as error:  # a suite that cannot be planned is lost alone
-        journal.write(end=suite.name, outcome="lost", why=f"{type(error).__name__}: {error}")
+        journal.write(end=f"plan of {suite.name}", outcome="lost", why=f"{type(error).__name__}: {error}")
         return None
+    if f"plan of {suite.name}" in ends(entries):
+        journal.write(end=f"plan of {suite.name}", outcome="finished")
     running: dict[str, Process] = {}
     begin = now = time.monotonic()
     try:
@@ -204,7 +190,7 @@ def run(suite: Suite, journal: Journal, claims: str, deadline: float, case_secon
                 if entry.get("worker") in running:
                     running[entry["worker"]].hear(entry)
             for name, process in list(running.items()):
-                patience = case_seconds if process.case else CASE_SECONDS
+                patience = case_seconds if process.case else process.task.patience
                 silent = name not in gone and process.silence > patience
                 if silent:
                     process.kill()

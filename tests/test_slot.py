@@ -150,6 +150,9 @@ def test_a_bench_case_is_lost_alone_and_nothing_is_run_twice(tmp_path, rehearsed
     assert [r["case"] for r in results["records"]] == ["first", "second", "sticky", "last"]
     assert results["lost"].keys() == {"crash", "hang"}
     assert results["records"][0]["provenance"]["commit"] == "0123456789abcdef"
+    assert "tests" not in results and "sanitizer" not in results, "suites that did not run would take others' places"
+    with pytest.raises(FileNotFoundError):
+        adopt([tmp_path / "slut"], tmp_path / "results")
 
 
 def test_the_time_ends_a_suite_and_the_next_call_goes_on(tmp_path):
@@ -188,7 +191,7 @@ def test_a_line_cut_short_takes_no_other_with_it(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.write(end="a", outcome="passed")
     with journal.path.open("a") as file:
-        file.write('{"end": "b", "outco\n')
+        file.write('{"end": "b", "outco')
     journal.write(end="c", outcome="passed")
     assert ends(journal.entries()[0]).keys() == {"a", "c"}
 
@@ -262,7 +265,7 @@ def test_a_suite_that_cannot_be_planned_is_lost_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(slot.Path, "glob", lambda *_: iter(()))
     done, _ = run(slot.Suite("sanitizer", slot.sanitized), tmp_path)
-    assert "no compute-sanitizer" in done["sanitizer"]["why"]
+    assert "no compute-sanitizer" in done["plan of sanitizer"]["why"]
 
 
 def test_the_limit_is_the_larger_of_bytes_and_flops():
