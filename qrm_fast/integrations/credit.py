@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, per_token, prm_rewards, process_advantages, q_token_rewards
+from ..ops.moments import moments
 from ..rl.attention import check_packing
 from ..rl.models import check_context, load_prm, load_q_rm
 from ..rl.prm import ends_a_step, find_steps, separator_id, separator_of
@@ -24,6 +25,10 @@ class Answers(NamedTuple):
     group_ids: Tensor  # [S] int64, the prompt of each
     rewards: Tensor  # [S] float32, the trainer's rewards, NaN where there is none
     advantages: Tensor  # [S] float32, what the trainer made of them
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence, its prompt included."""
+        return max(batch.max_seqlen for batch in self.batches)
 
 
 class Credit(Protocol):
@@ -63,10 +68,12 @@ class QRMCredit:
         self.num_tokens_checked = 0
 
     def __call__(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
-        self.num_tokens_checked = _check_model(self.scorer.model, answers, self.num_tokens_checked)
+        device, longest = answers.rewards.device, answers.longest()
+        self.num_tokens_checked = check_model(self.scorer.model, device, longest, self.num_tokens_checked)
         q = torch.cat([self.scorer(batch) for batch in answers.batches])  # [T]
         if self.min_std is None:
-            self.min_std = self.min_std_share * q.std(correction=0).item()
+            count, _, m2 = moments(q, process_group=_all_ranks())[0].unbind()
+            self.min_std = self.min_std_share * (m2 / count.clamp(min=1)).sqrt().item()
         rewards = q_token_rewards(
             q,
             answers.cu_seqlens,
@@ -121,7 +128,8 @@ class ProcessCredit:
         self.num_tokens_checked = 0
 
     def __call__(self, answers: Answers) -> tuple[Tensor, dict[str, Tensor]]:
-        self.num_tokens_checked = _check_model(self.model, answers, self.num_tokens_checked)
+        device, longest = answers.rewards.device, answers.longest()
+        self.num_tokens_checked = check_model(self.model, device, longest, self.num_tokens_checked)
         step_rewards, ends = (torch.cat(x) for x in zip(*map(self.step_rewards, answers.batches), strict=True))
         rewards = answers.rewards
         advantages = process_advantages(
@@ -145,10 +153,12 @@ class ProcessCredit:
         return prm_rewards(self.scorer(read, rows)), ends
 
 
-def _check_model(model: Any, answers: Answers, num_tokens_checked: int) -> int:
-    """Move `model` to the answers; where one is longer than those before, see that it may be packed. Tokens checked."""
-    model.to(answers.rewards.device)
-    longest = max(batch.max_seqlen for batch in answers.batches)
+def check_model(model: Any, device: torch.device | str, longest: int, num_tokens_checked: int) -> int:
+    """Move `model` to `device`; where a sequence is longer than those before, see that it may be packed.
+
+    Returns the length that has been checked. Raises ValueError for one past the model's positions, or a leak.
+    """
+    model.to(device)
     if longest <= num_tokens_checked:
         return num_tokens_checked
     check_context(model, longest)

@@ -143,7 +143,7 @@ class LinearLogprobsHead:
         mean_logits = is_top1 = None
         with torch.no_grad():
             if "mean_logits" in outputs:
-                mean = hidden.float() @ weight.float().mean(0)
+                mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
                 mean_logits = (mean if bias is None else mean + bias.float().mean()) * (logit_scale / temperature)
             if "is_top1" in outputs:
                 part = linear_logprobs_partial(hidden, weight, targets, vocab_start=0, **options)

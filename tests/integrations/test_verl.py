@@ -218,7 +218,8 @@ def test_pure_reads_two_streams(outcomes):
 
 def test_q_normalises_the_scores():
     scores, _, mask, prompts = batch()
-    run = partial(core_algos.get_adv_estimator_fn("qrm_q"), scores, mask, index=prompts)
+    sent = scores + 5.0 * (mask == 0)  # as of a tool's tokens, which the reward manager scores, too
+    run = partial(core_algos.get_adv_estimator_fn("qrm_q"), sent, mask, index=prompts)
     rows = scores[mask != 0]
     got, _ = run(config=algorithm(center=True))
     torch.testing.assert_close(got[mask != 0], (rows - rows.mean()) / rows.std(correction=0), rtol=1e-5, atol=1e-5)
@@ -419,7 +420,10 @@ def reward_models(tmp_path_factory):
     tokenizer, folders = arithmetic_tokenizer(), {}
     for name, num_labels in ("q_rm", 1), ("prm", 2):
         folders[name] = tmp_path_factory.mktemp(name)
-        load_token_model("scratch:demo", tokenizer, num_labels=num_labels).save_pretrained(folders[name])
+        model = load_token_model("scratch:demo", tokenizer, num_labels=num_labels)
+        if name == "prm":
+            model.config.step_separator = "\n\n"
+        model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
 
@@ -483,7 +487,7 @@ def test_a_q_rm_scores_every_token(reward_models):
 
 @pytest.mark.parametrize("verifier", [False, True])
 def test_a_prm_scores_the_ends_of_steps(reward_models, verifier):
-    options = {"prm": str(reward_models["prm"]), "step_token": "\n\n", "verifier": verifier}
+    options = {"prm": str(reward_models["prm"]), "verifier": verifier}
     ids, got, _ = scored(options, lambda ground_truth, **_: float(int(ground_truth) % 2))
     model = load_token_model(str(reward_models["prm"]), arithmetic_tokenizer(), num_labels=2).eval()
     model.set_attn_implementation("sdpa")

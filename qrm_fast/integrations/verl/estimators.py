@@ -5,6 +5,7 @@ write. `config`: verl's `algorithm`; its entry `qrm` holds our options (`+algori
 the prompts' ids. Each returns (advantages, returns), [B, T] float32 and 0 where the mask is; neither has a gradient.
 
 A reward on a token under the mask, as of an answer that ends in a tool's output, counts at the trainable one before it.
+Only `qrm_q` leaves such a score out: it is a return, which is not added to another.
 """
 
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ def qrm_min_form(token_level_rewards: Tensor, response_mask: Tensor, config: Any
     options = _options(config, operator="soft", temperature=0.1)
     rewards, mask = _trainable(token_level_rewards, response_mask, config)
     cu_seqlens, r = from_padded(mask, rewards)
-    step_ends = (r != 0).index_fill(0, _last_rows(cu_seqlens), True).nonzero()[:, 0]
+    step_ends = (r != 0).index_fill(0, last_rows(cu_seqlens), True).nonzero()[:, 0]
     returns = min_form_returns(r[step_ends], step_ends, cu_seqlens, num_tokens=len(r), **options).returns
     return _padded(returns, mask)
 
@@ -50,7 +51,7 @@ def qrm_pure(
     )
     rewards, mask = _trainable(token_level_rewards, response_mask, config)
     cu_seqlens, r = from_padded(mask, rewards)
-    last = _last_rows(cu_seqlens)
+    last = last_rows(cu_seqlens)
     outcomes = None
     if options.pop("outcomes"):
         outcomes = r.new_zeros(len(mask)).masked_scatter(cu_seqlens.diff() > 0, r[last])
@@ -75,8 +76,9 @@ def qrm_q(
     Options: `center`, `scope`, `eos_rescore`, `min_std` and `eps`, of `q_token_rewards`.
     """
     options = _options(config, center=False, scope="batch", eos_rescore="none", min_std=0.0, eps=1e-8)
-    rewards, mask = _trainable(token_level_rewards, response_mask, config)
-    cu_seqlens, q = from_padded(mask, rewards)
+    _refuse_kl_in_reward(config)
+    mask = response_mask != 0
+    cu_seqlens, q = from_padded(mask, token_level_rewards.float())
     ids = _group_ids(index, mask) if options["scope"] == "group" else None
     return _padded(q_token_rewards(q, cu_seqlens, group_ids=ids, **options), mask)
 
@@ -126,17 +128,21 @@ def _options(config: Any, **defaults: Any) -> dict[str, Any]:
 
 def _trainable(rewards: Tensor, response_mask: Tensor, config: Any = None) -> tuple[Tensor, Tensor]:
     """[B, T] float32 rewards, each on a trainable token (`onto_trainable`), and the mask as bool."""
-    if config is not None and config.get("use_kl_in_reward", False):
-        raise ValueError(
-            "algorithm.use_kl_in_reward must be False here, for it makes every token a rewarded one: put the KL into "
-            "the loss, actor_rollout_ref.actor.use_kl_loss=True"
-        )
+    _refuse_kl_in_reward(config)
     mask, r = response_mask != 0, rewards.float()
     moved = onto_trainable(r.flatten(), row_bounds(r), mask.flatten())
     return moved.view(r.shape), mask
 
 
-def _last_rows(cu_seqlens: Tensor) -> Tensor:
+def _refuse_kl_in_reward(config: Any) -> None:
+    if config is not None and config.get("use_kl_in_reward", False):
+        raise ValueError(
+            "algorithm.use_kl_in_reward must be False here, for it makes every token a rewarded one: put the KL into "
+            "the loss, actor_rollout_ref.actor.use_kl_loss=True"
+        )
+
+
+def last_rows(cu_seqlens: Tensor) -> Tensor:
     """The last packed row of every answer that has one."""
     return cu_seqlens[1:][cu_seqlens.diff() > 0].long() - 1
 

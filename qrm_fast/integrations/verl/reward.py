@@ -10,7 +10,8 @@ from torch import Tensor
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
 from ... import PackedBatch, pack, plan_microbatches, unpack
-from ..credit import ProcessCredit, QRMCredit
+from ..credit import ProcessCredit, QRMCredit, check_model
+from .estimators import last_rows
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -19,9 +20,9 @@ class TokenRewardManager(NaiveRewardManager):
     """`reward.reward_manager.name=qrm_token`, for the estimators `qrm_q`, `qrm_min_form` and `qrm_pure`.
 
     Options are entries of `reward.reward_kwargs`: `q_rm` or `prm`, a checkpoint of the policy's vocabulary;
-    `step_token`, which a PRM reads where a step ends; `verifier`, True to put verl's own score of the answer on its
-    last token, where `qrm_pure` looks for it (the last step's reward then stands on the token before, and an empty last
-    step has none); `device`; `max_tokens` of one packed forward pass.
+    `step_token`, which a PRM reads where a step ends, by default the separator that its checkpoint names; `verifier`,
+    True to put verl's own score of the answer on its last token, where `qrm_pure` looks for it (the last step's reward
+    then stands on the token before, and an empty last step has none); `device`; `max_tokens` of a packed forward pass.
 
     A Q-RM scores every token. A PRM scores each step where it ends, at a blank line and at the last token; a score of
     exactly 0, which would be no step end to an estimator, is sent as the smallest float32. Answers that wait together
@@ -34,7 +35,7 @@ class TokenRewardManager(NaiveRewardManager):
         self.verifier = options.pop("verifier", False)
         self.device = options.pop("device", "cpu")
         self.max_tokens = options.pop("max_tokens", 16384)
-        step_token = options.pop("step_token", "\n")
+        step_token = options.pop("step_token", None)
         models = {name: options.pop(name, None) for name in ("q_rm", "prm")}
         if options or sum(path is not None for path in models.values()) != 1:
             raise ValueError(
@@ -45,11 +46,12 @@ class TokenRewardManager(NaiveRewardManager):
             raise ValueError("verifier belongs to a prm, whose steps leave the last token to it, got it with a q_rm")
         self.rows: Callable[[PackedBatch], Tensor]
         if models["q_rm"] is not None:
-            self.rows = QRMCredit(models["q_rm"], tokenizer).scorer.to(self.device)
+            self.rows = scorer = QRMCredit(models["q_rm"], tokenizer).scorer
+            self.model = scorer.model
         else:
             prm = ProcessCredit(models["prm"], tokenizer, step_token=step_token)
-            prm.model.to(self.device)
-            self.rows = partial(self._of_steps, prm)
+            self.rows, self.model = partial(self._of_steps, prm), prm.model
+        self.num_tokens_checked = 0
         self.waiting: list[tuple[list[int], list[int], asyncio.Future]] = []
         self.lock = asyncio.Lock()
 
@@ -94,9 +96,14 @@ class TokenRewardManager(NaiveRewardManager):
 
     @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[list[float]]:
-        """A score for each token of each response, forward passes packed."""
+        """A score for each token of each response, forward passes packed.
+
+        Raises ValueError for answers past the model's positions, and where it does not compute packed sequences of
+        their length as it does each alone.
+        """
         scored: list[list[float]] = [[] for _ in responses]
         sizes = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        self.num_tokens_checked = check_model(self.model, self.device, max(sizes), self.num_tokens_checked)
         for answers in plan_microbatches(sizes, max_tokens=max(self.max_tokens, *sizes))[0]:
             sequences = [prompts[i] + responses[i] for i in answers]
             batch = pack(sequences, [len(prompts[i]) for i in answers], device=self.device)
@@ -119,7 +126,7 @@ def _leave_the_last(rewards: Tensor, ends: Tensor, cu_seqlens: Tensor) -> tuple[
 
     `rewards`: [K]. `ends`: [T] bool, where each step ends. `cu_seqlens`: [S+1].
     """
-    last = cu_seqlens[1:][cu_seqlens.diff() > 0].long() - 1
+    last = last_rows(cu_seqlens)
     alone = torch.isin(last, cu_seqlens[:-1])
     taken = alone | ends[(last - 1).clamp(min=0)]
     moved = ends.clone()
