@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -43,10 +44,9 @@ from qrm_fast.rl.arithmetic import (
 )
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.data import Demonstration, write_jsonl
-from qrm_fast.rl.demo import sample_pairs
+from qrm_fast.rl.demo import PAIR_PROMPTS, Q_RM, SFT, sample_pairs
 from qrm_fast.rl.models import load_policy, load_token_model
-from qrm_fast.rl.reward_training import QRMConfig, train_q_rm
-from qrm_fast.rl.sft import SFTConfig as OurSFTConfig
+from qrm_fast.rl.reward_training import train_q_rm
 from qrm_fast.rl.sft import train_sft
 
 ROOT = Path(__file__).parent.parent.parent
@@ -485,32 +485,22 @@ def test_credit_refuses_in_a_sentence(tiny, tokenizer, tmp_path, token_models):
 
 @pytest.mark.unpoisoned
 def test_grpo_learns_the_embedded_task_from_a_q_rm(tmp_path):
-    """The recipe of examples/trl_q_rm.py, with a policy and a Q-RM trained here."""
+    """The recipe of examples/trl_q_rm.py, with the demo's policy and Q-RM: one of half the pairs is soon outwitted."""
     sys.path.insert(0, str(ROOT / "examples"))
     from trl_q_rm import train
 
-    slips, shared = Random(0), dict(overwrite=True, seed=0)
-    rows = arithmetic_examples(64 * 250, split="train", seed=0)
+    slips = Random(0)
+    rows = arithmetic_examples(SFT.num_steps * SFT.batch_size, split="train", seed=0)
     demonstrations = [Demonstration(e.instruction, arithmetic_demonstration(str(e.instruction), slips)) for e in rows]
     write_jsonl(tmp_path / "demonstrations.jsonl", demonstrations)
-    sft = train_sft(
-        OurSFTConfig(
-            data=f"{tmp_path}/demonstrations.jsonl", out=f"{tmp_path}/sft", model="scratch:demo", lr=2e-3, decay=0.4,
-            tokenizer="arithmetic", num_steps=250, batch_size=64, warmup_steps=25, **shared,
-        )
-    )  # fmt: skip
-    pairs, _ = sample_pairs(sft.directory, arithmetic_examples(1200, split="train", seed=2), seed=0)
+    sft = train_sft(replace(SFT, data=f"{tmp_path}/demonstrations.jsonl", out=f"{tmp_path}/sft"))
+    pairs, _ = sample_pairs(sft.directory, arithmetic_examples(PAIR_PROMPTS, split="train", seed=2), seed=0)
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    q_rm = train_q_rm(
-        QRMConfig(
-            data=f"{tmp_path}/pairs.jsonl", out=f"{tmp_path}/q_rm", model=sft.directory, beta=1.0, gamma=0.0, lr=1e-3,
-            num_epochs=2, batch_size=64, max_tokens=6144, **shared,
-        )
-    )  # fmt: skip
-    write_jsonl(tmp_path / "prompts.jsonl", arithmetic_examples(2048, split="train", seed=1))
+    q_rm = train_q_rm(replace(Q_RM, data=f"{tmp_path}/pairs.jsonl", out=f"{tmp_path}/q_rm", model=sft.directory))
+    write_jsonl(tmp_path / "prompts.jsonl", arithmetic_examples(8192, split="train", seed=1))
     trainer = train(
         sft.directory, q_rm.directory, f"{tmp_path}/prompts.jsonl", f"{tmp_path}/out", "arithmetic", use_cpu=True,
-        bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1, max_steps=12,
+        bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1, max_steps=14,
         per_device_train_batch_size=256, num_generations=4, max_completion_length=60, learning_rate=5e-5,
         lr_scheduler_type="constant", disable_tqdm=True,
     )  # fmt: skip
