@@ -54,8 +54,10 @@ class Judge:
             raise ValueError(f"aggregation product multiplies probabilities, which {rerank} does not give")
         check_same_vocabulary(tokenizer, load_tokenizer(reward_model))
         options: dict[str, Any] = dict(device=config.device, dtype=getattr(torch, config.dtype))
-        load = load_prm if rerank == "prm" else load_q_rm
-        model = load(reward_model, tokenizer, **options)
+        if rerank == "prm":
+            model = load_prm(reward_model, tokenizer, **options)
+        else:
+            model = load_q_rm(reward_model, tokenizer, kind="orm" if rerank == "orm" else "qrm", **options)
         check_context(model, longest)
         check_packing(model, longest)
         self.config, self.aggregation = config, aggregation

@@ -102,10 +102,10 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
     if config.kind == "qrm-vocab":
         model = load_policy(config.model, tokenizer, device=config.device, dtype=dtype)
         scorer = VocabularyScorer(adapted(model, config.model, config))
-        scorer.model.config.reward_model = config.kind  # or nothing would tell it from a policy
     else:
         model = load_token_model(config.model, tokenizer, device=config.device, dtype=dtype)
         scorer = TokenScorer(adapted(model, config.model, config), reads_action=True)
+    scorer.model.config.reward_model = config.kind  # a Q-RM and an ORM have the same weights, a policy nearly so
     longest = max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
     check_context(scorer.model, longest)
     check_packing(scorer.model, longest)

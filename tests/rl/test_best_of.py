@@ -116,6 +116,10 @@ def test_scores_are_those_of_the_models_head(tmp_path, rerank):
             z = z[:, 1:] - z[:, :1]
         assert score.item() == pytest.approx(aggregate(z[:, 0], aggregation).item(), abs=1e-5)
     if rerank != "prm":
+        model.config.reward_model = other = {"qrm": "orm", "orm": "qrm"}[rerank]
+        save_checkpoint(model, TOKENIZER, tmp_path / "other")
+        with pytest.raises(ValueError, match=f"got a model that was trained with --kind {other}"):
+            Judge(rerank, str(tmp_path / "other"), TOKENIZER, aggregation=aggregation, longest=12, config=config)
         with pytest.raises(ValueError, match=f"aggregation product multiplies probabilities, which {rerank} does not"):
             Judge(rerank, str(tmp_path / "rm"), TOKENIZER, aggregation="product", longest=12, config=config)
 

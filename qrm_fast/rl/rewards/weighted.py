@@ -89,9 +89,11 @@ def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Poli
             model, reference, beta = load_implicit(checked(config.implicit), tokenizer, **options)
             num_ids = num_token_ids(tokenizer)
             return Implicit(Policy(model, num_ids=num_ids), Policy(reference, num_ids=num_ids), beta, config, kl_coef)
-        kind, spec = (QRM, config.q_rm) if name == "q-rm" else (Outcome, config.orm)
-        model = load_q_rm(checked(spec), tokenizer, **options)
-        return kind(TokenScorer(model, reads_action=True), config, kl_coef)
+        if name == "orm":
+            model = load_q_rm(checked(config.orm), tokenizer, kind="orm", **options)
+            return Outcome(TokenScorer(model, reads_action=True), config, kl_coef)
+        model = load_q_rm(checked(config.q_rm), tokenizer, **options)
+        return QRM(TokenScorer(model, reads_action=True), config, kl_coef)
 
     streams: dict[str, tuple[float, Stream]] = {
         name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
