@@ -21,7 +21,7 @@ from .ranges import Count, NonNegative, Positive, check_ranges
 from .reward_training import PairOptions, RewardOptions, read_pairs, shuffled_batches, split
 from .run_folder import RunFolder
 from .steps import take_steps, tokens_per_s
-from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_tokenizer
+from .tokenizers import encode_prompts, encode_responses, lasting, load_stop_ids, load_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -114,7 +114,7 @@ def train_implicit(config: DPOConfig | ImplicitConfig) -> ImplicitResult:
         log = take_steps(config, folder, config.kind, optimizer, batches, backward, _num_tokens_of)
         speed = tokens_per_s(log)
         model.config.reward_model, model.config.implicit_beta = config.kind, config.beta
-        model.config.reference_model = config.model
+        model.config.reference_model = lasting(config.model)
         save_checkpoint(model, tokenizer, config.out)
         on_heldout = _evaluate(policy, heldout, config) if heldout else None
         if on_heldout is not None:
