@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import pack, plan_microbatches, prm_rewards, unpack
 from .attention import check_packing
-from .config import Config
+from .config import Config, check_budget
 from .data import Example, Rows
 from .models import check_context, load_prm, load_q_rm
 from .prm import ends_a_step, find_steps, separator_id, separator_of
@@ -49,9 +49,11 @@ class Judge:
         longest: int,
         config: Config,
     ) -> None:
-        """Raises ValueError for a reward model of another kind or vocabulary, and for "product" without a PRM."""
+        """Raises ValueError for a reward model of another kind or vocabulary, `longest` above max_tokens or the model's
+        context, and "product" without a PRM."""
         if aggregation == "product" and rerank != "prm":
             raise ValueError(f"aggregation product multiplies probabilities, which {rerank} does not give")
+        check_budget(longest, config)
         check_same_vocabulary(tokenizer, load_tokenizer(reward_model))
         options: dict[str, Any] = dict(device=config.device, dtype=getattr(torch, config.dtype))
         if rerank == "prm":

@@ -115,6 +115,8 @@ def test_scores_are_those_of_the_models_head(tmp_path, rerank):
             z = z.softmax(-1)[[t for t, token in enumerate(seen) if token == 16]]
             z = z[:, 1:] - z[:, :1]
         assert score.item() == pytest.approx(aggregate(z[:, 0], aggregation).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 15 tokens, got"):
+        Judge(rerank, str(tmp_path / "rm"), TOKENIZER, aggregation=aggregation, longest=15, config=config)
     if rerank != "prm":
         model.config.reward_model = other = {"qrm": "orm", "orm": "qrm"}[rerank]
         save_checkpoint(model, TOKENIZER, tmp_path / "other")
