@@ -202,4 +202,6 @@ def check_choice(rerank: str, reward_model: str | None, aggregation: str | None)
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
     if (reward_model is None) != (rerank == "verifier"):
         raise ValueError(f"reward_model must be given to rerank by a model only, got {reward_model} for {rerank}")
+    if rerank == "verifier" and aggregation is not None:
+        raise ValueError(f"aggregation is of a reward model's scores, expected none for verifier, got {aggregation}")
     return aggregation or DEFAULTS[rerank]  # type: ignore[return-value]

@@ -132,6 +132,7 @@ def test_what_does_not_go_together():
         (("qrm", "rm", "sum"), "aggregation must be one of mean, min, last, product, soft-min, got sum"),
         (("qrm", None, None), "reward_model must be given to rerank by a model only, got None for qrm"),
         (("verifier", "rm", None), "reward_model must be given to rerank by a model only, got rm for verifier"),
+        (("verifier", None, "min"), "aggregation is of a reward model's scores, expected none for verifier, got min"),
     ):
         with pytest.raises(ValueError, match=sentence):
             check_choice(*arguments)
