@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, pstdev
 from textwrap import wrap
@@ -17,6 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from .config import TOKEN_SCORES
+
 # ---- curves
 
 
@@ -31,7 +34,12 @@ class Panel(NamedTuple):
 SHARE = (-0.02, 1.02)
 PANELS = [
     Panel("Pass@1", "right answers (share)", SHARE, {"eval/pass@1_sampled": "sampled", "eval/pass@1_greedy": "greedy"}),
-    Panel("Reward: Q of sampled tokens", "mean Q (raw)", (None, None), {"reward/q_mean": "mean"}),
+    Panel(
+        "Reward: Q of sampled tokens",
+        "mean Q (raw)",
+        (None, None),
+        {"reward/q_mean": "mean", **{f"reward/{name}/q_mean": name for name in TOKEN_SCORES}},
+    ),
     Panel(
         "Reward: steps",
         "reward in [-1, 1]",
@@ -137,7 +145,7 @@ def _draw_panel(
     keys_in_legend: dict[str, Line2D] = {}
     for name, rows in runs.items():
         leaf = Path(name).name
-        for style, (key, label) in zip(LINE_STYLES, panel.keys.items(), strict=False):
+        for style, (key, label) in zip(cycle(LINE_STYLES), panel.keys.items(), strict=False):
             points = _points(rows, key)
             if not points:
                 continue

@@ -1,5 +1,6 @@
 """The streams that a configuration names, side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,14 @@ class Weighted:
         return Advantages(advantages, valued.returns)  # what the critic is of, where there is one
 
     def metrics(self) -> dict[str, Tensor]:
-        return {name: x for _, stream in self.streams.values() for name, x in stream.metrics().items()}
+        """Of each stream. What several of them report is named after its stream, too: reward/orm/q_mean."""
+        reported = {name: stream.metrics() for name, (_, stream) in self.streams.items()}
+        times = Counter(key for of_stream in reported.values() for key in of_stream)
+        return {
+            key if times[key] == 1 else key.replace("/", f"/{name}/"): x
+            for name, of_stream in reported.items()
+            for key, x in of_stream.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, (_, stream) in self.streams.items()}
