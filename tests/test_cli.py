@@ -176,7 +176,7 @@ def test_the_other_kinds_train_and_serve_a_policy(inputs, run, kind):
         status, _, err = run(
             "train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", "--tokenizer", "arithmetic"
         )
-        assert status == 2 and "model must be a checkpoint, which stays as the reference, got scratch:small" in err
+        assert status == 2 and "the following arguments are required: model" in err
 
 
 def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):

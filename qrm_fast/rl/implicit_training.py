@@ -1,7 +1,7 @@
 """Training an implicit reward model: a policy whose log-ratio to its start is the reward, from preference pairs (DPO,
 arXiv 2305.18290) or from judged answers (arXiv 2412.01981)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from .tokenizers import encode_prompts, encode_responses, lasting, load_stop_ids
 @dataclass(kw_only=True)
 class DPOConfig(PairOptions):
     kind: Literal["dpo"] = "dpo"
-    model: str
+    model: str = field()  # which has no default, unlike that of `RewardOptions`
     """Hugging Face id or directory: the policy to start from, which is the reference too."""
     beta: Positive = 0.1
     """Scale of the log-ratio."""
@@ -40,7 +40,7 @@ class ImplicitConfig(RewardOptions):
     kind: Literal["implicit"] = "implicit"
     data: str
     """JSONL file of judged answers: {"instruction", "response", "label"}, label true where it is right."""
-    model: str
+    model: str = field()  # which has no default, unlike that of `RewardOptions`
     """Hugging Face id or directory: the policy to start from, which is the reference too."""
     beta: Positive = 0.05
     """Scale of the log-ratio."""
