@@ -32,6 +32,20 @@ class Panel(NamedTuple):
 
 
 SHARE = (-0.02, 1.02)
+
+
+def of_answers(title: str, prefix: str, what: str) -> list[Panel]:
+    """The panels of a reward model that is trained on pairs, or on answers judged as a whole."""
+    shown = {"": "training batch", "heldout_": "held out, after training"}
+    return [
+        Panel(name, y, limits, {f"{prefix}/{when}{key}": label for when, label in shown.items()}, "optimiser step")
+        for name, y, limits, key in (
+            (title, f"{what} accuracy (share)", SHARE, "accuracy"),
+            (f"{title} loss per {what}", "nats", (0, None), "loss"),
+        )
+    ]
+
+
 PANELS = [
     Panel("Pass@1", "right answers (share)", SHARE, {"eval/pass@1_sampled": "sampled", "eval/pass@1_greedy": "greedy"}),
     Panel(
@@ -68,13 +82,10 @@ PANELS = [
     Panel("Entropy per token", "nats", (0, None), {"policy/entropy": "mean"}),
     Panel("Answer length", "tokens", (0, None), {"response/length": "mean"}),
     Panel("SFT loss per token", "nats", (0, None), {"sft/loss": "training batch"}, "optimiser step"),
-    Panel(
-        "Q-RM",
-        "pair accuracy (share)",
-        SHARE,
-        {"qrm/accuracy": "training batch", "qrm/heldout_accuracy": "held out, after training"},
-        "optimiser step",
-    ),
+    *of_answers("Q-RM", "qrm", "pair"),
+    *of_answers("ORM", "orm", "pair"),
+    *of_answers("DPO", "dpo", "pair"),
+    *of_answers("Implicit reward model", "implicit", "answer"),
     Panel("PRM loss per step", "nats", (0, None), {"prm/loss": "training batch"}, "optimiser step"),
     Panel(
         "PRM",

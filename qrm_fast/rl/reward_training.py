@@ -131,13 +131,14 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
 
     with folder:
         optimizer = AdamW(scorer.train().parameters())
-        log = take_steps(config, folder, "qrm", optimizer, batches, backward, num_tokens)
+        name = "orm" if config.kind == "orm" else "qrm"
+        log = take_steps(config, folder, name, optimizer, batches, backward, num_tokens)
         speed = tokens_per_s(log)
         save_checkpoint(scorer.model, tokenizer, config.out)
         of_train = evaluate_pairs(scorer, train, config)
         on_heldout = evaluate_pairs(scorer, heldout, config) if heldout else None
         if on_heldout is not None:
-            log(len(batches), {f"qrm/heldout_{name}": value for name, value in on_heldout._asdict().items()})
+            log(len(batches), {f"{name}/heldout_{key}": value for key, value in on_heldout._asdict().items()})
     return QRMResult(config.out, of_train, on_heldout, len(train), len(heldout), speed)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -103,6 +104,8 @@ def test_a_q_rm_and_an_orm_are_told_apart_by_their_mark(config):
 def test_the_other_kinds_learn_pairs_too(config, kind):
     result = train_q_rm(of_pairs(config, kind))
     assert result.train.accuracy > 0.65 and result.train.margin > 0
+    first = json.loads(Path(config.out, "metrics.jsonl").read_text().splitlines()[0])
+    assert f"{kind.removesuffix('-vocab')}/loss" in first
     tokenizer = load_tokenizer("arithmetic")
     if kind == "orm":
         assert result.train.loss < math.log(2)
