@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import PackedBatch, pack, plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
-from .config import Config, check, parse_streams
+from .config import Config, check, check_budget, parse_streams
 from .data import Example, Prompt, Rows, read_rows
 from .lora import Start, adapted
 from .metrics import MetricsLog, Phases
@@ -86,10 +86,7 @@ def train(config: Config) -> TrainResult:
         examples = read_prompts(config.data, config.verifier, labelled_share=share, seed=config.seed)
     eval_examples = read_examples(config.eval_data, config.verifier) if config.eval_data else Rows[Example]([], [])
     longest, longest_eval = (longest_answer(rows, tokenizer, config) for rows in (examples, eval_examples))
-    if longest > config.max_tokens:
-        raise ValueError(
-            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
-        )
+    check_budget(longest, config)
     parts = load_parts(config, tokenizer, longest, longest_eval)
     with folder:
         rows = learn(config, folder, parts, tokenizer, examples, eval_examples)
