@@ -14,6 +14,7 @@ import torch
 
 from bench import __main__ as command
 from bench import bench_heads, growth, harness, pictures, render, rivals
+from bench.compare import compare
 from bench.provenance import ROOT, provenance
 
 CPU = torch.device("cpu")
@@ -207,6 +208,53 @@ def record_of(case, ours, theirs, *, machine="one", baseline=0.5, flops=0, **mor
     made = provenance("cpu") | {"hardware": machine, "commit": "0123456789abcdef", "dirty": False}
     record = {"case": case, "suite": "", "device": "cpu", "bytes": 10, "flops": flops, "times": times}
     return record | {"provenance": made} | more
+
+
+BEFORE = record_of("sum[x=1] cpu", 3.0, 6.0)
+
+
+@pytest.mark.parametrize(
+    "now, fine",
+    [
+        (record_of("sum[x=1] cpu", 3.0, 6.0), True),
+        (record_of("sum[x=1] cpu", 3.6, 6.0), False),
+        (record_of("sum[x=1] cpu", 3.4, 6.0), True),  # within 15 %
+        (record_of("sum[x=1] cpu", 30.0, 60.0, machine="slow", baseline=5.0), True),
+        (record_of("sum[x=1] cpu", 3.0, 6.0, baseline=0.4), True),  # the copy alone was faster
+        (record_of("sum[x=1] cpu", 3.6, 9.0), True),  # the rival became slower still, so the machine may have
+        ({"case": "sum[x=1] cpu", "refused": "the result is wrong"}, False),
+        (record_of("sum[x=2] cpu", 3.0, 6.0), False),  # nothing to compare with
+    ],
+)
+def test_ours_is_compared_beside_what_ran_with_it(now, fine):
+    text, said = compare([now], [BEFORE])
+    assert said == fine
+    assert ("| slower |" in text) == (now.get("times", {}).get("qrm_fast", {}).get("median_ms") == 3.6 and not fine)
+
+
+def test_without_a_rival_in_both_the_baseline_decides():
+    other = record_of("sum[x=1] cpu", 3.6, 6.0)
+    other["times"] = {way.replace("theirs", "new").replace("slower", "newer"): x for way, x in other["times"].items()}
+    text, fine = compare([other], [BEFORE])
+    assert not fine and "| `sum[x=1] cpu` | 1.20 |  | slower |" in text
+
+
+def test_a_slow_down_of_a_case_fails_the_command(monkeypatch, tmp_path, capsys):
+    name = case_of(monkeypatch, providers={"qrm_fast": lambda: None})
+    monkeypatch.setattr(harness, "CASES", {name: harness.CASES[name]})
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+    timings = {"qrm_fast": harness.Timing([4.0] * 5), "copy": harness.Timing([2.0] * 5)}
+    monkeypatch.setattr(harness, "interleaved", lambda *_, **__: (timings, 0.0))
+    monkeypatch.setattr(sys, "argv", ["bench", "suite", "--out", str(tmp_path)])
+    assert command.main() == 0
+    (path,) = tmp_path.glob("*.json")
+    committed = path.read_text()
+    monkeypatch.setattr(sys, "argv", ["bench", "suite", "--out", str(tmp_path), "--compare", str(path)])
+    assert command.main() == 0
+    timings["qrm_fast"] = harness.Timing([5.0] * 5)
+    assert command.main() == 1
+    assert "| `a case` | 1.25 |  | slower |" in capsys.readouterr().out
+    assert path.read_text() == committed
 
 
 def test_exponents_are_those_of_the_records():
