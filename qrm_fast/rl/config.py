@@ -72,7 +72,8 @@ class Config(RunOptions):
     q_rm: str | None = None
     """Directory or id of the Q-RM; needed where the reward is "q-rm", or "qrm-vocab" for one with a vocabulary head."""
     prm: str | None = None
-    """Directory or id of the PRM; needed where the reward is "pure"."""
+    """Directory or id of the PRM; needed where the reward is "pure". "arithmetic:noise=0.3" judges the steps of the
+    embedded task by their labels, and errs by so much."""
     orm: str | None = None
     """Directory or id of the ORM; needed where the reward is "orm"."""
     implicit: str | None = None
@@ -107,6 +108,8 @@ class Config(RunOptions):
     """Baseline of the reward "verifier" among the answers to one prompt."""
     process: Literal["paper", "paper-step", "openrlhf", "verl"] = "paper"
     """Baseline and whitening of the reward "pure": a preset of `process_advantages`."""
+    mask_step_ends: bool | None = None
+    """Whether the tokens that end a step stay out of the reward "pure"; null: as `process` has it, "openrlhf" alone."""
     operator: Literal["soft", "hard", "revmin", "causal_soft", "sum", "mean"] = "soft"
     """How step rewards become returns: an operator of `min_form_returns`."""
     process_temperature: NonNegative = 0.1

@@ -19,6 +19,7 @@ from ..rollout import Rollout
 from ..scorer import StepScorer, TokenScorer, VocabularyScorer
 from ..tokenizers import check_same_vocabulary, load_tokenizer
 from .credit import Packed, Stream, penalty
+from .oracle import ArithmeticPRM
 from .prime import Prime
 from .process import Process
 from .q_rm import QRM, Implicit, Outcome, Random, VocabularyQ
@@ -122,7 +123,11 @@ def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Poli
         name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
     }
     if "pure" in weights:
-        scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
+        scorer: StepScorer | ArithmeticPRM
+        if config.prm is not None and config.prm.partition(":")[0] == "arithmetic":
+            scorer = ArithmeticPRM(config.prm, tokenizer, config.seed)
+        else:
+            scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
         share = weights.get("verifier", 0.0)
         streams["pure"] = 1.0, Process(scorer, tokenizer, config, weights["pure"], verifier, share)
     elif verifier is not None:
