@@ -298,6 +298,9 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     aggregation = check_choice(options.rerank, options.reward_model, options.aggregation)
     if options.best_of < 1:
         raise ValueError(f"best_of must be at least 1, got {options.best_of}")
+    for name in ("reward_model", "plot"):  # an aggregation needs a reward_model
+        if options.best_of == 1 and options[name] is not None:
+            raise ValueError(f"{name} needs best_of above 1: of one answer there is no choice, got {options[name]}")
     if options.early_reject < 0 or (options.early_reject and (options.best_of == 1 or options.reward_model is None)):
         raise ValueError(f"early_reject needs best_of and a reward_model, and at least 0, got {options.early_reject}")
     check_ranges(config)

@@ -146,6 +146,9 @@ def test_a_prm_from_solutions_to_scores_and_a_policy(inputs, run):
     assert Path("best.png").read_bytes().startswith(b"\x89PNG")
     status, _, err = run("eval", "--model", inputs / "policy", *arguments, "--best_of", 0)
     assert status == 2 and "best_of must be at least 1, got 0" in err
+    for option in (["--rerank", "prm", "--reward_model", "prm"], ["--plot", "x.png"]):
+        status, _, err = run("eval", "--model", inputs / "policy", *arguments[:6], *option)
+        assert status == 2 and f"{option[-2][2:]} needs best_of above 1: of one answer there is no choice" in err
 
     arguments = [*train_arguments(inputs), "--preset", "pure-paper", "--algorithm", "ppo", "--prm", "prm"]
     status, out, err = run(*arguments, "--reward", "pure=1.0,verifier=1.0", "--labelled_share", 0.1)
@@ -173,7 +176,7 @@ def test_the_other_kinds_train_and_serve_a_policy(inputs, run, kind):
         status, _, err = run(
             "train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", "--tokenizer", "arithmetic"
         )
-        assert status == 2 and "model must be a checkpoint, which stays as the reference, got scratch:small" in err
+        assert status == 2 and "the following arguments are required: model" in err
 
 
 def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):

@@ -198,6 +198,14 @@ def check(config: Config) -> None:
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
 
 
+def check_budget(longest: int, config: Config) -> None:
+    """Raise ValueError where an answer of `longest` tokens with its prompt would fit no micro-batch."""
+    if longest > config.max_tokens:
+        raise ValueError(
+            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
+        )
+
+
 def parse_streams(reward: str) -> dict[str, float]:
     """The kinds of reward in `reward`, "pure" or "pure=1.0,verifier=0.5", and their weights.
 

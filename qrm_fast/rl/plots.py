@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, pstdev
 from textwrap import wrap
@@ -17,6 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from .config import TOKEN_SCORES
+
 # ---- curves
 
 
@@ -29,9 +32,28 @@ class Panel(NamedTuple):
 
 
 SHARE = (-0.02, 1.02)
+
+
+def of_answers(title: str, prefix: str, what: str) -> list[Panel]:
+    """The panels of a reward model that is trained on pairs, or on answers judged as a whole."""
+    shown = {"": "training batch", "heldout_": "held out, after training"}
+    return [
+        Panel(name, y, limits, {f"{prefix}/{when}{key}": label for when, label in shown.items()}, "optimiser step")
+        for name, y, limits, key in (
+            (title, f"{what} accuracy (share)", SHARE, "accuracy"),
+            (f"{title} loss per {what}", "nats", (0, None), "loss"),
+        )
+    ]
+
+
 PANELS = [
     Panel("Pass@1", "right answers (share)", SHARE, {"eval/pass@1_sampled": "sampled", "eval/pass@1_greedy": "greedy"}),
-    Panel("Reward: Q of sampled tokens", "mean Q (raw)", (None, None), {"reward/q_mean": "mean"}),
+    Panel(
+        "Reward: Q of sampled tokens",
+        "mean Q (raw)",
+        (None, None),
+        {"reward/q_mean": "mean", **{f"reward/{name}/q_mean": name for name in TOKEN_SCORES}},
+    ),
     Panel(
         "Reward: steps",
         "reward in [-1, 1]",
@@ -60,13 +82,10 @@ PANELS = [
     Panel("Entropy per token", "nats", (0, None), {"policy/entropy": "mean"}),
     Panel("Answer length", "tokens", (0, None), {"response/length": "mean"}),
     Panel("SFT loss per token", "nats", (0, None), {"sft/loss": "training batch"}, "optimiser step"),
-    Panel(
-        "Q-RM",
-        "pair accuracy (share)",
-        SHARE,
-        {"qrm/accuracy": "training batch", "qrm/heldout_accuracy": "held out, after training"},
-        "optimiser step",
-    ),
+    *of_answers("Q-RM", "qrm", "pair"),
+    *of_answers("ORM", "orm", "pair"),
+    *of_answers("DPO", "dpo", "pair"),
+    *of_answers("Implicit reward model", "implicit", "answer"),
     Panel("PRM loss per step", "nats", (0, None), {"prm/loss": "training batch"}, "optimiser step"),
     Panel(
         "PRM",
@@ -139,7 +158,7 @@ def _draw_panel(
     keys_in_legend: dict[str, Line2D] = {}
     for name, rows in runs.items():
         leaf = Path(name).name
-        for style, (key, label) in zip(LINE_STYLES, panel.keys.items(), strict=False):
+        for style, (key, label) in zip(cycle(LINE_STYLES), panel.keys.items(), strict=False):
             points = _points(rows, key)
             if not points:
                 continue

@@ -1,5 +1,6 @@
 """The streams that a configuration names, side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,14 @@ class Weighted:
         return Advantages(advantages, valued.returns)  # what the critic is of, where there is one
 
     def metrics(self) -> dict[str, Tensor]:
-        return {name: x for _, stream in self.streams.values() for name, x in stream.metrics().items()}
+        """Of each stream. What several of them report is named after its stream, too: reward/orm/q_mean."""
+        reported = {name: stream.metrics() for name, (_, stream) in self.streams.items()}
+        times = Counter(key for of_stream in reported.values() for key in of_stream)
+        return {
+            key if times[key] == 1 else key.replace("/", f"/{name}/"): x
+            for name, of_stream in reported.items()
+            for key, x in of_stream.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, (_, stream) in self.streams.items()}
@@ -90,9 +98,11 @@ def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Poli
             model, reference, beta = load_implicit(checked(config.implicit), tokenizer, **options)
             num_ids = num_token_ids(tokenizer)
             return Implicit(Policy(model, num_ids=num_ids), Policy(reference, num_ids=num_ids), beta, config, kl_coef)
-        kind, spec = (QRM, config.q_rm) if name == "q-rm" else (Outcome, config.orm)
-        model = load_q_rm(checked(spec), tokenizer, **options)
-        return kind(TokenScorer(model, reads_action=True), config, kl_coef)
+        if name == "orm":
+            model = load_q_rm(checked(config.orm), tokenizer, kind="orm", **options)
+            return Outcome(TokenScorer(model, reads_action=True), config, kl_coef)
+        model = load_q_rm(checked(config.q_rm), tokenizer, **options)
+        return QRM(TokenScorer(model, reads_action=True), config, kl_coef)
 
     streams: dict[str, tuple[float, Stream]] = {
         name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
