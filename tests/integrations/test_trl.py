@@ -488,7 +488,7 @@ def test_check_says_what_is_there():
 
 def test_the_examples_of_the_pages_run(monkeypatch):
     pages = (ROOT / "README.md").read_text() + (ROOT / "docs/integrations.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
+    blocks = re.findall(r"```python.*?\n(.*?)```", pages, flags=re.DOTALL)
     blocks = [block for block in blocks if "integrations.trl import" in block]
     assert len(blocks) == 4
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
