@@ -438,8 +438,8 @@ def test_runs_that_cannot_be_taken_up(inputs, run):
     sft += ["--num_steps", 2, "--batch_size", 4, "--out", "out"]
     assert run(*sft, "--save_every", 1)[0] == 0
     (newest, older) = states(Path("out"))
-    newest.write_bytes(b"")
-    older.write_bytes(older.read_bytes()[:-1])
+    (newest / "__0_0.distcp").write_bytes(b"")
+    (older / "about.json").write_text("{}")
     for arguments, sentence in (
         (
             [*sft, "--save_every", 1, "--resume"],
@@ -451,7 +451,7 @@ def test_runs_that_cannot_be_taken_up(inputs, run):
         status, _, err = run(*arguments)
         assert status == 2 and err.endswith(f"qrm-fast sft: error: {sentence}\n") and "Traceback" not in err
     for path in (newest, older):
-        path.unlink()
+        shutil.rmtree(path)
     status, _, err = run(*sft, "--resume")
     assert status == 2 and "out must hold a state to go on from" in err and err.count("\n") == 1
 
