@@ -69,7 +69,8 @@ class Config(RunOptions):
     q_rm: str | None = None
     """Directory or id of the Q-RM; needed where the reward is "q-rm", or "qrm-vocab" for one with a vocabulary head."""
     prm: str | None = None
-    """Directory or id of the PRM; needed where the reward is "pure"."""
+    """Directory or id of the PRM; needed where the reward is "pure". "arithmetic:noise=0.3" judges the steps of the
+    embedded task by their labels, and errs by so much."""
     orm: str | None = None
     """Directory or id of the ORM; needed where the reward is "orm"."""
     implicit: str | None = None
@@ -100,6 +101,8 @@ class Config(RunOptions):
     """The verifier's reward falls by 1 over the last tokens of max_new_tokens, this many (arXiv 2503.14476, eq. 13)."""
     process: Literal["paper", "paper-step", "openrlhf", "verl"] = "paper"
     """Baseline and whitening of the reward "pure": a preset of `process_advantages`."""
+    mask_step_ends: bool | None = None
+    """Whether the tokens that end a step stay out of the reward "pure"; null: as `process` has it, "openrlhf" alone."""
     operator: Literal["soft", "hard", "revmin", "causal_soft", "sum", "mean"] = "soft"
     """How step rewards become returns: an operator of `min_form_returns`."""
     process_temperature: NonNegative = 0.1
@@ -215,6 +218,14 @@ def check(config: Config) -> None:
         raise ValueError(f'estimator "min-gae" is for the steps of the reward "pure", got "{config.reward}"')
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "abs":
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
+
+
+def check_budget(longest: int, config: Config) -> None:
+    """Raise ValueError where an answer of `longest` tokens with its prompt would fit no micro-batch."""
+    if longest > config.max_tokens:
+        raise ValueError(
+            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
+        )
 
 
 def parse_streams(reward: str) -> dict[str, float]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from .. import PackedBatch, pack, plan_microbatches
 from ..ops.moments import moments
 from . import ranks
-from .attention import check_packing
+from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
-from .config import Config, check, parse_streams
+from .config import Config, check, check_budget, parse_streams
 from .data import Example, Prompt, Rows, read_rows
 from .flops import update_flops
 from .lora import Start, adapted
@@ -59,6 +59,7 @@ class Parts(NamedTuple):
     reference: Policy | Start | None
     critic: TokenScorer | None
     critic_optimizer: AdamW | None
+    share_prompts: bool  # answers to one prompt compute its rows once
 
     def learning(self) -> dict[str, Any]:
         """The parts that a resumed run takes up where they were; what is trained of a model is its optimiser's."""
@@ -92,10 +93,7 @@ def train(config: Config) -> TrainResult:
     longest, longest_eval = (longest_answer(rows, tokenizer, config) for rows in (examples, eval_examples))
     if config.num_prompts < ranks.num_ranks():
         raise ValueError(f"num_prompts must be at least 1 per process, {ranks.num_ranks()}, got {config.num_prompts}")
-    if longest > config.max_tokens:
-        raise ValueError(
-            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
-        )
+    check_budget(longest, config)
     parts = load_parts(config, tokenizer, longest, longest_eval)
     with folder:
         rows = learn(config, folder, parts, tokenizer, examples, eval_examples)
@@ -114,7 +112,7 @@ def learn(
     eval_examples: Rows[Example],
 ) -> list[dict[str, float]]:
     """The iterations. Returns the rows of metrics.jsonl."""
-    policy, engine, optimizer, credit, reference, critic, critic_optimizer = parts
+    policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts = parts
     first = folder.load(parts.learning())
     if first > config.num_iterations:
         raise ValueError(f"num_iterations must be at least the {first} done, got {config.num_iterations}")
@@ -166,12 +164,14 @@ def learn(
         # ---- pack: answers in the order of the micro-batches, so that one's actions are neighbours among the T rows
         with phases("pack"):
             lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
-            own = [num_answers, num_actions, sum(rollout.finished), sum(lengths[s] for s in kept), len(kept)]
-            counts = ranks.gather(torch.tensor(own))
-            minibatches = plan(kept, lengths, min(config.num_minibatches, int(counts[:, -1].max())), config, seed)
-            packed = pack_answers(minibatches, prompts, rollout, group_ids, seed)
-            num_tokens = sum(len(batch.input_ids) for batch in packed.batches)
-            num_pairs = sum(n * (n + 1) // 2 for n in (lengths[s] for s in kept))  # of a query and a key it sees
+            counts = ranks.gather(torch.tensor([num_answers, num_actions, sum(rollout.finished), len(kept)]))
+            num_minibatches = min(config.num_minibatches, int(counts[:, 3].max()))
+            prompt_lens = list(map(len, prompts)) if share_prompts else None
+            minibatches = plan(kept, lengths, prompt_lens, num_minibatches, config, seed)
+            packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
+            num_tokens = sum(lengths[s] for s in kept)
+            num_rows = sum(len(batch.input_ids) for batch in packed.batches)
+            num_pairs = sum(lengths[s] * (lengths[s] + 1) // 2 for s in kept)  # of a query and a key it sees
 
         # ---- score
         with phases("score"), torch.no_grad():
@@ -193,7 +193,7 @@ def learn(
         # ---- update: the log-probabilities of sampling are the old ones
         with phases("update"):
             share = trapezoid(iteration, config.num_iterations, warmup=config.warmup_iterations, decay=config.decay)
-            all_answers, all_actions, all_finished, all_tokens, _ = counts.sum(0).tolist()
+            all_answers, all_actions, all_finished, _ = counts.sum(0).tolist()
             denominators = Denominators(all_answers / len(minibatches), all_actions / len(minibatches))
             sizes = [len(batch.action_index) for batch in packed.batches]
             columns = [x.split(sizes) for x in (advantages, returns, packed.logprobs)]
@@ -207,7 +207,7 @@ def learn(
                     if critic is not None and critic_optimizer is not None:
                         lr = config.critic_lr * share
                         critic_norms.append(update_critic(critic, critic_optimizer, step, denominators, config, lr))
-                phases.count("update", num_tokens, flops.total(num_tokens, sum(sizes), num_pairs))
+                phases.count("update", num_tokens, flops.total(num_rows, sum(sizes), num_pairs))
                 if config.target_kl and epoch < config.num_epochs:
                     kl = means(sums[-len(steps) :], [])["policy/approx_kl"]
                     if kl.item() > config.target_kl:
@@ -218,7 +218,9 @@ def learn(
         count, mean, squares = moments(advantages, process_group=ranks.world())[0]
         stats = {"advantage/mean": mean, "advantage/std": (squares / count).sqrt(), **means(sums, critic_norms)}
         credited = credit.metrics()
-        values = torch.stack([x.to(mean) for x in credited.values()]) if credited else mean.new_empty(0)
+        credited["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
+        credited["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
+        values = torch.stack([x.to(mean) for x in credited.values()])
         stats |= zip(credited, ranks.mean(values, num_answers), strict=True)
         row = dict(zip(stats, torch.stack([x.to(mean) for x in stats.values()]).tolist(), strict=True))
         skipped = skipped + int(row["policy/skipped"]) if row["policy/skipped"] else 0
@@ -235,7 +237,6 @@ def learn(
             "response/finished": all_finished / all_answers,
             "policy/lr": config.lr * share,
             "policy/epochs": len(sums) / len(steps),
-            "perf/microbatch_fill": all_tokens / (ranks.num_ranks() * len(packed.batches) * config.max_tokens),
         }
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
@@ -267,20 +268,21 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         model = load_token_model(config.q_rm or config.model, tokenizer, device=device, dtype=dtype)
         model.score.reset_parameters()
         critic = TokenScorer(adapted(model, config.model, config), reads_action=False)
-    for module in (policy, *credit.models, reference, critic):
-        if isinstance(module, nn.Module):  # which a reference of the policy's own weights is not
-            check_context(module.model, max(longest, longest_eval) if module is policy else longest)
-            check_packing(module.model, longest)
+    # a reference of the policy's own weights is no module
+    modules = [x for x in (policy, *credit.models, reference, critic) if isinstance(x, nn.Module)]
+    for module in modules:
+        check_context(module.model, max(longest, longest_eval) if module is policy else longest)
+        check_packing(module.model, longest)
+    share_prompts = all(shares_prompts(module.model, longest) for module in modules)
     engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))
     check_sampling(engine, policy, longest)
-    for module in (policy, *credit.models, reference, critic):
-        if isinstance(module, nn.Module):
-            ranks.shard(module)
+    for module in modules:
+        ranks.shard(module)
     with torch.no_grad(), ranks.whole(policy):
         policy(pack([[0]], [1], device=device))  # FSDP2's first forward pass must be one of the whole module
     optimizer = AdamW(policy.train().parameters())
     critic_optimizer = None if critic is None else AdamW(critic.train().parameters())
-    return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer)
+    return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts)
 
 
 def longest_answer(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
@@ -321,25 +323,51 @@ def prompt_order(num_examples: int, config: Config) -> list[list[int]]:
     return [x.tolist() for x in passes.split(config.num_prompts)[: config.num_iterations]]
 
 
-def plan(kept: list[int], lengths: list[int], num_minibatches: int, config: Config, seed: int) -> list[list[list[int]]]:
-    """Answers by mini-batch and micro-batch: mini-batches at random, micro-batches within max_tokens.
+def plan(
+    kept: list[int],
+    lengths: list[int],
+    prompt_lens: list[int] | None,
+    num_minibatches: int,
+    config: Config,
+    seed: int,
+) -> list[list[list[int]]]:
+    """Answers by mini-batch and micro-batch: mini-batches of random prompts, micro-batches within max_tokens.
 
+    With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them.
     Every process has as many micro-batches in a mini-batch as the others, the last of them empty where it needs fewer.
     """
-    order = torch.tensor(kept)
+    place = list(range(len(lengths)))
     if config.num_minibatches > 1:
-        order = order[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))]
+        place = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    # by prompt, and by length, because packed attention takes equally long neighbours in one call
+    order = sorted(kept, key=lambda s: (place[s // config.group_size], lengths[s]))
     minibatches = []
-    for part in (x.tolist() for x in order.tensor_split(num_minibatches)):
-        microbatches = plan_microbatches([lengths[s] for s in part], max_tokens=config.max_tokens)[0]
-        # sorted, because packed attention takes equally long neighbours in one call
-        minibatches.append([sorted((part[i] for i in m), key=lengths.__getitem__) for m in microbatches])
+    for part in (x.tolist() for x in torch.tensor(order).tensor_split(num_minibatches)):
+        units: list[list[int]] = []
+        rows: list[int] = []  # of each unit
+        for s in part:
+            is_sibling = units and s // config.group_size == units[-1][0] // config.group_size
+            shared = prompt_lens[s] - 1 if prompt_lens and is_sibling else 0
+            if shared and rows[-1] + lengths[s] - shared <= config.max_tokens:
+                units[-1].append(s)
+                rows[-1] += lengths[s] - shared
+            else:
+                units.append([s])
+                rows.append(lengths[s])
+        microbatches = plan_microbatches(rows, max_tokens=config.max_tokens)[0]
+        by_length = (sorted((units[i] for i in m), key=lambda unit: lengths[unit[0]]) for m in microbatches)
+        minibatches.append([[s for unit in units for s in unit] for units in by_length])
     most = ranks.gather(torch.tensor([len(minibatch) for minibatch in minibatches])).amax(0).tolist()
     return [minibatch + [[]] * (n - len(minibatch)) for minibatch, n in zip(minibatches, most, strict=True)]
 
 
 def pack_answers(
-    minibatches: list[list[list[int]]], prompts: list[list[int]], rollout: Rollout, group_ids: Tensor, seed: int
+    minibatches: list[list[list[int]]],
+    prompts: list[list[int]],
+    rollout: Rollout,
+    group_ids: Tensor,
+    share_prompts: bool,
+    seed: int,
 ) -> Packed:
     """The answers of a plan, micro-batch by micro-batch."""
     device, responses = group_ids.device, rollout.responses
@@ -347,7 +375,8 @@ def pack_answers(
     def packed(answers: list[int]) -> PackedBatch:
         if not answers:  # one token and no action: the passes that the other processes make, and no number
             return pack([prompts[0][:1]], [1], device=device)
-        return pack([prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers], device=device)
+        sequences, prompt_lens = [prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers]
+        return pack(sequences, prompt_lens, share_prompts=share_prompts, device=device)
 
     batches = [packed(answers) for minibatch in minibatches for answers in minibatch]
     kept = [s for minibatch in minibatches for answers in minibatch for s in answers]

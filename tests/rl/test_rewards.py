@@ -409,6 +409,18 @@ def test_a_mixture_is_the_weighted_sum_of_what_each_would_give():
     assert fresh.min_std == q_rm.min_std == 0.0
 
 
+def test_what_several_streams_report_keeps_their_names():
+    config, packed = config_of("qrm-released", min_std_share=0.0), packed_of(TWO)
+    scores = {"q-rm": 1.0, "orm": 2.0}
+    streams = {name: (1.0, QRM(lambda batch, q=q: torch.full((7,), q), config, 0.0)) for name, q in scores.items()}
+    weighted = Weighted({**streams, "verifier": (1.0, Verifier(TOKENIZER, config))}, config)
+    tell(weighted, TWO, [0, 1])
+    weighted.of_tokens(packed)
+    metrics = {name: x.item() for name, x in weighted.metrics().items()}
+    deviations = {"reward/q-rm/q_std": 0.0, "reward/orm/q_std": 0.0}
+    assert metrics == {"reward/q-rm/q_mean": 1.0, "reward/orm/q_mean": 2.0, "reward/mean": 0.5, **deviations}
+
+
 @pytest.mark.parametrize(
     ("baseline", "advantages"),
     [("rloo", [-2 / 3, 2 / 3 + 2 / 3, -2 / 3]), ("grpo", [-0.57735, 1.1547, -0.57735]), ("none", [0, 1, 0]),

@@ -339,6 +339,12 @@ def test_bad_input(config, tmp_path):
         train(replace(config, reward="q-rm,qrm-vocab"))
     with pytest.raises(ValueError, match="value_coef needs the token scores of one model"):
         train(replace(config, reward="q-rm,orm", value_coef=1.0))
+    q_rm = load_token_model(config.q_rm, load_tokenizer("arithmetic"))
+    for name, other in (("q_rm", "orm"), ("orm", "qrm")):
+        q_rm.config.reward_model = other
+        save_checkpoint(q_rm, load_tokenizer("arithmetic"), tmp_path / other)
+        with pytest.raises(ValueError, match=f"got a model that was trained with --kind {other}"):
+            train(replace(config, **preset(name.replace("q_rm", "qrm-paper")), **{name: str(tmp_path / other)}))
     with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a model that was not"):
         train(replace(config, **preset("qrm-vocab"), q_rm=config.model))
     with pytest.raises(ValueError, match="must be an implicit reward model, which names its reference, got one"):

@@ -1,5 +1,6 @@
 """The streams that a configuration names, side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..rollout import Rollout
 from ..scorer import StepScorer, TokenScorer, VocabularyScorer
 from ..tokenizers import check_same_vocabulary, load_tokenizer
 from .credit import Packed, Stream, penalty
+from .oracle import ArithmeticPRM
 from .process import Process
 from .q_rm import QRM, Implicit, Outcome, Random, VocabularyQ
 from .verifier import Verifier
@@ -53,7 +55,14 @@ class Weighted:
         return Advantages(advantages, valued.returns)  # what the critic is of, where there is one
 
     def metrics(self) -> dict[str, Tensor]:
-        return {name: x for _, stream in self.streams.values() for name, x in stream.metrics().items()}
+        """Of each stream. What several of them report is named after its stream, too: reward/orm/q_mean."""
+        reported = {name: stream.metrics() for name, (_, stream) in self.streams.items()}
+        times = Counter(key for of_stream in reported.values() for key in of_stream)
+        return {
+            key if times[key] == 1 else key.replace("/", f"/{name}/"): x
+            for name, of_stream in reported.items()
+            for key, x in of_stream.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, (_, stream) in self.streams.items()}
@@ -89,16 +98,22 @@ def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Poli
             model, reference, beta = load_implicit(checked(config.implicit), tokenizer, **options)
             num_ids = num_token_ids(tokenizer)
             return Implicit(Policy(model, num_ids=num_ids), Policy(reference, num_ids=num_ids), beta, config, kl_coef)
-        kind, spec = (QRM, config.q_rm) if name == "q-rm" else (Outcome, config.orm)
-        model = load_q_rm(checked(spec), tokenizer, **options)
-        return kind(TokenScorer(model, reads_action=True), config, kl_coef)
+        if name == "orm":
+            model = load_q_rm(checked(config.orm), tokenizer, kind="orm", **options)
+            return Outcome(TokenScorer(model, reads_action=True), config, kl_coef)
+        model = load_q_rm(checked(config.q_rm), tokenizer, **options)
+        return QRM(TokenScorer(model, reads_action=True), config, kl_coef)
 
     streams: dict[str, tuple[float, Stream]] = {
         name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
     }
     verifier = Verifier(tokenizer, config) if "verifier" in weights else None
     if "pure" in weights:
-        scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
+        scorer: StepScorer | ArithmeticPRM
+        if config.prm is not None and config.prm.partition(":")[0] == "arithmetic":
+            scorer = ArithmeticPRM(config.prm, tokenizer, config.seed)
+        else:
+            scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
         share = weights.get("verifier", 0.0)
         streams["pure"] = 1.0, Process(scorer, tokenizer, config, weights["pure"], verifier, share)
     elif verifier is not None:
