@@ -75,6 +75,27 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> None:
     print(result.summary)
 
 
+def lab(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Test a claim of the papers on the embedded task: seeds, learning-rate sweeps, controls; a table and a figure."""
+    parser.add_argument(
+        "--experiment", type=str, required=True, help="qrm-vs-orm, sum-vs-min, hacking or noise: see docs/methods.md."
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="Report the seeds 0, 1, ...")
+    parser.add_argument("--out", type=str, default="runs/lab", help="Directory; runs that are there are not run again.")
+    options = parser.parse_args(arguments)
+    _before_models("cpu")
+    from .rl.lab import EXPERIMENTS, GREEDY, SAMPLED
+    from .rl.lab import lab as run
+    from .rl.plots import spreads
+
+    with _newest_row_shown(options.out):
+        results = run(options.experiment, options.seeds, options.out)
+    folder, experiment = f"{options.out}/{options.experiment}", EXPERIMENTS[options.experiment]
+    keys = {SAMPLED: "sampled Pass@1", GREEDY: "greedy Pass@1", **experiment.columns}
+    spreads({arm: result.runs for arm, result in results.items()}, keys).savefig(f"{folder}/figure.png")
+    print(f"\n{experiment.claim}\ntable   {folder}/table.md\nfigure  {folder}/figure.png")
+
+
 def sft(parser: ArgumentParser, arguments: list[str]) -> None:
     """Fine-tune a policy on demonstrations."""
     from .rl.sft import SFTConfig, train_sft
@@ -420,6 +441,7 @@ COMMANDS: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
     "score": score,
     "merge": merge,
     "plot": plot,
+    "lab": lab,
     "doctor": doctor,
 }
 USAGE = "\n".join(

@@ -333,7 +333,8 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
     [
         (
             ["learn"],
-            "error: command must be one of demo, sft, train-rm, train, eval, score, merge, plot, doctor, got learn",
+            "error: command must be one of demo, sft, train-rm, train, eval, score, merge, plot, lab, doctor, "
+            "got learn",
         ),
         (["sft"], "qrm-fast sft: error: the following arguments are required: data"),
         (["demo", "--seeds", "many"], "seeds must be int, got many"),
