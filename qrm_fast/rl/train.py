@@ -374,7 +374,8 @@ def pack_answers(
 
     def packed(answers: list[int]) -> PackedBatch:
         if not answers:  # one token and no action: the passes that the other processes make, and no number
-            return pack([prompts[0][:1]], [1], device=device)
+            batch = pack([prompts[0][:1]], [1], device=device)
+            return batch._replace(action_cu_seqlens=batch.action_cu_seqlens[:1])
         sequences, prompt_lens = [prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers]
         return pack(sequences, prompt_lens, share_prompts=share_prompts, device=device)
 
