@@ -30,8 +30,6 @@ class Prime(Implicit):
     def __init__(
         self, scorer: Policy, reference: Policy, beta: float, config: Config, kl_coef: float, verifier: Verifier
     ) -> None:
-        if ranks.num_ranks() > 1:
-            raise ValueError(f"implicit_lr needs one process, got {ranks.num_ranks()}: without it the model is fixed")
         super().__init__(scorer, reference, beta, config, kl_coef)
         self.verifier = verifier
 
