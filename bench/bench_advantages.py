@@ -51,7 +51,7 @@ def in_triton(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> dict[str, 
     return {"qrm_fast, Triton": partial(triton.launch, rewards, values, cu_seqlens, 1.0, 0.95, None, None, None)}
 
 
-def packed(device: torch.device, segments: str, num_tokens: int = NUM_TOKENS) -> Case:
+def packed(device: torch.device, segments: str, num_tokens: int) -> Case:
     """gae, with nothing beside it."""
     cu_seqlens = boundaries(segments, num_tokens).to(device)
     rewards, values = columns(2, num_tokens, device)
@@ -72,7 +72,7 @@ def packed(device: torch.device, segments: str, num_tokens: int = NUM_TOKENS) ->
 
 @case(cpu=[{"segments": s} for s in SEGMENTS], cuda=[{"segments": s} for s in SEGMENTS])
 def packed_gae(device: torch.device, segments: str) -> Case:
-    built = packed(device, segments)
+    built = packed(device, segments, NUM_TOKENS)
     if device.type == "cpu":
         built.providers |= into_fresh_memory(built.bytes, device)
     return built
@@ -80,7 +80,7 @@ def packed_gae(device: torch.device, segments: str) -> Case:
 
 @case(environment=KEPT_MEMORY, cpu=[{"segments": s} for s in SEGMENTS])
 def packed_gae_in_kept_memory(device: torch.device, segments: str) -> Case:
-    return packed(device, segments)
+    return packed(device, segments, NUM_TOKENS)
 
 
 COLUMNS = {"min_gae": (2, 2), "discounted_returns": (1, 1), "vtrace": (3, 2)}  # that it reads and writes
