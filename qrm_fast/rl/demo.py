@@ -28,7 +28,7 @@ from .tokenizers import encode_prompt, load_tokenizer
 from .train import PassAt1, train
 
 MAX_NEW_TOKENS = 60
-NUM_RL_PROMPTS, NUM_REPORT_PROMPTS, NUM_LOCATED_PROMPTS = 8192, 1024, 256
+NUM_RL_PROMPTS, NUM_REPORT_PROMPTS, NUM_LOCATED_PROMPTS = 8192, 1024, 512
 
 SFT = SFTConfig(
     data="",
@@ -96,9 +96,9 @@ class Run(NamedTuple):
 class Located(NamedTuple):
     """Where a Q-RM sees wrong answers go wrong, and a typical one of them."""
 
-    share: float  # of the wrong answers, those whose lowest advantage is at the first wrong token
+    share: float  # of the wrong answers with several choices, those whose lowest advantage is at the first wrong token
     chance: float  # the same of one of the tokens at random where the policy had a choice
-    num_answers: int
+    num_answers: int  # with several choices
     prompt: str
     right: TokenAdvantages  # of the worked answer to that prompt
     wrong: TokenAdvantages
@@ -153,8 +153,8 @@ def demo(seeds: int = 1, controls: bool = False, out: str = "runs/demo") -> Demo
     print_table(runs)
     located = locate(f"{out}/seed0/sft", f"{out}/seed0/q_rm")
     print(
-        f"\nThe lowest advantage is at the first wrong token in {located.share:.3f} of {located.num_answers} wrong "
-        f"answers; a token at random,\nof those where the policy had a choice, is it in {located.chance:.3f}."
+        f"\nOf {located.num_answers} wrong answers with several choices on the way, {located.share:.3f} have the "
+        f"lowest advantage at the\nfirst wrong token; a choice at random is that token in {located.chance:.3f}."
     )
     gain, control = (gains(runs, reward) for reward in ("Q-RM", "random reward"))
     summary = (
@@ -190,7 +190,7 @@ def process_demo(seeds: int = 1, out: str = "runs/demo_pure") -> DemoResult:
         f"\ntrained   a policy twice on step rewards of a PRM that errs: by their soft minimum (PURE) and by their sum"
         f"\ngained    {low.sampled:+.3f} sampled and {low.greedy:+.3f} greedy Pass@1 on problems it never saw, by the "
         f"minimum; by the sum {total.sampled:+.3f} and {total.greedy:+.3f}"
-        f"\nnext      the same on data of your own, qrm-fast train-rm --kind prm --help"
+        f"\nnext      qrm-fast lab --experiment sum-vs-min; on data of your own, qrm-fast train-rm --kind prm --help"
     )
     return DemoResult(out, runs, [], None, summary)
 
@@ -298,8 +298,10 @@ def print_table(runs: list[Run]) -> None:
 
 
 def locate(policy: str, q_rm: str) -> Located:
-    """Where the Q-RM sees the policy's wrong answers to the report problems go wrong; the typical one is that whose
-    advantage at the first wrong token is the median."""
+    """Where the Q-RM sees the policy's wrong answers to report problems go wrong.
+
+    The typical one is that whose advantage at the first wrong token is the median.
+    """
     pairs, _ = sample_pairs(policy, arithmetic_examples(NUM_LOCATED_PROMPTS, split="report", seed=0), seed=0)
     wrong = [(prompt, pair.rejected) for prompt, pair in {str(pair.instruction): pair for pair in pairs}.items()]
     right = [(prompt, arithmetic_demonstration(prompt)) for prompt, _ in wrong]
@@ -310,9 +312,9 @@ def locate(policy: str, q_rm: str) -> Located:
         first = next(t for t, (a, b) in columns if a != b)
         values = of_wrong.advantages
         num_choices = sum(x != 0 for x in values)
-        rows.append(
-            (values[first], values[first] == min(values) < 0, 1 / max(1, num_choices), prompt, of_right, of_wrong)
-        )
+        if num_choices > 1:
+            hit = values[first] == min(values)
+            rows.append((values[first], hit, 1 / num_choices, prompt, of_right, of_wrong))
     rows.sort(key=lambda row: row[0])
     _, hits, chances, *_ = zip(*rows, strict=True)
     return Located(mean(hits), mean(chances), len(rows), *rows[len(rows) // 2][3:])

@@ -187,6 +187,33 @@ def _points(rows: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, 
     return [] if nothing else points
 
 
+def spreads(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], keys: Mapping[str, str]) -> Figure:
+    """Metrics by iteration, one panel for each of `keys` (key: its name), of `arms` (name: rows of every seed).
+
+    Lines are means over the seeds, bands go from the smallest to the largest.
+    """
+    figure = Figure(figsize=(4.4 * len(keys), 3.6), layout="constrained", dpi=110)
+    for axes, (key, name) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True):
+        for i, (arm, runs) in enumerate(arms.items()):
+            columns = zip(*(_points(rows, key) for rows in runs), strict=True)
+            points = [(column[0][0], [value for _, value in column]) for column in columns]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            look: dict[str, Any] = dict(color=f"C{i % 10}", linestyle=LINE_STYLES[i // 10])
+            axes.plot(steps, [fmean(x) for x in values], linewidth=1.3, label=arm, **look)
+            axes.fill_between(
+                steps, *zip(*((min(x), max(x)) for x in values), strict=True), color=f"C{i % 10}", alpha=0.12
+            )
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("iteration", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=7, framealpha=0.7)
+    return figure
+
+
 # ---- calibration
 
 
@@ -268,7 +295,7 @@ def heat_map(prompt: str, answers: Sequence[Answer], *, advantages: bool = False
     centre = 0.0 if advantages else fmean(q)
     widest = max(abs(x - centre) for x in q)
     spread = (widest if advantages else min(2.5 * pstdev(q), widest)) or 1.0
-    name, white = ("Advantage", "none") if advantages else ("Q", "the mean of the tokens shown")
+    name, white = ("A", "none") if advantages else ("Q", "the mean of the tokens shown")
     colour = ScalarMappable(Normalize(centre - spread, centre + spread), _pale("RdBu"))
 
     layouts = [_lay_out(answer.tokens, WIDE) for answer in answers]

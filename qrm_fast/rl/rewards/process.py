@@ -16,6 +16,7 @@ from ... import (
     process_diagnostics,
 )
 from ...ops.gae import Advantages
+from .. import ranks
 from ..config import Config
 from ..data import STEP, Example, Prompt
 from ..prm import ends_a_step, find_steps, separator_id, separator_of
@@ -109,6 +110,7 @@ class Process:
             max_gen_len=config.max_new_tokens,
             kl=kl,
             num_tokens=num_tokens,
+            process_group=ranks.world(),
         )
         self._diagnose(packed, advantages)
         return Advantages(advantages, advantages)

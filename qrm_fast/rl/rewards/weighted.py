@@ -12,13 +12,15 @@ from ... import gae
 from ...ops.gae import Advantages
 from ..config import TOKEN_SCORES, Config, parse_streams
 from ..data import Example, Prompt
-from ..models import load_implicit, load_prm, load_q_rm, load_vocabulary_q, num_token_ids
+from ..lora import adapted
+from ..models import load_implicit, load_policy, load_prm, load_q_rm, load_vocabulary_q, num_token_ids
 from ..policy import Policy
 from ..rollout import Rollout
 from ..scorer import StepScorer, TokenScorer, VocabularyScorer
 from ..tokenizers import check_same_vocabulary, load_tokenizer
 from .credit import Packed, Stream, penalty
 from .oracle import ArithmeticPRM
+from .prime import Prime
 from .process import Process
 from .q_rm import QRM, Implicit, Outcome, Random, VocabularyQ
 from .verifier import Verifier
@@ -95,19 +97,31 @@ def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Poli
             q_model = load_vocabulary_q(checked(config.q_rm), tokenizer, **options)
             return VocabularyQ(VocabularyScorer(q_model), policy, config, kl_coef)
         if name == "implicit":
-            model, reference, beta = load_implicit(checked(config.implicit), tokenizer, **options)
-            num_ids = num_token_ids(tokenizer)
-            return Implicit(Policy(model, num_ids=num_ids), Policy(reference, num_ids=num_ids), beta, config, kl_coef)
+            return implicit(kl_coef)
         if name == "orm":
             model = load_q_rm(checked(config.orm), tokenizer, kind="orm", **options)
             return Outcome(TokenScorer(model, reads_action=True), config, kl_coef)
         model = load_q_rm(checked(config.q_rm), tokenizer, **options)
         return QRM(TokenScorer(model, reads_action=True), config, kl_coef)
 
+    def implicit(kl_coef: float) -> Implicit:
+        if config.implicit is None:  # it learns, and starts as the policy
+            model, start = (load_policy(config.model, tokenizer, **options) for _ in range(2))
+            beta = config.implicit_beta
+        else:
+            model, start, beta = load_implicit(checked(config.implicit), tokenizer, **options)
+        num_ids = num_token_ids(tokenizer)
+        reference = Policy(start.requires_grad_(False), num_ids=num_ids)
+        if not config.implicit_lr:
+            return Implicit(Policy(model, num_ids=num_ids), reference, beta, config, kl_coef)
+        assert verifier is not None  # `check` refuses it
+        model = adapted(model.requires_grad_(True), config.implicit or config.model, config)
+        return Prime(Policy(model, num_ids=num_ids), reference, beta, config, kl_coef, verifier)
+
+    verifier = Verifier(tokenizer, config) if "verifier" in weights else None
     streams: dict[str, tuple[float, Stream]] = {
         name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
     }
-    verifier = Verifier(tokenizer, config) if "verifier" in weights else None
     if "pure" in weights:
         scorer: StepScorer | ArithmeticPRM
         if config.prm is not None and config.prm.partition(":")[0] == "arithmetic":
