@@ -28,7 +28,7 @@ from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_to
 class DPOConfig(PairOptions):
     kind: Literal["dpo"] = "dpo"
     model: str
-    """Hugging Face id or directory: the policy to start from, which is the reference too."""
+    """Hugging Face id, directory or GGUF file: the policy to start from, which is the reference too."""
     beta: Positive = 0.1
     """Scale of the log-ratio."""
     lr: NonNegative = 1e-6
@@ -41,7 +41,7 @@ class ImplicitConfig(RewardOptions):
     data: str
     """JSONL file of judged answers: {"instruction", "response", "label"}, label true where it is right."""
     model: str
-    """Hugging Face id or directory: the policy to start from, which is the reference too."""
+    """Hugging Face id, directory or GGUF file: the policy to start from, which is the reference too."""
     beta: Positive = 0.05
     """Scale of the log-ratio."""
     num_epochs: Count = 1

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import PackedBatch, TokenLogprobs
 from .attention import backbone, of_transformers
+from .gguf import checkpoint_of
 from .policy import Policy
 from .run_folder import RunOptions
 from .tokenizers import adapter_base
@@ -41,6 +42,7 @@ def adapted(model: PreTrainedModel, spec: str, config: RunOptions) -> Any:
     )
     with _quiet(spec):
         wrapped = _peft("").get_peft_model(model, lora).eval()
+    spec = checkpoint_of(spec)
     # absolute, or the adapter would be whole in this working directory only
     lora.base_model_name_or_path = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
     return wrapped
