@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .harness import Case, case, gemm
+from .qwen2 import VOCABULARY, qwen2
 
-VOCABULARY, GROUP, PROMPT, COMPLETION = 32768, 8, 200, 800
+GROUP, PROMPT, COMPLETION = 8, 200, 800
 Update = tuple[Tensor, list[Tensor]]  # loss, gradients
 
 
@@ -47,30 +48,15 @@ def answers(num_answers: int) -> dict[str, Tensor]:
 def checkpoint(folder: str, width: int, num_layers: int) -> int:
     """A Qwen2 of random weights and a tokenizer of as many words; returns the parameters below the head."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=num_layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config)
+    model, num_parameters = qwen2(width, num_layers)
     model.save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    return sum(p.numel() for p in model.model.layers.parameters())
+    return num_parameters
 
 
 def grpo_trainer(kind: Callable, folder: str, num_answers: int) -> Any:

@@ -24,35 +24,53 @@ class PackedBatch(NamedTuple):
     Action layout, one row per response token. `action_index[t]` is the model row that *predicts* action t: a policy
     head or a critic reads `hidden[action_index]`. The state that has *consumed* the action is the row after it: a
     scalar Q-head reads `hidden[action_index + 1]`. `targets[action_index]` are the actions.
+
+    Where prompts are shared, the rows of a sequence may begin with the *last* token of its prompt: those before it are
+    rows of the first of its neighbours with that prompt. Whole, it is rows `whole_rows[a:b]` from a, b =
+    `whole_cu_seqlens[s : s + 2]`. What is said above stays true: the row that predicts an answer's first action is its
+    own.
     """
 
     input_ids: Tensor  # [N] int64
-    position_ids: Tensor  # [N] int64, from 0 in each sequence
+    position_ids: Tensor  # [N] int64, from 0 in each sequence, or from where its own rows begin
     cu_seqlens: Tensor  # [S+1] int32, rows of each sequence in the model layout
     targets: Tensor  # [N] int64
     action_mask: Tensor  # [N] bool
     action_index: Tensor  # [T] int64, ascending
     action_cu_seqlens: Tensor  # [S+1] int32, rows of each sequence in the action layout
     seq_ids: Tensor  # [T] int64, the sequence of each action
-    max_seqlen: int  # tokens of the longest sequence
+    max_seqlen: int  # tokens of the longest sequence, its prompt included
+    whole_rows: Tensor | None = None  # [M] int64, M tokens of all sequences; None where no row is shared
+    whole_cu_seqlens: Tensor | None = None  # [S+1] int32, the same
 
 
-def pack(sequences: list[list[int]], prompt_lens: list[int], *, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(
+    sequences: list[list[int]],
+    prompt_lens: list[int],
+    *,
+    share_prompts: bool = False,
+    device: torch.device | str = "cpu",
+) -> PackedBatch:
     """Token lists to one packed batch in both layouts.
 
     `sequences`: S lists of token ids, prompt and response together (end-of-sequence token included). `prompt_lens`: S
     ints; the first `prompt_lens[s]` tokens of sequence s are its prompt, the rest are its actions. An empty response
-    is legal, and so is an empty batch. The copies to a CUDA device are asynchronous.
+    is legal, and so is an empty batch. With `share_prompts` neighbours with equal prompts of P tokens share the rows of
+    the first P - 1: of G answers (P - 1) (G - 1) rows fewer. The attention has to know: `qrm_fast.rl.attention`. The
+    copies to a CUDA device are asynchronous.
 
-    Raises ValueError unless 1 <= prompt_lens[s] <= len(sequences[s]), every id is >= 0 and the batch has fewer than
-    2^31 tokens; TypeError for anything that is not a list (or tuple) of ints. The message names the sequence.
+    Raises ValueError unless 1 <= prompt_lens[s] <= len(sequences[s]), every id is >= 0 and the sequences have fewer
+    than 2^31 tokens; TypeError for anything that is not a list (or tuple) of ints. The message names the sequence.
     """
     device = torch.device(device)
-    *arrays, max_seqlen = _host.pack(sequences, prompt_lens)
-    tensors = [torch.from_numpy(a) for a in arrays]
-    if device.type == "cuda":  # from pinned memory the copies queue behind the device's work instead of waiting for it
-        tensors = [x.pin_memory() for x in tensors]
-    return PackedBatch._make([*(x.to(device, non_blocking=True) for x in tensors), max_seqlen])
+    fields = _host.pack(sequences, prompt_lens, share_prompts)
+
+    def moved(array: object) -> Tensor:
+        x = torch.from_numpy(array)
+        # from pinned memory the copies queue behind the device's work instead of waiting for it
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+    return PackedBatch._make(x if x is None or isinstance(x, int) else moved(x) for x in fields)
 
 
 def unpack(x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
@@ -143,7 +161,7 @@ def per_token(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def plan_microbatches(
     lengths: list[int], *, max_tokens: int, num_ranks: int = 1, cost: Literal["linear", "attention"] = "linear"
 ) -> list[list[list[int]]]:
-    """Micro-batches of at most `max_tokens` tokens, equally many on every rank: plan[rank][micro-batch] = sequences.
+    """Micro-batches of at most `max_tokens` tokens, equally many on every rank: `plan[rank][micro-batch]` = sequences.
 
     `lengths`: S ints, the tokens of each sequence. Every sequence is planned once, by its index; inside a micro-batch
     the indices ascend. Where there are fewer sequences than micro-batches the last ones of a rank are []. No sequences

@@ -4,6 +4,7 @@ Left out: a batch of 2^31 tokens that passes (16 GiB of ids); its error is teste
 """
 
 import heapq
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ examples = settings(deadline=None, max_examples=60)
 token_ids = st.integers(0, 2**63 - 1)
 # Prompt and response of at most 6 sequences; responses may be empty.
 batches = st.lists(st.tuples(st.lists(token_ids, min_size=1, max_size=8), st.lists(token_ids, max_size=8)), max_size=6)
+# Few different ones, so that neighbours have the same, or one that only begins the same.
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=4)
 any_lengths = st.lists(st.integers(0, 9), max_size=8)
 
 
@@ -26,6 +29,9 @@ def cumulative(lengths, dtype=torch.int32):
 
 def same_batch(got: PackedBatch, expected: PackedBatch) -> None:
     for name, g, e in zip(PackedBatch._fields, got, expected, strict=True):
+        if g is None or e is None:
+            assert g is e, name
+            continue
         assert_close(g, e, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -45,6 +51,8 @@ class TestPack:
                 action_cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32),
                 seq_ids=torch.tensor([0, 0, 1]),
                 max_seqlen=5,
+                whole_rows=None,
+                whole_cu_seqlens=None,
             ),
         )
         # What the heads read: the policy the row that predicts the action, the Q-head the row that consumed it.
@@ -77,7 +85,7 @@ class TestPack:
             PackedBatch(
                 *(
                     torch.tensor(x, dtype=dtypes.get(f, torch.int64))
-                    for f, x in zip(got._fields[:-1], expected[:-1], strict=True)
+                    for f, x in zip(got._fields[:8], expected[:8], strict=True)
                 ),
                 expected.max_seqlen,
             ),
@@ -85,6 +93,52 @@ class TestPack:
         assert [x.tolist() for x in unpack(got.input_ids, got.cu_seqlens)] == [p + r for p, r in batch]
         actions = got.targets[got.action_index]
         assert [x.tolist() for x in unpack(actions, got.action_cu_seqlens)] == [r for _, r in batch]
+
+    def test_a_shared_prompt_by_hand(self):
+        # Prompt 11 12 13 with the responses 14 15, nothing and 16; then another prompt with the response 22.
+        batch = pack([[11, 12, 13, 14, 15], [11, 12, 13], [11, 12, 13, 16], [21, 22]], [3, 3, 3, 1], share_prompts=True)
+        same_batch(
+            batch,
+            PackedBatch(
+                input_ids=torch.tensor([11, 12, 13, 14, 15, 13, 13, 16, 21, 22]),
+                position_ids=torch.tensor([0, 1, 2, 3, 4, 2, 2, 3, 0, 1]),
+                cu_seqlens=torch.tensor([0, 5, 6, 8, 10], dtype=torch.int32),
+                targets=torch.tensor([12, 13, 14, 15, -100, -100, 16, -100, 22, -100]),
+                action_mask=torch.tensor([i in (2, 3, 6, 8) for i in range(10)]),
+                action_index=torch.tensor([2, 3, 6, 8]),
+                action_cu_seqlens=torch.tensor([0, 2, 2, 3, 4], dtype=torch.int32),
+                seq_ids=torch.tensor([0, 0, 2, 3]),
+                max_seqlen=5,
+                whole_rows=torch.tensor([0, 1, 2, 3, 4, 0, 1, 5, 0, 1, 6, 7, 8, 9]),
+                whole_cu_seqlens=torch.tensor([0, 5, 8, 12, 14], dtype=torch.int32),
+            ),
+        )
+
+    @examples
+    @given(st.lists(st.tuples(prompts, st.lists(st.lists(token_ids, max_size=5), max_size=4)), max_size=4))
+    def test_sharing_leaves_rows_out_and_nothing_else(self, groups):
+        answers = [(prompt, response) for prompt, responses in groups for response in responses]
+        sequences, lens = [p + r for p, r in answers], [len(p) for p, _ in answers]
+        apart, shared = pack(sequences, lens), pack(sequences, lens, share_prompts=True)
+        saved = sum(len(p) - 1 for (p, _), (q, _) in pairwise(answers) if p == q)
+        assert len(apart.input_ids) - len(shared.input_ids) == saved
+        if not saved:
+            return same_batch(shared, apart)
+        assert torch.equal(shared.whole_cu_seqlens, apart.cu_seqlens)
+        for name in ("input_ids", "position_ids"):
+            assert torch.equal(getattr(shared, name)[shared.whole_rows], getattr(apart, name))
+        for name in ("action_cu_seqlens", "seq_ids"):
+            assert torch.equal(getattr(shared, name), getattr(apart, name))
+        assert shared.max_seqlen == apart.max_seqlen
+        # What the heads read: the rows that predict an action and those that have consumed it, and the actions.
+        for rows in (lambda batch: batch.action_index, lambda batch: batch.action_index + 1):
+            for name in ("input_ids", "position_ids"):
+                assert torch.equal(getattr(shared, name)[rows(shared)], getattr(apart, name)[rows(apart)])
+        assert torch.equal(shared.targets[shared.action_index], apart.targets[apart.action_index])
+        assert torch.equal(shared.action_mask.nonzero()[:, 0], shared.action_index)
+        # The last rows of a sequence are its own: queries that see all of it.
+        ends, whole_ends = shared.cu_seqlens[1:], shared.whole_cu_seqlens[1:]
+        assert torch.equal(shared.whole_rows[(whole_ends - 1).long()], ends.long() - 1)
 
     def test_tuples_and_an_empty_batch(self):
         same_batch(pack(((1, 2), (3,)), (1, 1)), pack([[1, 2], [3]], [1, 1]))
@@ -345,7 +399,7 @@ def test_nothing_waits_for_the_device(device):
         x = torch.ones(2, requires_grad=True, device=device)
         actions = per_token(x, batch.action_cu_seqlens, 2)
         padded = to_padded(actions, batch.action_cu_seqlens, 3, side="left")
-        return *batch[:-1], actions, padded, *torch.autograd.grad(padded.square().sum(), x)
+        return *batch[:8], actions, padded, *torch.autograd.grad(padded.square().sum(), x)
 
     everything(device)  # what a first call sets up may wait
     if device == "cuda":

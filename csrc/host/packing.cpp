@@ -64,7 +64,8 @@ class Items {
 };
 
 struct Packed {
-  Packed(int64_t num_sequences, int64_t num_tokens, int64_t num_actions)
+  // `num_whole`: rows of all sequences where each counts its prompt, or 0 where no prompt is shared.
+  Packed(int64_t num_sequences, int64_t num_tokens, int64_t num_actions, int64_t num_whole)
       : input_ids(num_tokens),
         position_ids(num_tokens),
         cu_seqlens(num_sequences + 1),
@@ -72,7 +73,9 @@ struct Packed {
         action_mask(num_tokens),
         action_index(num_actions),
         action_cu_seqlens(num_sequences + 1),
-        seq_ids(num_actions) {}
+        seq_ids(num_actions),
+        whole_rows(num_whole),
+        whole_cu_seqlens(num_whole ? num_sequences + 1 : 0) {}
 
   py::array_t<int64_t> input_ids, position_ids;
   py::array_t<int32_t> cu_seqlens;
@@ -81,15 +84,18 @@ struct Packed {
   py::array_t<int64_t> action_index;
   py::array_t<int32_t> action_cu_seqlens;
   py::array_t<int64_t> seq_ids;
+  py::array_t<int64_t> whole_rows;
+  py::array_t<int32_t> whole_cu_seqlens;
 };
 
 // Model row bos + i predicts token i + 1, so the actions prompt_len .. len - 1 are predicted by rows
-// bos + prompt_len - 1 .. bos + len - 2, and the last row predicts nothing.
-void fill_sequence(int64_t i_seq, int64_t bos, int64_t len, int64_t prompt_len, const int64_t* input_ids,
+// bos + prompt_len - 1 .. bos + len - 2, and the last row predicts nothing. `start` tokens, rows of another sequence,
+// stand before the `len` here, of which `prompt_len` belong to the prompt.
+void fill_sequence(int64_t i_seq, int64_t bos, int64_t len, int64_t prompt_len, int64_t start, const int64_t* input_ids,
                    int64_t* position_ids, int64_t* targets, bool* action_mask, int64_t* action_index,
                    int64_t* seq_ids) {
   const int64_t num_actions = len - prompt_len;
-  for (int64_t i = 0; i < len; ++i) position_ids[bos + i] = i;
+  for (int64_t i = 0; i < len; ++i) position_ids[bos + i] = start + i;
   std::copy_n(input_ids + bos + 1, len - 1, targets + bos);
   targets[bos + len - 1] = kIgnoreIndex;
   std::fill_n(action_mask + bos, len, false);
@@ -98,34 +104,57 @@ void fill_sequence(int64_t i_seq, int64_t bos, int64_t len, int64_t prompt_len, 
   std::fill_n(seq_ids, num_actions, i_seq);
 }
 
-py::tuple pack(const py::object& sequences, const py::object& prompt_lens) {
+// Whether two sequences begin with the same `num` tokens. Lists that share their ints are compared by pointer.
+bool same_beginning(const Items& a, const Items& b, int64_t num, int64_t i_a, int64_t i_b) {
+  for (int64_t i = 0; i < num; ++i) {
+    if (a[i] != b[i] && a.natural(i, "sequences[", i_a, "]") != b.natural(i, "sequences[", i_b, "]")) return false;
+  }
+  return true;
+}
+
+py::tuple pack(const py::object& sequences, const py::object& prompt_lens, bool share_prompts) {
   const Items seqs(sequences.ptr(), "lists of token ids", "sequences");
   const Items prompts(prompt_lens.ptr(), "ints", "prompt_lens");
   const int64_t num_sequences = seqs.size();
   CHECK_VALUE(prompts.size() == num_sequences, "prompt_lens must have one entry per sequence, ", num_sequences,
               ", got ", prompts.size());
 
-  std::vector<int64_t> prompt_len(num_sequences), bos(num_sequences + 1, 0), action_bos(num_sequences + 1, 0);
+  // The first start[s] tokens of sequence s are rows of sequence first[s], the nearest one before it without such.
+  std::vector<int64_t> prompt_len(num_sequences), start(num_sequences, 0), first(num_sequences);
+  std::vector<int64_t> bos(num_sequences + 1, 0), action_bos(num_sequences + 1, 0), whole_bos(num_sequences + 1, 0);
   int64_t max_seqlen = 0;
   for (int64_t s = 0; s < num_sequences; ++s) {
-    const int64_t len = Items(seqs[s], "token ids", "sequences[", s, "]").size();
+    const Items ids(seqs[s], "token ids", "sequences[", s, "]");
+    const int64_t len = ids.size();
     prompt_len[s] = prompts.natural(s, "prompt_lens");
     CHECK_VALUE(len > 0, "sequences[", s, "] must hold at least one prompt token, got an empty list");
     CHECK_VALUE(prompt_len[s] >= 1 && prompt_len[s] <= len, "prompt_lens[", s, "] must be between 1 and ", len,
                 ", the length of sequences[", s, "], got ", prompt_len[s]);
-    bos[s + 1] = bos[s] + len;
+    first[s] = s;
+    if (share_prompts && s > 0 && prompt_len[s] > 1 && prompt_len[s] == prompt_len[s - 1]) {
+      const int64_t other = first[s - 1];
+      if (same_beginning(ids, Items(seqs[other], "token ids"), prompt_len[s], s, other)) {
+        first[s] = other;
+        start[s] = prompt_len[s] - 1;
+      }
+    }
+    bos[s + 1] = bos[s] + len - start[s];
     action_bos[s + 1] = action_bos[s] + len - prompt_len[s];
+    whole_bos[s + 1] = whole_bos[s] + len;
     max_seqlen = std::max(max_seqlen, len);
   }
-  const int64_t num_tokens = bos[num_sequences];
-  CHECK_VALUE(num_tokens <= std::numeric_limits<int32_t>::max(),
-              "a packed batch must have fewer than 2^31 tokens, its cu_seqlens being int32, got ", num_tokens);
+  const int64_t num_tokens = bos[num_sequences], num_whole = whole_bos[num_sequences];
+  CHECK_VALUE(num_whole <= std::numeric_limits<int32_t>::max(),
+              "a packed batch must have fewer than 2^31 tokens, its cu_seqlens being int32, got ", num_whole);
 
-  Packed out(num_sequences, num_tokens, action_bos[num_sequences]);
+  const bool shared = num_whole > num_tokens;
+  Packed out(num_sequences, num_tokens, action_bos[num_sequences], shared ? num_whole : 0);
   int64_t* input_ids = out.input_ids.mutable_data();
   for (int64_t s = 0; s < num_sequences; ++s) {
     const Items ids(seqs[s], "token ids", "sequences[", s, "]");
-    for (int64_t i = 0; i < ids.size(); ++i) input_ids[bos[s] + i] = ids.natural(i, "sequences[", s, "]");
+    for (int64_t i = start[s]; i < ids.size(); ++i) {
+      input_ids[bos[s] + i - start[s]] = ids.natural(i, "sequences[", s, "]");
+    }
   }
 
   int64_t* position_ids = out.position_ids.mutable_data();
@@ -135,17 +164,29 @@ py::tuple pack(const py::object& sequences, const py::object& prompt_lens) {
   int64_t* seq_ids = out.seq_ids.mutable_data();
   int32_t* cu_seqlens = out.cu_seqlens.mutable_data();
   int32_t* action_cu_seqlens = out.action_cu_seqlens.mutable_data();
+  int64_t* whole_rows = out.whole_rows.mutable_data();
+  int32_t* whole_cu_seqlens = out.whole_cu_seqlens.mutable_data();
   {
     const py::gil_scoped_release no_gil;
     std::copy(bos.begin(), bos.end(), cu_seqlens);
     std::copy(action_bos.begin(), action_bos.end(), action_cu_seqlens);
     for (int64_t s = 0; s < num_sequences; ++s) {
-      fill_sequence(s, bos[s], bos[s + 1] - bos[s], prompt_len[s], input_ids, position_ids, targets, action_mask,
-                    action_index + action_bos[s], seq_ids + action_bos[s]);
+      fill_sequence(s, bos[s], bos[s + 1] - bos[s], prompt_len[s] - start[s], start[s], input_ids, position_ids,
+                    targets, action_mask, action_index + action_bos[s], seq_ids + action_bos[s]);
+    }
+    if (shared) {
+      std::copy(whole_bos.begin(), whole_bos.end(), whole_cu_seqlens);
+      for (int64_t s = 0; s < num_sequences; ++s) {
+        int64_t* rows = whole_rows + whole_bos[s];
+        std::iota(rows, rows + start[s], bos[first[s]]);
+        std::iota(rows + start[s], whole_rows + whole_bos[s + 1], bos[s]);
+      }
     }
   }
   return py::make_tuple(out.input_ids, out.position_ids, out.cu_seqlens, out.targets, out.action_mask, out.action_index,
-                        out.action_cu_seqlens, out.seq_ids, max_seqlen);
+                        out.action_cu_seqlens, out.seq_ids, max_seqlen,
+                        shared ? py::object(out.whole_rows) : py::none(),
+                        shared ? py::object(out.whole_cu_seqlens) : py::none());
 }
 
 struct Sequence {

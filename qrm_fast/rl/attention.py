@@ -1,8 +1,10 @@
 """Packed attention: one function in transformers' interface, the backbone that runs on it, the proof that it may."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ try:
 except ImportError:  # not installed, not built for this machine, or flash-attn-4, whose package has the same name
     flash_attn_varlen_func = None
 
-# Boundaries and the largest length of the batch that `packed_inputs` has open, for models that do not hand them down.
-_running: ContextVar[tuple[Tensor | None, int]] = ContextVar("running", default=(None, 0))
+# What `packed_inputs` says of the batch that it has open, for models that do not hand it down.
+_running: ContextVar[dict[str, Any] | None] = ContextVar("running", default=None)
 
 
 def packed_attention(
@@ -34,17 +36,20 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
+    cu_seq_lens_k: Tensor | None = None,
+    key_rows: Tensor | None = None,
+    max_length_k: int = 0,
     s_aux: Tensor | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each packed sequence, as transformers' attention interface calls it.
 
-    `query`: [1, Hq, N, D], `key`, `value`: [1, Hk, N, D]. `cu_seq_lens_q`: [S+1], shared by keys. Returns
-    [1, N, Hq, D]. With `sliding_window` W a query sees itself and the W - 1 keys before it; `softcap` c makes a score z
-    c tanh(z / c); `s_aux` [Hq] are the scores of attention sinks. 16-bit CUDA tensors go through flash_attn where
-    installed, else torch's varlen_attn, unless they need what neither computes; everything else through one call per
-    run of equally long sequences, a view of the packed rows. Generation passes `attention_mask` [B, 1, Lq, Lk], where
+    `query`: [1, Hq, N, D], `key`, `value`: [1, Hk, N, D]. `cu_seq_lens_q`, `cu_seq_lens_k`: [S+1], rows of queries and
+    of keys of each sequence; `key_rows`: [M], which rows these keys are where prompts are shared, and the queries are
+    a sequence's last rows. Returns [1, N, Hq, D]. With `sliding_window` W a query sees itself and the W - 1 keys before
+    it; `softcap` c makes a score z c tanh(z / c); `s_aux` [Hq] are the scores of attention sinks. 16-bit CUDA tensors
+    go through flash_attn where installed, else torch's varlen_attn, unless they need what neither computes; everything
+    else through one call per run of equally long sequences. Generation passes `attention_mask` [B, 1, Lq, Lk], where
     neighbouring columns are neighbouring positions, instead of `cu_seq_lens_q`.
 
     Raises ValueError without either, and for dropout.
@@ -53,22 +58,28 @@ def packed_attention(
         raise ValueError(f"packed attention has no dropout, expected 0, got {dropout}")
     options: dict[str, Any] = dict(scaling=scaling, softcap=softcap, sinks=s_aux)
     if cu_seq_lens_q is None and attention_mask is None:
-        cu_seq_lens_q, max_length_q = _running.get()
-    if cu_seq_lens_q is None:
+        batch = _running.get() or {}
+        cu_seq_lens_q, cu_seq_lens_k = batch.get("cu_seq_lens_q"), batch.get("cu_seq_lens_k")
+        key_rows, max_length_k = batch.get("key_rows"), batch.get("max_length_k", 0)
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
         if attention_mask is None:
-            raise ValueError("packed attention needs cu_seq_lens_q (or, to generate, a 4-D mask), got neither")
+            raise ValueError("packed attention needs cu_seq_lens_q and _k (or, to generate, a 4-D mask), got neither")
         num_queries, num_keys = attention_mask.shape[-2:]
         if sliding_window and num_keys > sliding_window:
             attention_mask = attention_mask & _window(num_queries, num_keys, sliding_window, query.device)
         return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
-    window = sliding_window if sliding_window and max_length_q > sliding_window else None
+    window = sliding_window if sliding_window and max_length_k > sliding_window else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    window_size = (-1 if window is None else window - 1, 0)
     attended: Any
     if not q.is_cuda or q.element_size() > 2 or s_aux is not None or (softcap and flash_attn_varlen_func is None):
-        attended = _attend_by_length(q, k, v, cu_seq_lens_q, window, options)
-    elif flash_attn_varlen_func is not None:
+        attended = _attend_by_length(q, k, v, cu_seq_lens_q, cu_seq_lens_k, window, options)
+        return attended[None], None
+    if key_rows is not None:
+        k, v = k[key_rows], v[key_rows]  # [M, H, D]; the gradient of a shared row adds up in a fixed order
+    # Both kernels align the last query with the last key, so the queries may be fewer.
+    bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_k, max_length_k)
+    window_size = (-1 if window is None else window - 1, 0)
+    if flash_attn_varlen_func is not None:
         attended = flash_attn_varlen_func(
             q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=window_size, softcap=softcap or 0.0
         )
@@ -78,18 +89,33 @@ def packed_attention(
 
 
 def _attend_by_length(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    window: int | None,
+    options: dict[str, Any],
 ) -> Tensor:
-    """[N, H, D] -> [N, Hq, D]. Neighbours of equal length share one call: pack them sorted to need few."""
-    out = []
-    bos = 0
-    lengths, repeats = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
-    for length, repeat in zip(lengths.tolist(), repeats.tolist(), strict=True):
-        eos = bos + length * repeat
-        rows = [x[bos:eos].unflatten(0, (repeat, length)).transpose(1, 2) for x in (q, k, v)]  # [R, H, L, D]
-        mask = _window(length, length, window, q.device) if window and length > window else None
-        out.append(_attend(rows[0], rows[1], rows[2], mask, **options).transpose(1, 2).flatten(0, 1))
-        bos = eos
+    """[N, H, D] -> [N, Hq, D]. Neighbours of equal length share one call: pack them sorted to need few.
+
+    A sequence with more keys than queries begins with the first keys of the last one before it that has as many.
+    """
+    own, whole = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+    runs = [(length, num_keys, len(list(run))) for (length, num_keys), run in groupby(zip(own, whole, strict=True))]
+    # one split and one cat, whose gradients are one of the other; a slice's would be as large as all rows
+    rows = zip(*(x.split([length * repeat for length, _, repeat in runs]) for x in (q, k, v)), strict=True)
+    out, first = [], (k, v)  # whose beginning the sequences that follow share
+    for (length, num_keys, repeat), pieces in zip(runs, rows, strict=True):
+        queries, keys, values = (x.unflatten(0, (repeat, length)).transpose(1, 2) for x in pieces)  # [R, H, L, D]
+        if num_keys == length:
+            first = keys[-1:], values[-1:]
+        else:
+            shared = (x[:, :, : num_keys - length].expand(repeat, -1, -1, -1) for x in first)
+            keys, values = (torch.cat(pair, 2) for pair in zip(shared, (keys, values), strict=True))
+        masked = num_keys > length or (window and length > window)
+        mask = _window(length, num_keys, window or num_keys, q.device) if masked else None
+        out.append(_attend(queries, keys, values, mask, **options).transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
 
 
@@ -129,24 +155,28 @@ AttentionInterface.register("qrm_packed", packed_attention)
 def packed_inputs(batch: PackedBatch) -> Iterator[dict[str, Any]]:
     """What a model is called with over a packed batch, [1, N]; models that hand no boundaries down find them too."""
     cu_seqlens = batch.cu_seqlens.to(torch.int32)
-    running = _running.set((cu_seqlens, batch.max_seqlen))
+    attention = dict(
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens if batch.whole_cu_seqlens is None else batch.whole_cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+        key_rows=batch.whole_rows,
+    )
+    running = _running.set(attention)
     try:
         yield dict(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
             use_cache=False,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
+            **attention,
         )
     finally:
         _running.reset(running)
 
 
 def inside_packed_inputs() -> bool:
-    return _running.get()[0] is not None
+    return _running.get() is not None
 
 
 def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
@@ -202,6 +232,36 @@ def check_packing(model: Any, num_tokens: int) -> None:
     finally:
         plain.set_attn_implementation("qrm_packed")
         model.train(training)
+
+
+@torch.no_grad()
+def shares_prompts(model: Any, num_tokens: int) -> bool:
+    """Whether the model computes of answers that share a prompt what it computes of each with a prompt of its own.
+
+    Up to `num_tokens` in each sequence. Where it does not, a warning says so. `check_packing` comes first.
+    """
+    plain = without_adapters(model)
+    device, training = plain.device, plain.training
+    generator = torch.Generator().manual_seed(2)
+    num_ids = plain.get_input_embeddings().num_embeddings
+    sequences, prompt_lens = [], []
+    for prompt_len in (max(2, num_tokens // 2), 2):
+        prompt = torch.randint(num_ids, (prompt_len,), generator=generator).tolist()
+        for num_new in (1, num_tokens - prompt_len, max(1, num_tokens // 4)):
+            sequences.append(prompt + torch.randint(num_ids, (max(0, num_new),), generator=generator).tolist())
+            prompt_lens.append(prompt_len)
+    model.eval()
+    try:
+        apart, together = (pack(sequences, prompt_lens, share_prompts=x, device=device) for x in (False, True))
+        expected, got = (packed_hidden(model, batch)[batch.action_index] for batch in (apart, together))
+        _check_close(got, expected, "answers must be the same with their prompt shared")
+    except Exception as error:  # also of its own code, which need not take more keys than queries
+        said = " ".join(str(error).split())
+        warnings.warn(f"{type(plain).__name__} reads the prompt of every answer anew: {said}", stacklevel=2)
+        return False
+    finally:
+        model.train(training)
+    return True
 
 
 @contextmanager

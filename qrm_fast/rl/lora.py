@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,10 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import PackedBatch, TokenLogprobs
 from .attention import backbone, of_transformers
-from .gguf import checkpoint_of
 from .policy import Policy
 from .run_folder import RunOptions
-from .tokenizers import adapter_base
+from .tokenizers import adapter_base, lasting
 
 
 def adapted(model: PreTrainedModel, spec: str, config: RunOptions) -> Any:
@@ -42,9 +40,7 @@ def adapted(model: PreTrainedModel, spec: str, config: RunOptions) -> Any:
     )
     with _quiet(spec):
         wrapped = _peft("").get_peft_model(model, lora).eval()
-    spec = checkpoint_of(spec)
-    # absolute, or the adapter would be whole in this working directory only
-    lora.base_model_name_or_path = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
+    lora.base_model_name_or_path = lasting(spec)
     return wrapped
 
 

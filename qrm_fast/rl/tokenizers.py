@@ -60,6 +60,13 @@ def adapter_base(spec: str) -> str | None:
     return base
 
 
+def lasting(spec: str) -> str:
+    """`spec` as a checkpoint may name it: a directory, also that of a GGUF file, by its absolute path, which does not
+    hang on where a run was."""
+    spec = checkpoint_of(spec)
+    return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
+
+
 def _byte_level_bpe(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     corpus = list(corpus)
     if not corpus:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, plan_microbatches
-from .attention import check_packing
+from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
-from .config import Config, check, parse_streams
+from .config import Config, check, check_budget, parse_streams
 from .data import Example, Prompt, Rows, read_rows
 from .lora import Start, adapted
 from .metrics import MetricsLog, Phases
@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     reference: Policy | Start | None
     critic: TokenScorer | None
     critic_optimizer: AdamW | None
+    share_prompts: bool  # answers to one prompt compute its rows once
 
     def learning(self) -> dict[str, Any]:
         """The parts that a resumed run takes up where they were; what is trained of a model is its optimiser's."""
@@ -86,10 +87,7 @@ def train(config: Config) -> TrainResult:
         examples = read_prompts(config.data, config.verifier, labelled_share=share, seed=config.seed)
     eval_examples = read_examples(config.eval_data, config.verifier) if config.eval_data else Rows[Example]([], [])
     longest, longest_eval = (longest_answer(rows, tokenizer, config) for rows in (examples, eval_examples))
-    if longest > config.max_tokens:
-        raise ValueError(
-            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
-        )
+    check_budget(longest, config)
     parts = load_parts(config, tokenizer, longest, longest_eval)
     with folder:
         rows = learn(config, folder, parts, tokenizer, examples, eval_examples)
@@ -108,7 +106,7 @@ def learn(
     eval_examples: Rows[Example],
 ) -> list[dict[str, float]]:
     """The iterations. Returns the rows of metrics.jsonl."""
-    policy, engine, optimizer, credit, reference, critic, critic_optimizer = parts
+    policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts = parts
     first, state = 0, folder.load()
     if state is not None:
         first = state["step"]
@@ -157,9 +155,10 @@ def learn(
         # ---- pack: answers in the order of the micro-batches, so that one's actions are neighbours among the T rows
         with phases("pack"):
             lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
-            minibatches = plan(kept, lengths, config, seed)
-            packed = pack_answers(minibatches, prompts, rollout, group_ids, seed)
-            num_tokens = sum(len(batch.input_ids) for batch in packed.batches)
+            minibatches = plan(kept, lengths, list(map(len, prompts)) if share_prompts else None, config, seed)
+            packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
+            num_tokens = sum(lengths[s] for s in kept)
+            num_rows = sum(len(batch.input_ids) for batch in packed.batches)
 
         # ---- score
         with phases("score"), torch.no_grad():
@@ -209,6 +208,7 @@ def learn(
             "response/length": num_actions / num_answers,
             "response/finished": sum(rollout.finished) / num_answers,
             "policy/lr": config.lr * share,
+            "perf/prefix_sharing": 1 - num_rows / num_tokens,
         }
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
@@ -238,14 +238,16 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         model.score.reset_parameters()
         critic = TokenScorer(adapted(model, config.model, config), reads_action=False)
         critic_optimizer = AdamW(critic.train().parameters())
-    for module in (policy, *credit.models, reference, critic):
-        if isinstance(module, nn.Module):  # which a reference of the policy's own weights is not
-            check_context(module.model, max(longest, longest_eval) if module is policy else longest)
-            check_packing(module.model, longest)
+    # a reference of the policy's own weights is no module
+    modules = [x for x in (policy, *credit.models, reference, critic) if isinstance(x, nn.Module)]
+    for module in modules:
+        check_context(module.model, max(longest, longest_eval) if module is policy else longest)
+        check_packing(module.model, longest)
+    share_prompts = all(shares_prompts(module.model, longest) for module in modules)
     engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))
     check_sampling(engine, policy, longest)
     optimizer = AdamW(policy.train().parameters())
-    return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer)
+    return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts)
 
 
 def longest_answer(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
@@ -283,27 +285,51 @@ def prompt_order(num_examples: int, config: Config) -> list[list[int]]:
     return [x.tolist() for x in passes.split(config.num_prompts)[: config.num_iterations]]
 
 
-def plan(kept: list[int], lengths: list[int], config: Config, seed: int) -> list[list[list[int]]]:
-    """Answers by mini-batch and micro-batch: mini-batches at random, micro-batches within max_tokens."""
-    order = torch.tensor(kept)
+def plan(
+    kept: list[int], lengths: list[int], prompt_lens: list[int] | None, config: Config, seed: int
+) -> list[list[list[int]]]:
+    """Answers by mini-batch and micro-batch: mini-batches of random prompts, micro-batches within max_tokens.
+
+    With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them.
+    """
+    place = list(range(len(lengths)))
     if config.num_minibatches > 1:
-        order = order[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))]
+        place = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    # by prompt, and by length, because packed attention takes equally long neighbours in one call
+    order = sorted(kept, key=lambda s: (place[s // config.group_size], lengths[s]))
     minibatches = []
-    for part in (x.tolist() for x in order.tensor_split(min(config.num_minibatches, len(kept)))):
-        microbatches = plan_microbatches([lengths[s] for s in part], max_tokens=config.max_tokens)[0]
-        # sorted, because packed attention takes equally long neighbours in one call
-        minibatches.append([sorted((part[i] for i in m), key=lengths.__getitem__) for m in microbatches])
+    for part in (x.tolist() for x in torch.tensor(order).tensor_split(min(config.num_minibatches, len(kept)))):
+        units: list[list[int]] = []
+        rows: list[int] = []  # of each unit
+        for s in part:
+            is_sibling = units and s // config.group_size == units[-1][0] // config.group_size
+            shared = prompt_lens[s] - 1 if prompt_lens and is_sibling else 0
+            if shared and rows[-1] + lengths[s] - shared <= config.max_tokens:
+                units[-1].append(s)
+                rows[-1] += lengths[s] - shared
+            else:
+                units.append([s])
+                rows.append(lengths[s])
+        microbatches = plan_microbatches(rows, max_tokens=config.max_tokens)[0]
+        by_length = (sorted((units[i] for i in m), key=lambda unit: lengths[unit[0]]) for m in microbatches)
+        minibatches.append([[s for unit in units for s in unit] for units in by_length])
     return minibatches
 
 
 def pack_answers(
-    minibatches: list[list[list[int]]], prompts: list[list[int]], rollout: Rollout, group_ids: Tensor, seed: int
+    minibatches: list[list[list[int]]],
+    prompts: list[list[int]],
+    rollout: Rollout,
+    group_ids: Tensor,
+    share_prompts: bool,
+    seed: int,
 ) -> Packed:
     """The answers of a plan, micro-batch by micro-batch."""
     device, responses = group_ids.device, rollout.responses
 
     def packed(answers: list[int]) -> PackedBatch:
-        return pack([prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers], device=device)
+        sequences, prompt_lens = [prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers]
+        return pack(sequences, prompt_lens, share_prompts=share_prompts, device=device)
 
     batches = [packed(answers) for minibatch in minibatches for answers in minibatch]
     kept = [s for minibatch in minibatches for answers in minibatch for s in answers]

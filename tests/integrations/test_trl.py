@@ -34,8 +34,19 @@ from trl import (
 )
 
 from qrm_fast import pack, prm_rewards, process_advantages, q_token_rewards
-from qrm_fast.integrations import trl as ours
-from qrm_fast.integrations.trl import PackedForward, ProcessCredit, QRMCredit, TokenCredit, use_linear_logprobs
+from qrm_fast.integrations.trl import (
+    PackedForward,
+    ProcessCredit,
+    QRMCredit,
+    TokenCredit,
+    hooks,
+    packed_forward,
+    token_credit,
+    use_linear_logprobs,
+)
+from qrm_fast.integrations.trl.__main__ import check
+from qrm_fast.integrations.trl.head import LinearLogprobsHead
+from qrm_fast.integrations.trl.objective import Objective, policy_objective
 from qrm_fast.rl.arithmetic import (
     STEP,
     arithmetic_demonstration,
@@ -88,7 +99,7 @@ def own_path():
 @pytest.fixture(autouse=True)
 def no_warning_of_ours(request):
     """Where TRL's own path runs it is warned of: any other test fails there."""
-    ours._warned.clear()
+    hooks.warned.clear()
     with warnings.catch_warnings():
         if "own_path" not in request.fixturenames:
             warnings.filterwarnings("error", "TRL runs its own")
@@ -141,6 +152,114 @@ def test_three_steps_of_grpo_print_what_trl_prints(tiny, tokenizer, tmp_path, op
     with use_linear_logprobs():
         assert_same(history(run(GRPOTrainer), "loss", "entropy", "grad_norm"), expected)
     assert_same(history(run(PackedGRPO), "loss", "entropy", "grad_norm"), expected)
+
+
+# Every loss of GRPOTrainer's that linear_policy_loss computes, and what it leaves to TRL.
+OBJECTIVES = {
+    "grpo": (dict(loss_type="grpo"), "ppo"),
+    "bnpo": (dict(loss_type="bnpo", beta=0.1, use_bias_correction_kl=False), "ppo"),
+    "dr_grpo": (dict(loss_type="dr_grpo", epsilon_high=0.3), "ppo"),
+    "dapo": (dict(loss_type="dapo", delta=1.3), "ppo"),
+    "luspo": (dict(loss_type="luspo", importance_sampling_level="sequence"), "gspo"),
+    "gspo": (dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.02), "gspo"),
+    "gspo over the batch": (
+        dict(loss_type="dapo", importance_sampling_level="sequence", beta=0.1, use_bias_correction_kl=False),
+        "gspo",
+    ),
+    "cispo": (dict(loss_type="cispo", epsilon_high=1.1), "cispo"),
+    "sapo": (dict(loss_type="sapo"), "sapo"),
+    "unbiased kl": (dict(loss_type="dapo", beta=0.1, use_bias_correction_kl=True), "ppo"),
+}
+LEFT_TO_TRL = {
+    "entropy mask": (dict(top_entropy_quantile=0.5), "top_entropy_quantile"),
+    "off-policy mask": (dict(off_policy_mask_threshold=0.5), "off_policy_mask_threshold"),
+    "entropy bonus": (dict(entropy_coef=0.01), "entropy bonus"),
+    "vespo": (dict(loss_type="vespo"), "vespo"),
+    "cispo below 1": (dict(loss_type="cispo", epsilon_high=0.2), "cispo"),
+    "sapo of other temperatures": (dict(loss_type="sapo", sapo_temperature_neg=2.0), "sapo"),
+    "delta below the clip": (dict(delta=1.1), "delta 1.1"),
+    "cispo of sequences": (
+        dict(loss_type="cispo", epsilon_high=2.0, importance_sampling_level="sequence"),
+        "the sequence's ratio",
+    ),
+}
+
+
+def micro_batch(generator):
+    """What TRL hands to its loss after a step: other old and reference log-probabilities, tool output, no answer."""
+    ids, mask = padded(generator)
+    tool = (torch.rand(6, 11, generator=generator) > 0.2).long()
+    old, ref = (torch.randn(6, 11, generator=generator) * 0.2 - 3.0 for _ in range(2))
+    return dict(
+        prompt_ids=ids[:, :7],
+        prompt_mask=mask[:, :7],
+        completion_ids=ids[:, 7:],
+        completion_mask=mask[:, 7:],
+        tool_mask=tool,
+        advantages=torch.randn(6, generator=generator),
+        num_items_in_batch=(mask[:, 7:] * tool).sum() * 2,
+        old_per_token_logps=old,
+        ref_per_token_logps=ref,
+        importance_sampling_ratio=torch.rand(6, 11, generator=generator) + 0.5,
+    )
+
+
+def losses(trainer, inputs):
+    """TRL's loss of a micro-batch, its gradient, and what it logs."""
+    trainer.current_gradient_accumulation_steps = 3
+    trainer.model.train()
+    trainer._metrics["train"].clear()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    return loss, *torch.autograd.grad(loss, trainer.model.parameters()), dict(trainer._metrics["train"])
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(("options", "kind"), OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_losses_that_linear_policy_loss_computes(tiny, tokenizer, tmp_path, options, kind, on_policy, monkeypatch):
+    inputs = micro_batch(torch.Generator().manual_seed(0))
+    stock, packed = (make(x, tiny, tokenizer, tmp_path, **options) for x in (GRPOTrainer, PackedGRPO))
+    inputs["old_per_token_logps"] = old = None
+    if not on_policy:  # near the policy's, so that some ratios are clipped and some are not
+        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        old = logps(stock, ids, mask)[0].detach() + 0.2 * torch.randn(6, 11, generator=torch.Generator().manual_seed(1))
+        inputs["old_per_token_logps"] = old
+    seen = []
+    monkeypatch.setattr(packed_forward, "policy_objective", lambda *x: seen.append(policy_objective(*x)) or seen[-1])
+    *got, got_metrics = losses(packed, inputs)
+    *expected, expected_metrics = losses(stock, inputs)
+    assert isinstance(seen[0], Objective) and seen[0].options["kind"] == kind
+    assert packed._carried is not None
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert got_metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert got_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_token_advantages_and_weights_of_the_sampler(tiny, tokenizer, tmp_path):
+    inputs = micro_batch(torch.Generator().manual_seed(0))
+    inputs["advantages"] = torch.randn(6, 11, generator=torch.Generator().manual_seed(2))
+    stock, packed = (make(x, tiny, tokenizer, tmp_path) for x in (GRPOTrainer, PackedGRPO))
+    stock.use_vllm = packed.use_vllm = True
+    inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"]
+    *got, _ = losses(packed, inputs)
+    *expected, _ = losses(stock, inputs)
+    assert packed._carried is not None
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("own_path")
+@pytest.mark.parametrize(("options", "why"), LEFT_TO_TRL.values(), ids=LEFT_TO_TRL)
+def test_the_losses_that_are_left_to_trl(tiny, tokenizer, tmp_path, options, why):
+    inputs = micro_batch(torch.Generator().manual_seed(0))
+    stock, packed = (make(x, tiny, tokenizer, tmp_path, **options) for x in (GRPOTrainer, PackedGRPO))
+    with pytest.warns(UserWarning, match=f"its own loss: .*{why}"):
+        *got, _ = losses(packed, inputs)
+    *expected, _ = losses(stock, inputs)
+    assert packed._carried is None
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_three_steps_of_rloo_print_what_trl_prints(tiny, tokenizer, tmp_path):
@@ -207,7 +326,23 @@ def test_random_padded_rows_and_their_gradients(tiny, tokenizer, tmp_path, seed)
     for got, expected in zip(gradients(packed, ids, mask, weights), gradients(stock, ids, mask, weights), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert not logps(packed, ids, mask)[0][mask[:, 7:] == 0].any()
-    assert packed.model.config._attn_implementation == ours.ATTENTION
+    assert packed.model.config._attn_implementation == packed_forward.ATTENTION
+
+
+def test_answers_to_one_prompt_share_its_rows(tiny, tokenizer, tmp_path):
+    """Wherever they stand among the rows: TRL shuffles them."""
+    generator = torch.Generator().manual_seed(3)
+    ids, mask = padded(generator)
+    for b in (3, 5):
+        ids[b, :7], mask[b, :7] = ids[0, :7], mask[0, :7]
+    batch, row, column = packed_forward.pack_answers(ids, mask, 11, share_prompts=True)
+    assert len(batch.input_ids) == mask.sum() - 2 * (mask[0, :7].sum() - 1)
+    assert torch.equal(ids[:, 7:][row, column], batch.targets[batch.action_index])
+    weights = torch.randn(6, 11, generator=generator)
+    stock, packed = (make(kind, tiny, tokenizer, tmp_path) for kind in (GRPOTrainer, PackedGRPO))
+    assert packed.share_prompts
+    for got, expected in zip(gradients(packed, ids, mask, weights), gradients(stock, ids, mask, weights), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_under_a_scale_a_softcap_and_a_bias():
@@ -215,9 +350,9 @@ def test_the_head_under_a_scale_a_softcap_and_a_bias():
     hidden, weight, bias = (torch.randn(n, generator=generator) for n in ((9, 8), (50, 8), (50,)))
     targets = torch.randint(50, (9,), generator=generator)
     outputs = ("entropy", "is_top1")
-    for head in (ours.LinearLogprobsHead, trl.trainer.utils._ChunkedLogProbFunction):
+    for head in (LinearLogprobsHead, trl.trainer.utils._ChunkedLogProbFunction):
         results = head.apply(hidden, weight, bias, targets, 0.7, 16, 5.0, 0.3, outputs)
-        if head is ours.LinearLogprobsHead:
+        if head is LinearLogprobsHead:
             got = results
     for a, b in zip(got, results, strict=True):
         assert (a is None) == (b is None)
@@ -264,7 +399,7 @@ def test_what_cannot_be_packed_goes_trls_way_with_one_warning(tiny, tokenizer, t
     hole[3, 6] = 0
     unprompted[3, :7] = 0
     for rows in (hole, unprompted):
-        ours._warned.clear()
+        hooks.warned.clear()
         with pytest.warns(UserWarning, match="its own padded forward: a row .* is not one run of tokens"):
             got = logps(packed, ids, rows)[0]
         torch.testing.assert_close(got, logps(stock, ids, rows)[0])
@@ -288,7 +423,7 @@ def test_a_model_that_leaks_goes_trls_way(tiny, tokenizer, tmp_path, monkeypatch
     def leaks(model, num_tokens):
         raise ValueError("Llama must compute packed sequences as it does each alone")
 
-    monkeypatch.setattr(ours, "check_packing", leaks)
+    monkeypatch.setattr(packed_forward, "check_packing", leaks)
     packed = make(PackedGRPO, tiny, tokenizer, tmp_path)
     assert packed.model.config._attn_implementation == "sdpa"
     with pytest.warns(UserWarning, match="as it does each alone"):
@@ -300,7 +435,7 @@ def test_wpo_asks_for_what_our_head_has_not(tiny):
     hidden, weight = torch.randn(5, 8), torch.randn(20, 8)
     arguments = hidden, weight, None, torch.arange(5), 1.0, 16, None, 1.0, ("log_sum_sq_probs",)
     with pytest.warns(UserWarning, match="its own head.*WPO"):
-        got = ours.LinearLogprobsHead.apply(*arguments)
+        got = LinearLogprobsHead.apply(*arguments)
     torch.testing.assert_close(got[2], trl.trainer.utils._ChunkedLogProbFunction.apply(*arguments)[2])
 
 
@@ -309,31 +444,31 @@ def test_the_head_goes_back(tiny):
     with use_linear_logprobs():
         with use_linear_logprobs():  # as by a packed trainer after the plain call
             pass
-        assert trl.trainer.utils._ChunkedLogProbFunction is ours.LinearLogprobsHead
+        assert trl.trainer.utils._ChunkedLogProbFunction is LinearLogprobsHead
     assert (trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton) == before
 
 
-@pytest.mark.parametrize("name", ours.HOOKS)
+@pytest.mark.parametrize("name", hooks.HOOKS)
 def test_a_hook_that_has_moved_raises_with_its_name(name, monkeypatch, tiny, tokenizer, tmp_path):
     owner, _, attribute = name.rpartition(".")
-    monkeypatch.setattr(ours.find_hook(owner), attribute, lambda something_else: None)
+    monkeypatch.setattr(hooks.find_hook(owner), attribute, lambda something_else: None)
     if "_get_per_token" in name:
         kind = PackedGRPO
     elif "GRPOTrainer" in name:
         kind = CreditedGRPO
     else:
         kind = None
-    with pytest.raises(ours.Moved, match=name.replace(".", r"\.")):
+    with pytest.raises(hooks.Moved, match=name.replace(".", r"\.")):
         use_linear_logprobs() if kind is None else kind(credit=None) if kind is CreditedGRPO else kind()
-    assert ours.check() == 1
-    monkeypatch.delattr(ours.find_hook(owner), attribute)
-    with pytest.raises(ours.Moved, match=f"{name.replace('.', '[.]')} of trl .* has (moved|changed)"):
-        ours.find_hook(name)
+    assert check() == 1
+    monkeypatch.delattr(hooks.find_hook(owner), attribute)
+    with pytest.raises(hooks.Moved, match=f"{name.replace('.', '[.]')} of trl .* has (moved|changed)"):
+        hooks.find_hook(name)
 
 
 def test_another_version_of_trl_raises(monkeypatch):
     monkeypatch.setattr("trl.__version__", "1.17.0")
-    with pytest.raises(ours.Moved, match=r"written for trl 1\.16, got 1\.17\.0"):
+    with pytest.raises(hooks.Moved, match=r"written for trl 1\.16, got 1\.17\.0"):
         use_linear_logprobs()
 
 
@@ -347,13 +482,13 @@ def test_check_says_what_is_there():
     command = [sys.executable, "-m", "qrm_fast.integrations.trl", "check"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "trl 1.16" in done.stdout and done.stdout.count("found  trl.trainer") == len(ours.HOOKS)
+    assert "trl 1.16" in done.stdout and done.stdout.count("found  trl.trainer") == len(hooks.HOOKS)
     assert "head: csrc/cpu/linear_logprobs.cpp on the CPU" in done.stdout
 
 
 def test_the_examples_of_the_pages_run(monkeypatch):
     pages = (ROOT / "README.md").read_text() + (ROOT / "docs/integrations.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
+    blocks = re.findall(r"```python.*?\n(.*?)```", pages, flags=re.DOTALL)
     blocks = [block for block in blocks if "integrations.trl import" in block]
     assert len(blocks) == 4
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
@@ -361,7 +496,7 @@ def test_the_examples_of_the_pages_run(monkeypatch):
     for block in blocks:
         exec(block, names := {})
         assert issubclass(names.get("Trainer", GRPOTrainer), GRPOTrainer)
-    assert trl.trainer.utils._ChunkedLogProbFunction is ours.LinearLogprobsHead
+    assert trl.trainer.utils._ChunkedLogProbFunction is LinearLogprobsHead
 
 
 def test_installing_this_changes_nothing_that_trl_brought():
@@ -480,7 +615,7 @@ def test_credit_refuses_in_a_sentence(tiny, tokenizer, tmp_path, token_models):
     with pytest.raises(ValueError, match="a PRM, a token classifier with two labels"):
         ProcessCredit(token_models[1], tokenizer)
     with pytest.raises(ValueError, match="whole groups of 3 answers, got 8"):
-        ours._check_groups(8, 3)
+        token_credit._check_groups(8, 3)
 
 
 @pytest.mark.unpoisoned

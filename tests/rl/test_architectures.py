@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qrm_fast import pack
-from qrm_fast.rl.attention import check_packing
+from qrm_fast.rl.attention import check_packing, shares_prompts
 from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.models import check_context, load_policy, load_q_rm, load_token_model
 from qrm_fast.rl.policy import Policy
@@ -139,6 +139,7 @@ HEADLESS = {"Llama 4 within its chunks": "the model cannot be trained on packed 
 class Outcome(NamedTuple):
     difference: float | None  # largest of a log-probability, scored or sampled, to the plain forward; None: refused
     refusal: str
+    shares: bool  # whether answers share the rows of their prompt
     head: str  # "" where the policy is refused, or a scalar head trains and loads again, else why not
 
 
@@ -179,7 +180,8 @@ def measure(name, directory):
         engine = TransformersEngine(policy, [1])
         check_sampling(engine, policy, 24)
     except ValueError as error:
-        return Outcome(None, refusal(error, directory), "")
+        return Outcome(None, refusal(error, directory), False, "")
+    shares = shares_prompts(policy.model, 24)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(2, 17, (n,), generator=generator).tolist() for n in (20, 3)]
     rollout = engine.generate(prompts, num_samples=1, max_new_tokens=4, temperature=1.0, seed=0)
@@ -197,8 +199,8 @@ def measure(name, directory):
         save_checkpoint(load_token_model(str(directory), tokenizer), tokenizer, directory)
         check_packing(load_q_rm(str(directory), tokenizer), 24)
     except ValueError as error:
-        return Outcome(difference, "", refusal(error, directory))
-    return Outcome(difference, "", "")
+        return Outcome(difference, "", shares, refusal(error, directory))
+    return Outcome(difference, "", shares, "")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def test_a_family_is_right_or_refused_in_a_sentence(name, outcomes, tmp_path):
     if name in REFUSED:
         assert outcome.refusal.startswith(REFUSED[name])
     else:
-        assert outcome.refusal == "" and outcome.difference <= BOUND
+        assert outcome.refusal == "" and outcome.difference <= BOUND and outcome.shares
         assert outcome.head.startswith(HEADLESS[name]) if name in HEADLESS else outcome.head == ""
 
 
@@ -232,11 +234,11 @@ PAGE = Path(__file__).parents[2] / "docs/training.md"
 def with_table(text, outcomes):
     """`text` with a table of `outcomes` between the marks."""
     lines = ["| family | policy: log-probabilities against transformers | Q-RM, critic |", "|---|---|---|"]
-    for name, (difference, why, head) in outcomes.items():
+    for name, (difference, why, shares, head) in outcomes.items():
         if difference is None:
             lines.append(f"| {name} | refused: {why} | |")
         else:
-            assert difference <= BOUND, name
+            assert difference <= BOUND and shares, name
             lines.append(f"| {name} | <= {BOUND} | {f'refused: {head}' if head else 'works'} |")
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from qrm_fast import pack
 from qrm_fast.rl import attention as here
 
 
@@ -56,7 +57,16 @@ def attend(attention, dtype, kind, **options):
     key, value = (torch.empty(1, 2, 6, 8, dtype=dtype).as_subclass(kind) for _ in range(2))
     bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
     out, _ = attention.packed_attention(
-        None, query, key, value, None, scaling=0.5, cu_seq_lens_q=bounds, max_length_q=4, **options
+        None,
+        query,
+        key,
+        value,
+        None,
+        scaling=0.5,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_k=4,
+        **options,
     )
     assert out.shape == (1, 6, 4, 8)
     return bounds
@@ -93,6 +103,47 @@ def test_what_a_kernel_does_not_compute_goes_by_length(attention, calls, option,
         assert name == "by length"
     else:
         assert name != "by length" and options.items() >= expected.items()
+
+
+def varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options):
+    """What both kernels say that they compute: the last query and the last key of a sequence are one position."""
+    left, right = options["window_size"]
+    scale = options.get("scale") or options["softmax_scale"]
+    assert right == 0 and max(cu_k.diff()) <= max_k and max(cu_q.diff()) <= max_q
+    out = torch.empty_like(query)
+    for s in range(len(cu_q) - 1):
+        q, k, v = query[cu_q[s] : cu_q[s + 1]], key[cu_k[s] : cu_k[s + 1]], value[cu_k[s] : cu_k[s + 1]]
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+        probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out[cu_q[s] : cu_q[s + 1]] = torch.einsum("hqk,khd->qhd", probabilities, v.float()).to(out.dtype)
+    return out
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_kernels_that_take_fewer_queries_than_keys_share_prompts(attention, monkeypatch, sliding_window):
+    """By a kernel's contract, written out, and by this CPU's way: the same numbers of the same rows."""
+    prompt = [5, 6, 7, 8, 9]
+    answers = [[*prompt, 1, 2], prompt, [*prompt, 3, 4, 3], [2, 1, 1], [2, 1, 4, 4]]
+    batch = pack(answers, [5, 5, 5, 2, 2], share_prompts=True)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1, n, len(batch.input_ids), 8, generator=generator).bfloat16() for n in (4, 2, 2)]
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    if attention.flash_attn_varlen_func is not None:
+        monkeypatch.setattr(attention, "flash_attn_varlen_func", varlen)
+    options = dict(
+        scaling=0.5,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.whole_cu_seqlens,
+        key_rows=batch.whole_rows,
+        max_length_k=batch.max_seqlen,
+        sliding_window=sliding_window,
+    )
+    on_cuda, _ = attention.packed_attention(None, *(x.as_subclass(OnCuda) for x in rows), None, **options)
+    here_, _ = here.packed_attention(None, *(x.float() for x in rows), None, **options)
+    torch.testing.assert_close(on_cuda.as_subclass(torch.Tensor).float(), here_, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, OnCuda), (torch.bfloat16, torch.Tensor)])

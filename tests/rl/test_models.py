@@ -324,19 +324,19 @@ def test_long_rope_is_refused_past_its_original_positions(saved, tokenizer):
 
 
 def test_ids_that_no_token_has_are_neither_sampled_nor_weighed(saved):
-    tokenizer = load_tokenizer("arithmetic")  # 17 ids
+    tokenizer = load_tokenizer("arithmetic")  # 18 ids
     spec = saved(small("llama", vocab_size=64))
-    policy = Policy(load_policy(spec, tokenizer), num_ids=17)
+    policy = Policy(load_policy(spec, tokenizer), num_ids=18)
     rollout = TransformersEngine(policy, [1]).generate(
         [[3, 4]], num_samples=64, max_new_tokens=8, temperature=3.0, seed=0
     )
-    assert max(map(max, rollout.responses)) < 17
+    assert max(map(max, rollout.responses)) < 18
     row = [3, 4, *rollout.responses[0]]
     with torch.no_grad():
         logits = policy.model(
             torch.tensor([row]), attention_mask=torch.ones(1, 1, len(row), len(row)).tril().bool()
         ).logits
-    expected = logits[0, 1:-1, :17].log_softmax(-1).gather(1, torch.tensor(row[2:])[:, None])[:, 0]
+    expected = logits[0, 1:-1, :18].log_softmax(-1).gather(1, torch.tensor(row[2:])[:, None])[:, 0]
     torch.testing.assert_close(policy(pack([row], [2])).logprobs, expected, rtol=1e-4, atol=1e-4)
 
 
