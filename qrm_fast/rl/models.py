@@ -28,6 +28,7 @@ from transformers.utils import cached_file
 
 from .attention import backbone, of_transformers, without_adapters
 from .checkpoint import MODEL_CONFIG
+from .linear import use_onednn
 from .lora import merged, whole_modules
 from .policy import check_head
 from .tokenizers import adapter_base
@@ -285,6 +286,7 @@ def _load(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    use_onednn(model)
     return model.to(device).eval()
 
 
