@@ -153,8 +153,8 @@ def test_the_samples_of_a_prompt_are_neighbours_and_read_it_once(policy, max_row
     assert greedy.responses == generate(policy, repeated, temperature=0).responses
 
 
-@pytest.mark.parametrize("spare", [1, 5, 128])
-def test_rows_that_end_are_taken_by_the_next_answers(policy, spare, monkeypatch):
+@pytest.mark.parametrize(("spare", "max_rows"), [(1, 6), (5, 6), (3, 24)])
+def test_rows_that_end_are_taken_by_the_next_answers(policy, spare, max_rows, monkeypatch):
     """Answers are those of their prompts wherever they enter, also where the cache is moved at every step."""
     monkeypatch.setattr("qrm_fast.rl.rollout.SPARE_COLUMNS", spare)
     rows = prompts(40)
@@ -163,20 +163,21 @@ def test_rows_that_end_are_taken_by_the_next_answers(policy, spare, monkeypatch)
         patched.setattr(
             TransformersEngine, "_hidden", lambda self, ids, *rest: steps.append(len(ids)) or forward(self, ids, *rest)
         )
-        rollout = generate(policy, rows, num_samples=2, max_rows=6)
+        rollout = generate(policy, rows, num_samples=2, max_rows=max_rows)
     lengths = list(map(len, rollout.responses))
     assert 24 in lengths and min(lengths) < 6
     # Between an answer and the next a row waits for one step; none waits for the longest answer of its neighbours.
-    full = [n for n in steps if n == 6]
-    assert len(full) <= (sum(lengths) + len(lengths)) / 6 and len(steps) <= len(full) + 24
+    full = [n for n in steps if n == max_rows]
+    busy = max_rows - max_rows // 8  # at least, when no answer is left to begin
+    assert len(full) <= (sum(lengths) + len(lengths)) / busy and len(steps) <= len(full) + 24
     repeated = [row for row in rows for _ in range(2)]
     with torch.no_grad():
         expected = scores(policy, repeated, rollout, 1.0)
     torch.testing.assert_close(torch.cat(rollout.logprobs), expected, rtol=0, atol=1e-4)
-    again = generate(policy, rows, num_samples=2, max_rows=6)
+    again = generate(policy, rows, num_samples=2, max_rows=max_rows)
     assert again.responses == rollout.responses
     assert torch.equal(torch.cat(again.logprobs), torch.cat(rollout.logprobs))
-    greedy = generate(policy, rows, max_rows=6, temperature=0)
+    greedy = generate(policy, rows, max_rows=max_rows, temperature=0)
     assert greedy.responses == generate(policy, rows, temperature=0).responses
 
 
