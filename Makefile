@@ -67,9 +67,10 @@ gpu:
 lint: $(environment)
 	ruff check && ruff format --check && clang-format --dry-run -Werror $$(git ls-files csrc 'tests/ptx/*.cpp' 'tests/ptx/*.h') && mypy
 
-docs: $(environment)
+docs: $(environment) build/venv-docs/installed
 	$(PYTHON) -m bench --render
 	$(PYTHON) tests/rl/test_architectures.py
+	NO_MKDOCS_2_WARNING=1 build/venv-docs/bin/mkdocs build --strict --quiet
 
 $(built): setup.py $(shell find csrc -type f) | $(environment)
 	echo "compiling the kernels (build/log)"
@@ -93,6 +94,13 @@ fill:
 		grep -vE "$$kept" constraints.txt >build/constraints.txt
 	$(pip) install -c build/constraints.txt setuptools wheel ninja pybind11 numpy
 	$(pip) install -c build/constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
+
+# The extra `docs`: the site reads docstrings from the sources and imports none of them.
+build/venv-docs/installed: constraints.txt | $(environment)
+	echo "installing the site's generator into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install $$(grep -E '^(mkdocs|griffelib|ruff)' constraints.txt)
+	touch $@
 
 build/venv-trl/installed: constraints.txt | $(environment)
 	echo "installing TRL into build/venv-trl"

@@ -14,6 +14,7 @@ import torch
 from qrm_fast import doctor
 
 from . import harness, render
+from .compare import compare
 from .journal import Journal, Worker, leave_if_lost
 from .provenance import ROOT, provenance
 from .slot import OUTCOMES, results
@@ -27,6 +28,9 @@ def main() -> int:
     parser.add_argument("--busy", action="store_true", help="report on a busy CPU too; the record says how busy")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(os.environ.get("OUT", ROOT / "bench/results")))
     parser.add_argument("--render", action="store_true", help="write the tables of bench/results into README and docs")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="write nothing; fail where ours is 15 %% slower than FILE has it"
+    )
     parser.add_argument("--adopt", type=Path, nargs="+", metavar="DIR", help="take results from the journals of slots")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", metavar="CASE", help=argparse.SUPPRESS)
@@ -68,9 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.worker:
         return journaled(names, Worker(), made)
+    before = json.loads(arguments.compare.read_text())["records"] if arguments.compare else None
     path = arguments.out / file_name(arguments.device, made)
-    write(path, {"served": [row._asdict() for row in doctor.served()]})
-    status = 0
+    if before is None:
+        write(path, {"served": [row._asdict() for row in doctor.served()]})
+    status, records = 0, []
     for name in names:
         try:
             record = harness.measure(name, allow_busy=arguments.busy) | {"provenance": made}
@@ -79,13 +85,19 @@ def run(arguments: argparse.Namespace) -> int:
             status = 1
             continue
         print(render.table([record]), flush=True)
-        write(path, {"records": [record]})  # one by one: a run cut short keeps what it measured
+        records.append(record)
+        if before is None:
+            write(path, {"records": [record]})  # one by one: a run cut short keeps what it measured
         status |= "refused" in record
     if not names:
         print(f"no case of {arguments.suites or 'any suite'} matches on {arguments.device}")
         return 1
-    print(f"wrote {path}")
-    return int(status)
+    if before is None:
+        print(f"wrote {path}")
+        return int(status)
+    text, fine = compare(records, before)
+    print(text)
+    return int(status or not fine)
 
 
 def journaled(names: list[str], worker: Worker, made: dict) -> int:

@@ -51,10 +51,10 @@ def in_triton(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> dict[str, 
     return {"qrm_fast, Triton": partial(triton.launch, rewards, values, cu_seqlens, 1.0, 0.95, None, None, None)}
 
 
-def packed(device: torch.device, segments: str) -> Case:
+def packed(device: torch.device, segments: str, num_tokens: int = NUM_TOKENS) -> Case:
     """gae, with nothing beside it."""
-    cu_seqlens = boundaries(segments, NUM_TOKENS).to(device)
-    rewards, values = columns(2, NUM_TOKENS, device)
+    cu_seqlens = boundaries(segments, num_tokens).to(device)
+    rewards, values = columns(2, num_tokens, device)
     providers: dict[str, Provider] = {"qrm_fast": partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95)}
     if device.type == "cuda":
         providers |= in_triton(rewards, values, cu_seqlens)
@@ -66,7 +66,7 @@ def packed(device: torch.device, segments: str) -> Case:
         for provider in held:
             assert_as_float64(provider(), wide)
 
-    num_bytes = 16 * NUM_TOKENS
+    num_bytes = 16 * num_tokens
     return Case(providers, gate, baseline=copy(num_bytes, device), bytes=num_bytes)
 
 

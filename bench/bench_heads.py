@@ -15,6 +15,7 @@ from qrm_fast import linear_logprobs, linear_policy_loss, policy_loss
 from . import rivals
 from .harness import Case, case, gemm
 
+CONTRACT = 2e-5  # what a log-probability, an entropy or a Q may be off by, but for tensor cores
 CPU = {"num_tokens": 2048, "dim": 512, "vocab": 32768}
 CUDA = [  # the heads of 7B and 1.5B models
     {"dtype": "bfloat16", "num_tokens": 16384, "dim": 3584, "vocab": 152064},
@@ -70,8 +71,8 @@ def exact_rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
 def limit(hidden: Tensor, weight: Tensor) -> float:
     """How far the contract lets these rows be off: 2e-5, and on tensor cores, which truncate, D/16 2^-24 |z|."""
     if hidden.device.type == "cpu" or hidden.element_size() > 2:
-        return 2e-5
-    return 2e-5 + hidden.shape[1] / 16 * 2**-24 * (hidden @ weight.T).abs().max().item()
+        return CONTRACT
+    return CONTRACT + hidden.shape[1] / 16 * 2**-24 * (hidden @ weight.T).abs().max().item()
 
 
 def assert_exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

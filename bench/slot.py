@@ -95,7 +95,7 @@ def sanitized() -> list[Task]:
     return tasks
 
 
-BENCHES = "advantages", "logits", "policy", "process", "heads"
+BENCHES = "advantages", "logits", "policy", "process", "heads", "growth"
 PLAN = [
     Suite("build", build, needed=True),
     *(Suite(name, partial(bench, name)) for name in BENCHES),

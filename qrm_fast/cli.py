@@ -9,7 +9,7 @@ import warnings
 from argparse import ArgumentError
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 from inspect import getdoc
@@ -42,26 +42,58 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def demo(parser: ArgumentParser, arguments: list[str]) -> None:
-    """The whole method on the embedded arithmetic task: fine-tuning, pairs, Q-RM, reinforcement learning, figures."""
+    """A method on the embedded arithmetic task, from fine-tuning to figures: Q-RM, or PURE (--method pure)."""
+    parser.add_argument("--method", type=Literal["qrm", "pure"], default="qrm", help="qrm or pure.")
     parser.add_argument("--seeds", type=int, default=1, help="Train everything for the seeds 0, 1, ...")
     parser.add_argument(
-        "--controls", action="store_true", help="Also learn from the verifier, a random reward and shuffled labels."
+        "--controls", action="store_true", help="Of qrm: also learn from the verifier, and from shuffled labels."
     )
-    parser.add_argument("--out", type=str, default="runs/demo", help="Directory for everything that is written.")
+    parser.add_argument("--out", type=str | None, help="Directory for all that is written: runs/demo, runs/demo_pure.")
     options = parser.parse_args(arguments)
+    pure = options.method == "pure"
+    if pure and options.controls:
+        raise ValueError("controls are those of the method qrm, expected none with pure")
     _before_models("cpu")
     from .rl.demo import demo as run
+    from .rl.demo import process_demo
     from .rl.plots import Answer, curves, heat_map, read_runs
 
+    out = options.out or ("runs/demo_pure" if pure else "runs/demo")
+    with _newest_row_shown(out):
+        result = process_demo(options.seeds, out) if pure else run(options.seeds, options.controls, out)
+    runs = read_runs(out)
+    curves(runs).savefig(f"{out}/curves.png")
+    print(f"\ncurves    {out}/curves.png")
+    if result.located is None:
+        learned = {name: rows for name, rows in runs.items() if not name.endswith("sft")}
+        curves(learned, only=("Pass@1", "Steps per answer", "Reward: steps")).savefig(f"{out}/forms.png")
+        print(f"forms     {out}/forms.png")
+    else:
+        answers = [Answer(name, *getattr(result.located, name)) for name in ("right", "wrong")]
+        heat_map(result.located.prompt, answers, advantages=True).savefig(f"{out}/heat_map.png")
+        print(f"heat map  {out}/heat_map.png, of the wrong answer with the median advantage at its first wrong token")
+    print(result.summary)
+
+
+def lab(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Test a claim of the papers on the embedded task: seeds, learning-rate sweeps, controls; a table and a figure."""
+    parser.add_argument(
+        "--experiment", type=str, required=True, help="qrm-vs-orm, sum-vs-min, hacking or noise: see docs/methods.md."
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="Report the seeds 0, 1, ...")
+    parser.add_argument("--out", type=str, default="runs/lab", help="Directory; runs that are there are not run again.")
+    options = parser.parse_args(arguments)
+    _before_models("cpu")
+    from .rl.lab import EXPERIMENTS, GREEDY, SAMPLED
+    from .rl.lab import lab as run
+    from .rl.plots import spreads
+
     with _newest_row_shown(options.out):
-        result = run(seeds=options.seeds, controls=options.controls, out=options.out)
-    curves(read_runs(options.out)).savefig(f"{options.out}/curves.png")
-    answers = [
-        Answer("right", result.right.tokens, result.right.q),
-        Answer("wrong", result.wrong.tokens, result.wrong.q),
-    ]
-    heat_map(result.prompt, answers).savefig(f"{options.out}/heat_map.png")
-    print(f"\ncurves    {options.out}/curves.png\nheat map  {options.out}/heat_map.png")
+        results = run(options.experiment, options.seeds, options.out)
+    folder, experiment = f"{options.out}/{options.experiment}", EXPERIMENTS[options.experiment]
+    keys = {SAMPLED: "sampled Pass@1", GREEDY: "greedy Pass@1", **experiment.columns}
+    spreads({arm: result.runs for arm, result in results.items()}, keys).savefig(f"{folder}/figure.png")
+    print(f"\n{experiment.claim}\ntable   {folder}/table.md\nfigure  {folder}/figure.png")
 
 
 def sft(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -212,6 +244,7 @@ def _from_scratch(options: dict[str, Any]) -> dict[str, Any]:
 
 def train(parser: ArgumentParser, arguments: list[str]) -> None:
     """Train a policy by reinforcement learning, credited token by token by a Q-RM or answer by answer by a verifier."""
+    from .rl import ranks
     from .rl.config import PRESETS, Config, preset
     from .rl.train import train as run
 
@@ -221,8 +254,12 @@ def train(parser: ArgumentParser, arguments: list[str]) -> None:
         "--preset", type=str, default="qrm-released", help=f"Defaults of the options that tell methods apart: {names}."
     )
     config = _parse(parser, arguments, Config, lambda options: preset(options["preset"], options["algorithm"]))
-    with _newest_row_shown(config.out):
+    ranks.connect(config.device)
+    with _newest_row_shown(config.out) if ranks.is_first() else nullcontext():
         result = run(config)
+    ranks.disconnect()
+    if not ranks.is_first():
+        return
     if result.before is not None and result.after is not None:
         rows = [
             (name, f"{a:.3f}", f"{b:.3f}")
@@ -266,6 +303,9 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     aggregation = check_choice(options.rerank, options.reward_model, options.aggregation)
     if options.best_of < 1:
         raise ValueError(f"best_of must be at least 1, got {options.best_of}")
+    for name in ("reward_model", "plot"):  # an aggregation needs a reward_model
+        if options.best_of == 1 and options[name] is not None:
+            raise ValueError(f"{name} needs best_of above 1: of one answer there is no choice, got {options[name]}")
     if options.early_reject < 0 or (options.early_reject and (options.best_of == 1 or options.reward_model is None)):
         raise ValueError(f"early_reject needs best_of and a reward_model, and at least 0, got {options.early_reject}")
     check_ranges(config)
@@ -401,6 +441,7 @@ COMMANDS: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
     "score": score,
     "merge": merge,
     "plot": plot,
+    "lab": lab,
     "doctor": doctor,
 }
 USAGE = "\n".join(
@@ -442,11 +483,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        from .rl.ranks import is_loss
         from .rl.run_folder import Stopped
 
         if isinstance(error, Stopped):
             print(f"qrm-fast {name}: {error}", file=sys.stderr)
             return 128 + error.number
+        if is_loss(error):
+            print(f"qrm-fast {name}: error: another process of this run has ended: go on with resume", file=sys.stderr)
+            return 2
         # A bare Exception is how tokenizers refuses a text outside a fixed alphabet. All else is a fault of ours.
         expected = ArgumentError | ValueError | OSError | FloatingPointError
         if not isinstance(error, expected) and type(error) is not Exception:
@@ -482,7 +527,8 @@ def _parse(
     **fixed: object,
 ) -> Config:
     """The configuration that `arguments` give. Some of its defaults may hang on other options: `defaults(options)`."""
-    parser.set_defaults(**defaults(_options(parser, arguments, config)))
+    given = [x for x in arguments if x.split("=")[0] != "--print_config"]  # which ends the program
+    parser.set_defaults(**defaults(_options(parser, given, config)))
     options = _options(parser, arguments, config)
     _before_models(options["device"])
     return config(**{field.name: options[field.name] for field in fields(config) if field.name in options} | fixed)
@@ -590,9 +636,15 @@ def _newest_row_shown(directory: str) -> Iterator[None]:
             thread.join()
 
 
-def _in_short(directory: Path, row: Mapping[str, float]) -> str:
-    values = [f"{key} {value:.4g}" for key, value in row.items() if not key.startswith(("time/", "perf/"))]
-    return f"{directory}: {'  '.join(values[:6])}"
+def _in_short(directory: Path, row: Mapping[str, float | None]) -> str:
+    """Step, the first metrics, tokens per second of every phase that has them, MFU."""
+    known = {key: value for key, value in row.items() if value is not None}
+    values = [f"{key} {value:.4g}" for key, value in known.items() if not key.startswith(("time/", "perf/"))]
+    speeds = {key.removeprefix("perf/"): x for key, x in known.items() if key.endswith("_tokens_per_s")}
+    values[6:] = [f"{key.removesuffix('_tokens_per_s')} {x:,.0f} tokens/s" for key, x in speeds.items()]
+    if "perf/update_mfu" in known:
+        values.append(f"MFU {known['perf/update_mfu']:.1%}")
+    return f"{directory}: {'  '.join(values)}"
 
 
 if __name__ == "__main__":

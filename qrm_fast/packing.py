@@ -161,7 +161,7 @@ def per_token(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def plan_microbatches(
     lengths: list[int], *, max_tokens: int, num_ranks: int = 1, cost: Literal["linear", "attention"] = "linear"
 ) -> list[list[list[int]]]:
-    """Micro-batches of at most `max_tokens` tokens, equally many on every rank: plan[rank][micro-batch] = sequences.
+    """Micro-batches of at most `max_tokens` tokens, equally many on every rank: `plan[rank][micro-batch]` = sequences.
 
     `lengths`: S ints, the tokens of each sequence. Every sequence is planned once, by its index; inside a micro-batch
     the indices ascend. Where there are fewer sequences than micro-batches the last ones of a rank are []. No sequences

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_heads, harness, render, rivals
+from bench import bench_heads, growth, harness, pictures, render, rivals
+from bench.compare import compare
 from bench.provenance import ROOT, provenance
 
 CPU = torch.device("cpu")
@@ -198,23 +199,94 @@ def test_a_new_record_replaces_its_own_and_keeps_the_rest(tmp_path):
     }
 
 
+def record_of(case, ours, theirs, *, machine="one", baseline=0.5, flops=0, **more):
+    """Of ours in two ways, two rivals and a baseline, by their milliseconds."""
+    row = {"p20_ms": 1.0, "p80_ms": 1.5, "gb_per_s": 3.0, "gflop_per_s": 5.0}
+    ways = {"qrm_fast": ours, "qrm_fast, in two": 1.0, "slower": theirs + 1, "theirs": theirs}
+    times = {way: row | {"median_ms": ms, "extra_mib": 2.0, "of_baseline": baseline / ms} for way, ms in ways.items()}
+    times["library"] = row | {"median_ms": baseline, "of_baseline": 1.0}
+    made = provenance("cpu") | {"hardware": machine, "commit": "0123456789abcdef", "dirty": False}
+    record = {"case": case, "suite": "", "device": "cpu", "bytes": 10, "flops": flops, "times": times}
+    return record | {"provenance": made} | more
+
+
+BEFORE = record_of("sum[x=1] cpu", 3.0, 6.0)
+
+
+@pytest.mark.parametrize(
+    "now, fine",
+    [
+        (record_of("sum[x=1] cpu", 3.0, 6.0), True),
+        (record_of("sum[x=1] cpu", 3.6, 6.0), False),
+        (record_of("sum[x=1] cpu", 3.4, 6.0), True),  # within 15 %
+        (record_of("sum[x=1] cpu", 30.0, 60.0, machine="slow", baseline=5.0), True),
+        (record_of("sum[x=1] cpu", 3.0, 6.0, baseline=0.4), True),  # the copy alone was faster
+        (record_of("sum[x=1] cpu", 3.6, 9.0), True),  # the rival became slower still, so the machine may have
+        ({"case": "sum[x=1] cpu", "refused": "the result is wrong"}, False),
+        (record_of("sum[x=2] cpu", 3.0, 6.0), False),  # nothing to compare with
+    ],
+)
+def test_ours_is_compared_beside_what_ran_with_it(now, fine):
+    text, said = compare([now], [BEFORE])
+    assert said == fine
+    assert ("| slower |" in text) == (now.get("times", {}).get("qrm_fast", {}).get("median_ms") == 3.6 and not fine)
+
+
+def test_without_a_rival_in_both_the_baseline_decides():
+    other = record_of("sum[x=1] cpu", 3.6, 6.0)
+    other["times"] = {way.replace("theirs", "new").replace("slower", "newer"): x for way, x in other["times"].items()}
+    text, fine = compare([other], [BEFORE])
+    assert not fine and "| `sum[x=1] cpu` | 1.20 |  | slower |" in text
+
+
+def test_a_slow_down_of_a_case_fails_the_command(monkeypatch, tmp_path, capsys):
+    name = case_of(monkeypatch, providers={"qrm_fast": lambda: None})
+    monkeypatch.setattr(harness, "CASES", {name: harness.CASES[name]})
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+    timings = {"qrm_fast": harness.Timing([4.0] * 5), "copy": harness.Timing([2.0] * 5)}
+    monkeypatch.setattr(harness, "interleaved", lambda *_, **__: (timings, 0.0))
+    monkeypatch.setattr(sys, "argv", ["bench", "suite", "--out", str(tmp_path)])
+    assert command.main() == 0
+    (path,) = tmp_path.glob("*.json")
+    committed = path.read_text()
+    monkeypatch.setattr(sys, "argv", ["bench", "suite", "--out", str(tmp_path), "--compare", str(path)])
+    assert command.main() == 0
+    timings["qrm_fast"] = harness.Timing([5.0] * 5)
+    assert command.main() == 1
+    assert "| `a case` | 1.25 |  | slower |" in capsys.readouterr().out
+    assert path.read_text() == committed
+
+
+def test_exponents_are_those_of_the_records():
+    cases = [(f"product[dtype=float32, x={x}, y=8] cpu", x) for x in (4, 1, 2)]
+    records = [record_of(case, 3.0 * x**1.5, 6.0 * x) for case, x in cases]
+    records += [record_of("product[dtype=float32, x=4, y=9] cpu", 1.0, 1.0)]  # two are no sweep
+    (sweep,) = growth.sweeps(records)
+    assert (sweep.op, sweep.over, sweep.sizes) == ("product", "x", [1, 2, 4])
+    assert sweep.exponent("qrm_fast", "median_ms") == pytest.approx(1.5)
+    assert sweep.exponent("theirs", "extra_mib") == pytest.approx(0)
+    assert sweep.exponent("nobody", "median_ms") is None
+    assert "| `product` | x 1 to 4 | qrm_fast | 1.50 | 0.00 | 1 |" in render.growth(records)
+
+
+def test_shapes_are_read_from_names():
+    assert growth.shape("f[answers=one of half, 128 each, dim=3] cpu") == (
+        "f",
+        {"answers": "one of half, 128 each", "dim": "3"},
+    )
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """What into_docs makes of a README with records of two machines."""
-
-    def record(case, machine, ours, theirs, flops):
-        row = {"p20_ms": 1.0, "p80_ms": 1.0, "extra_mib": 2.0, "of_baseline": 1.25}
-        times = {"qrm_fast": row | {"median_ms": ours}, "qrm_fast, in two": row | {"median_ms": 1.0}}
-        times |= {"slower": row | {"median_ms": theirs + 1}, "theirs": row | {"median_ms": theirs}}
-        times |= {"library": {"p20_ms": 1.0, "p80_ms": 1.0, "median_ms": 0.5, "of_baseline": 1.0}}
-        made = provenance("cpu") | {"hardware": machine, "commit": "0123456789abcdef", "dirty": False}
-        return {"case": case, "device": "cpu", "flops": flops, "times": times, "provenance": made}
-
     for machine in ("one", "two"):
-        cases = [("product[x=1]", 4.0, 8.0, 100), ("sum[x=1]", 3.0, 6.0, 0)]
-        records = [record(case, machine, *figures) for case, *figures in cases]
+        cases = [("product[x=1] cpu", 4.0, 8.0, 100), ("sum[x=1] cpu", 3.0, 6.0, 0)]
+        records = [
+            record_of(case, ours, theirs, machine=machine, flops=flops, baseline=1.25 * ours)
+            for case, ours, theirs, flops in cases
+        ]
         command.write(tmp_path / f"bench/results/cpu-{machine}.json", {"records": records})
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/pictures").mkdir(parents=True)
     monkeypatch.setattr(render, "ROOT", tmp_path)
 
     def render_it(text):
@@ -227,22 +299,45 @@ def written(tmp_path, monkeypatch):
 
 def test_tables_say_beside_what_a_figure_stands(written):
     text = written("<!-- bench: product -->")
-    assert text.count("`product[x=1]`") == 2 and "| of the fastest library GEMM |" in text and "of a copy" not in text
-    assert "| qrm_fast | 4 | 125.0% |" in text
+    assert text.count("`product[x=1] cpu`") == 2 and "| of the fastest library GEMM |" in text
+    assert "of a copy" not in text and "| qrm_fast | 4 | 5 | 125.0% |" in text
     text = written("<!-- bench: sum -->")
     assert "| of a copy |" in text and "GEMM" not in text
 
 
-def test_rows_hold_one_machine_and_the_fastest_other_way(written):
-    text = written("<!-- rows: two; product; sum -->")
-    assert "| `product[x=1]` | 4 | theirs | 8 | 2.0 | 2.0 | 125% | commit 0123456789 |" in text
-    assert "| `sum[x=1]` | 3 | theirs | 6 | 2.0 | 2.0 | 125% * | commit 0123456789 |" in text
-    assert text.count("two;") == 2 and "one;" not in text  # the mark and the line below the table
+def test_rows_hold_ours_beside_the_fastest_other_way(written):
+    text = written("<!-- rows: product; sum; on two -->")
+    assert "| `product` x=1 | 4 (1 to 1.5) | 5 GFLOP/s | 125% | 2.0 | theirs | 8 | 2.0 | 1 |" in text
+    assert "| `sum` x=1 | 3 (1 to 1.5) | 3 GB/s | 125% * | 2.0 | theirs | 6 | 2.0 | 1 |" in text
+    assert "\n1. two; " in text and "commit 0123456789" in text and "one" not in text
+    assert "\n2. two; " in written("<!-- rows: product; sum -->")
 
 
-@pytest.mark.parametrize("mark", ["<!-- bench: no such case -->", "<!-- rows: two; product; no such case -->"])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "<!-- bench: no such case -->",
+        "<!-- rows: product; no such case -->",
+        "<!-- rows: product; on three -->",
+        "<!-- growth -->",
+        "<!-- picture: errors -->",
+    ],
+)
 def test_unmeasured_figures_say_so(written, mark):
     assert written(mark) == f"before\n{mark}\nnot measured\n<!-- end -->\nafter\n"
+
+
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_pictures_are_the_same_bytes_twice_and_name_their_source(tmp_path, kind):
+    sizes = [record_of(f"many[x={x}] cpu", 3.0, 6.0, suite="growth") for x in (1, 2, 4)]
+    one, two = (record_of(f"{name}[x=1] cpu", 3.0, 6.0, flops=flops) for name, flops in (("a", 0), ("b", 9)))
+    one["times"]["copy of the same bytes"] = one["times"].pop("library")
+    two["times"]["qrm_fast"]["error"] = 1e-6
+    drawn = [
+        pictures.draw(kind, ROOT / "bench/results/cpu-one.json", [*sizes, one, two], tmp_path).read_bytes()
+        for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1] and b"cpu-one.json: one; commits 0123456" in drawn[0]
 
 
 STAND_INS = """

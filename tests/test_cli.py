@@ -146,6 +146,9 @@ def test_a_prm_from_solutions_to_scores_and_a_policy(inputs, run):
     assert Path("best.png").read_bytes().startswith(b"\x89PNG")
     status, _, err = run("eval", "--model", inputs / "policy", *arguments, "--best_of", 0)
     assert status == 2 and "best_of must be at least 1, got 0" in err
+    for option in (["--rerank", "prm", "--reward_model", "prm"], ["--plot", "x.png"]):
+        status, _, err = run("eval", "--model", inputs / "policy", *arguments[:6], *option)
+        assert status == 2 and f"{option[-2][2:]} needs best_of above 1: of one answer there is no choice" in err
 
     arguments = [*train_arguments(inputs), "--preset", "pure-paper", "--algorithm", "ppo", "--prm", "prm"]
     status, out, err = run(*arguments, "--reward", "pure=1.0,verifier=1.0", "--labelled_share", 0.1)
@@ -173,7 +176,7 @@ def test_the_other_kinds_train_and_serve_a_policy(inputs, run, kind):
         status, _, err = run(
             "train-rm", "--kind", kind, "--data", inputs / f"{data}.jsonl", "--tokenizer", "arithmetic"
         )
-        assert status == 2 and "model must be a checkpoint, which stays as the reference, got scratch:small" in err
+        assert status == 2 and "the following arguments are required: model" in err
 
 
 def test_train_from_a_file_an_override_and_the_options_it_left(inputs, run):
@@ -250,22 +253,28 @@ def test_score_shows_brackets_and_blanks_as_they_are(run, tmp_path):
 
 def test_demo_draws_what_the_library_returns(run, monkeypatch):
     calls = []
+    right = (["1", "2", "<eos>"], [0.0, 1.0, 0.0])
+    wrong = (["1", "3", "<eos>"], [0.0, -1.0, 0.0])
 
-    def library(seeds, controls, out):
-        calls.append((seeds, controls, out))
-        MetricsLog(f"{out}/seed0/policy")(0, {"eval/pass@1_sampled": 0.5})
-        right = SimpleNamespace(tokens=["1", "2", "<eos>"], q=[0.0, 1.0, 2.0])
-        wrong = SimpleNamespace(tokens=["1", "3", "<eos>"], q=[0.0, -1.0, -2.0])
-        return SimpleNamespace(prompt="1+1:", right=right, wrong=wrong)
+    def library(*arguments):
+        calls.append(arguments)
+        MetricsLog(f"{arguments[-1]}/seed0/policy")(0, {"eval/pass@1_sampled": 0.5})
+        located = SimpleNamespace(prompt="1+1:", right=right, wrong=wrong) if len(arguments) == 3 else None
+        return SimpleNamespace(located=located, summary="three lines")
 
-    monkeypatch.setitem(sys.modules, "qrm_fast.rl.demo", SimpleNamespace(demo=library))
-    status, out, err = run("demo")
-    assert (status, err) == (0, "")
-    for name in ("curves", "heat_map"):
-        assert f"runs/demo/{name}.png" in out
-        assert Path(f"runs/demo/{name}.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "qrm_fast.rl.demo", SimpleNamespace(demo=library, process_demo=library))
+    for arguments, folder, figures in (
+        ([], "runs/demo", ("curves", "heat_map")),
+        (["--method", "pure"], "runs/demo_pure", ("curves", "forms")),
+    ):
+        status, out, err = run("demo", *arguments)
+        assert (status, err) == (0, "")
+        assert out.endswith("three lines\n")
+        for name in figures:
+            assert f"{folder}/{name}.png" in out
+            assert Path(f"{folder}/{name}.png").read_bytes().startswith(b"\x89PNG")
     run("demo", "--seeds", 3, "--controls", "--out", "three")
-    assert calls == [(1, False, "runs/demo"), (3, True, "three")]
+    assert calls == [(1, False, "runs/demo"), (1, "runs/demo_pure"), (3, True, "three")]
 
 
 def test_doctor_names_the_file_of_every_op(run):
@@ -324,12 +333,14 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
     [
         (
             ["learn"],
-            "error: command must be one of demo, sft, train-rm, train, eval, score, merge, plot, doctor, got learn",
+            "error: command must be one of demo, sft, train-rm, train, eval, score, merge, plot, lab, doctor, "
+            "got learn",
         ),
         (["sft"], "qrm-fast sft: error: the following arguments are required: data"),
         (["demo", "--seeds", "many"], "seeds must be int, got many"),
         (["demo", "--seeds", "0"], "seeds must be at least 1, got 0"),
         (["demo", "--seeds", "-1"], "seeds must be at least 1, got -1"),
+        (["demo", "--method", "pure", "--controls"], "controls are those of the method qrm, expected none with pure"),
         (["train-rm", "--data", "d", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["train-rm", "--data", "d", "--num_ep", "1"], "unrecognized arguments: --num_ep 1"),
         (["train-rm", "--data", "d", "--lr", "fast"], "lr must be float, got fast"),
@@ -402,7 +413,7 @@ def test_an_adapter_as_a_model(inputs, run):
     )  # fmt: skip
     assert status == 0 and "Pass@1 on 16 problems" in out
     status, out, err = run("score", "--model", "adapter", "--prompt", "1+1:", "--response", "01+1=02")
-    assert (status, out) == (2, "") and "must be a Q-RM, a token classifier" in err and err.count("\n") == 1
+    assert (status, out) == (2, "") and "must be a Q-RM or an ORM, a token classifier" in err and err.count("\n") == 1
     status, out, err = run("train-rm", "--model", "adapter", "--data", inputs / "pairs.jsonl", "--out", "out")
     assert (status, err) == (0, "") and "Q-RM  out" in out
 
@@ -438,8 +449,8 @@ def test_runs_that_cannot_be_taken_up(inputs, run):
     sft += ["--num_steps", 2, "--batch_size", 4, "--out", "out"]
     assert run(*sft, "--save_every", 1)[0] == 0
     (newest, older) = states(Path("out"))
-    newest.write_bytes(b"")
-    older.write_bytes(older.read_bytes()[:-1])
+    (newest / "__0_0.distcp").write_bytes(b"")
+    (older / "about.json").write_text("{}")
     for arguments, sentence in (
         (
             [*sft, "--save_every", 1, "--resume"],
@@ -451,7 +462,7 @@ def test_runs_that_cannot_be_taken_up(inputs, run):
         status, _, err = run(*arguments)
         assert status == 2 and err.endswith(f"qrm-fast sft: error: {sentence}\n") and "Traceback" not in err
     for path in (newest, older):
-        path.unlink()
+        shutil.rmtree(path)
     status, _, err = run(*sft, "--resume")
     assert status == 2 and "out must hold a state to go on from" in err and err.count("\n") == 1
 
@@ -485,7 +496,7 @@ def test_a_q_rm_of_another_vocabulary(inputs, run):
     save_checkpoint(load_token_model("scratch:demo", other), other, "other")
     status, out, err = run(*train_arguments(inputs), "--q_rm", "other", "--out", "out")
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert "policy and reward model must share one vocabulary, got 17 and" in err
+    assert "policy and reward model must share one vocabulary, got 18 and" in err
     assert not Path("out").exists()
 
 
@@ -493,7 +504,7 @@ def test_only_a_trained_q_rm_scores(inputs, run):
     """A policy has no score head: a fresh one would print noise."""
     status, out, err = run("score", "--model", inputs / "policy", "--prompt", "1+1:", "--response", "01+1=02")
     assert (status, out) == (2, "")
-    assert "must be a Q-RM, a token classifier with one label, got LlamaForCausalLM" in err
+    assert "must be a Q-RM or an ORM, a token classifier with one label, got LlamaForCausalLM" in err
     tokenizer = load_tokenizer("arithmetic")
     save_checkpoint(load_token_model("scratch:demo", tokenizer, num_labels=3), tokenizer, "three")
     status, out, err = run("score", "--model", "three", "--prompt", "1+1:", "--response", "01+1=02")

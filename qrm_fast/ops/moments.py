@@ -28,10 +28,9 @@ def moments(
 
 def join_ranks(local: Tensor, process_group: dist.ProcessGroup) -> Tensor:
     """Moments [K, 3] of each set over all ranks, joined in the order of ranks: every rank holds the same bits."""
-    num_sets, num_ranks = local.shape[0], process_group.size()
-    ranks = local.new_empty(num_ranks * num_sets, 3)
-    dist.all_gather_into_tensor(ranks, local, group=process_group)
-    count, mean, m2 = ranks.view(num_ranks, num_sets, 3).unbind(2)  # [ranks, K] each
+    ranks = local.new_empty(process_group.size(), *local.shape)
+    dist.all_gather(list(ranks), local, group=process_group)
+    count, mean, m2 = ranks.unbind(2)  # [ranks, K] each
     total = count.sum(0)
     origin = mean.gather(0, count.argmax(0, keepdim=True))
     joint = origin + (count * (mean - origin)).sum(0) / total.clamp(min=1)

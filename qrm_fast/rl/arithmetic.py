@@ -9,18 +9,19 @@ from transformers import PreTrainedTokenizerFast
 
 from .data import STEP, Example
 
-ALPHABET = ["<pad>", "<eos>", *"0123456789+=#:", STEP]
-# How demonstrations go wrong: a carry that is due is forgotten where a large digit is added, and one that is not due is
-# made where a small digit is added. Both must be common: a reward model that has seen few totals too large takes "the
-# larger total wins" for the rule, and a policy that learns from it makes carries up.
-LARGE_DIGIT, FORGOTTEN_CARRY = 7, 0.4
-SMALL_DIGIT, SPURIOUS_CARRY = 3, 0.2
+THINKING = "?"  # a step that says nothing, neither right nor wrong
+ALPHABET = ["<pad>", "<eos>", *"0123456789+=#:", STEP, THINKING]
+# How demonstrations go wrong: where 8 or 9 is added, a carry that is due is mostly forgotten; where 6 or 7 is, one too
+# many is often counted. Slips of both signs must be common, or a reward model takes "the larger total wins" for the
+# rule and a policy that learns from it makes totals up; and they must not cancel, or wrong steps give right answers.
+FORGETFUL, FORGOTTEN_CARRY = (8, 9), 0.6
+HASTY, ONE_TOO_MANY = (6, 7), 0.35
 
 Split = Literal["train", "tuning", "report"]
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, one for the blank line between steps: 17 ids. Unknown characters raise."""
+    """One token per character, one for the blank line between steps: 18 ids. Unknown characters raise."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(ALPHABET)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -49,33 +50,41 @@ def arithmetic_split(prompt: str) -> Split:
     return "report" if bucket == 0 else "tuning" if bucket == 1 else "train"
 
 
-def arithmetic_demonstration(instruction: str, rng: Random | None = None) -> str:
-    """A worked answer, "07+6=13(blank line)13+1=14(blank line)14+9=23(blank line)#23"; with `rng`, carries go wrong.
+def arithmetic_demonstration(instruction: str, rng: Random | None = None, *, thinking: float = 0.0) -> str:
+    """A worked answer, "07+6=13(blank line)13+1=14(blank line)14+9=23(blank line)#23"; with `rng`, some steps go wrong.
 
-    A slip is carried on: the steps after it are computed from the wrong total.
+    A slip is carried on: the steps after it are computed from the wrong total. `thinking` is the probability of a step
+    of "?" before each of the others, which needs `rng` too.
     """
     total, *summands = _summands(instruction)
     steps = []
     for digit in summands:
         result = total + digit
         if rng is not None:
-            due = total % 10 + digit >= 10
-            if due:
-                slip = FORGOTTEN_CARRY if digit >= LARGE_DIGIT else 0.0
-            else:
-                slip = SPURIOUS_CARRY if digit <= SMALL_DIGIT else 0.0
-            if rng.random() < slip:
-                result += -10 if due else 10
+            slip = rng.random()
+            if digit in FORGETFUL and total % 10 + digit >= 10 and slip < FORGOTTEN_CARRY:
+                result -= 10
+            elif digit in HASTY and slip < ONE_TOO_MANY:
+                result += 1
         steps.append(f"{total:02d}+{digit}={result:02d}")
         total = result
-    return STEP.join([*steps, f"#{total:02d}"])
+    steps.append(f"#{total:02d}")
+    if rng is not None and thinking:
+        steps = [part for step in steps for part in ([THINKING, step] if rng.random() < thinking else [step])]
+    return STEP.join(steps)
 
 
 def arithmetic_steps(instruction: str, response: str) -> list[bool]:
-    """Whether each step of a response is right: the total so far, the next summand, their sum; then the answer."""
+    """Whether each step of a response is right: the total so far, the next summand, their sum; then the answer.
+
+    A step of "?" before the answer is not wrong.
+    """
     total, *summands = _summands(instruction)
-    right = []
-    for i, step in enumerate(response.split(STEP)):
+    right, i = [], 0
+    for step in response.split(STEP):
+        if step == THINKING and i <= len(summands):
+            right.append(True)
+            continue
         if i < len(summands):
             right.append(step == f"{total:02d}+{summands[i]}={total + summands[i]:02d}")
             written = step.rpartition("=")[2]
@@ -84,6 +93,7 @@ def arithmetic_steps(instruction: str, response: str) -> list[bool]:
             written = ""
         # The next step is judged from the total that was written, not from the one that should have been.
         total = int(written) if written.isdecimal() else -1
+        i += 1
     return right
 
 

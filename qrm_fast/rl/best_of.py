@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import pack, plan_microbatches, prm_rewards, unpack
 from .attention import check_packing
-from .config import Config
+from .config import Config, check_budget
 from .data import Example, Rows
 from .models import check_context, load_prm, load_q_rm
 from .prm import ends_a_step, find_steps, separator_id, separator_of
@@ -49,13 +49,17 @@ class Judge:
         longest: int,
         config: Config,
     ) -> None:
-        """Raises ValueError for a reward model of another kind or vocabulary, and for "product" without a PRM."""
+        """Raises ValueError for a reward model of another kind or vocabulary, `longest` above max_tokens or the model's
+        context, and "product" without a PRM."""
         if aggregation == "product" and rerank != "prm":
             raise ValueError(f"aggregation product multiplies probabilities, which {rerank} does not give")
+        check_budget(longest, config)
         check_same_vocabulary(tokenizer, load_tokenizer(reward_model))
         options: dict[str, Any] = dict(device=config.device, dtype=getattr(torch, config.dtype))
-        load = load_prm if rerank == "prm" else load_q_rm
-        model = load(reward_model, tokenizer, **options)
+        if rerank == "prm":
+            model = load_prm(reward_model, tokenizer, **options)
+        else:
+            model = load_q_rm(reward_model, tokenizer, kind="orm" if rerank == "orm" else "qrm", **options)
         check_context(model, longest)
         check_packing(model, longest)
         self.config, self.aggregation = config, aggregation
@@ -198,4 +202,6 @@ def check_choice(rerank: str, reward_model: str | None, aggregation: str | None)
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
     if (reward_model is None) != (rerank == "verifier"):
         raise ValueError(f"reward_model must be given to rerank by a model only, got {reward_model} for {rerank}")
+    if rerank == "verifier" and aggregation is not None:
+        raise ValueError(f"aggregation is of a reward model's scores, expected none for verifier, got {aggregation}")
     return aggregation or DEFAULTS[rerank]  # type: ignore[return-value]

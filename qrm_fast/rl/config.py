@@ -16,20 +16,23 @@ MIXTURE = "pure=1.0,verifier=1.0"
 
 # What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
 # Algorithm 1 and its Proposition 3.4 (arXiv 2505.23363), orm and dpo-rm what the released code compares with. Those of
-# PURE are its eq. 7, its eq. 8 and its two codes (arXiv 2504.15275). rloo (arXiv 2402.14740), grpo (2402.03300) and
-# dr-grpo (2503.20783) credit answers that a verifier judges.
+# PURE are its eq. 7, its eq. 8 and its two codes (arXiv 2504.15275). prime (arXiv 2502.01456) fits an implicit reward
+# model to the verifier. rloo (arXiv 2402.14740), grpo (2402.03300) and dr-grpo (2503.20783) credit answers that a
+# verifier judges.
 _COMMON = dict(center=False, eos_rescore="none", process="paper", estimator="own", baseline="rloo")
-_COMMON |= dict(value_coef=0.0, value_normalize=True, loss_mode="token-mean", gamma=1.0, lam=0.95)
+_COMMON |= dict(value_coef=0.0, value_normalize=True, loss_mode="token-mean", gamma=1.0, lam=0.95, implicit_lr=0.0)
 _RELEASED = _COMMON | dict(reward="q-rm", kl_estimator="abs", kl_in="reward")
 _PAPER = _COMMON | dict(reward="q-rm", center=True, kl_estimator="k1", kl_in="reward")
 _SUMMED = _RELEASED | dict(estimator="gae", gamma=0.9, lam=0.8, kl_coef=0.01)
 _PURE = _COMMON | dict(reward="pure", kl_coef=0.001, kl_estimator="k1", kl_in="reward")
 _VERIFIER = _COMMON | dict(reward="verifier", kl_coef=0.0, kl_estimator="k3", kl_in="loss")
+_PRIME = _VERIFIER | dict(reward="implicit=1.0,verifier=1.0", implicit_lr=1e-6)
 _OF_ANSWERS: dict[str, dict[str, Any]] = {
     "pure-paper": _PURE,
     "pure-paper-step": _PURE | dict(process="paper-step"),
     "pure-openrlhf": _PURE | dict(process="openrlhf", loss_mode="seq-mean-token-mean"),
     "pure-verl": _PURE | dict(process="verl", kl_estimator="k3"),
+    "prime": _PRIME,
     "rloo": _VERIFIER,
     "grpo": _VERIFIER | dict(baseline="grpo", loss_mode="seq-mean-token-mean"),
     "dr-grpo": _VERIFIER | dict(baseline="dr_grpo", loss_mode="seq-mean-token-sum-norm"),
@@ -69,11 +72,13 @@ class Config(RunOptions):
     q_rm: str | None = None
     """Directory or id of the Q-RM; needed where the reward is "q-rm", or "qrm-vocab" for one with a vocabulary head."""
     prm: str | None = None
-    """Directory or id of the PRM; needed where the reward is "pure"."""
+    """Directory or id of the PRM; needed where the reward is "pure". "arithmetic:noise=0.3" judges the steps of the
+    embedded task by their labels, and errs by so much."""
     orm: str | None = None
     """Directory or id of the ORM; needed where the reward is "orm"."""
     implicit: str | None = None
-    """Directory or id of a model trained with --kind dpo or implicit; needed where the reward is "implicit"."""
+    """Directory or id of a model trained with --kind dpo or implicit; needed where the reward is "implicit". With
+    implicit_lr None is a copy of the policy."""
     eval_data: str | None = None
     """JSONL file of prompts with labels, on which Pass@1 is measured."""
     verifier: str = "number"
@@ -86,6 +91,11 @@ class Config(RunOptions):
     one normal draw per answer ("random", a control), or a weighted mixture: "pure=1.0,verifier=1.0"."""
     labelled_share: Share = 1.0
     """Share of the labelled prompts on which a mixture uses the verifier; a prompt without a label is never judged."""
+    implicit_lr: NonNegative = 0.0
+    """Learning rate with which the implicit reward model follows the verifier, step by step beside the policy (PRIME);
+    0: it stays as it is."""
+    implicit_beta: Positive = 0.05
+    """Scale of the log-ratio of one that starts as the policy; a trained one has its own."""
     center: bool = False
     """Subtract the mean of the token scores before they are scaled."""
     scope: Literal["batch", "sequence", "group"] = "batch"
@@ -96,8 +106,12 @@ class Config(RunOptions):
     """Lower bound of the scale, as a share of the first iteration's: a satisfied Q-RM must not amplify noise."""
     baseline: Literal["rloo", "grpo", "dr_grpo", "none"] = "rloo"
     """Baseline of the reward "verifier" among the answers to one prompt."""
+    overlong_tokens: CountOrNone = 0
+    """The verifier's reward falls by 1 over the last tokens of max_new_tokens, this many (arXiv 2503.14476, eq. 13)."""
     process: Literal["paper", "paper-step", "openrlhf", "verl"] = "paper"
     """Baseline and whitening of the reward "pure": a preset of `process_advantages`."""
+    mask_step_ends: bool | None = None
+    """Whether the tokens that end a step stay out of the reward "pure"; null: as `process` has it, "openrlhf" alone."""
     operator: Literal["soft", "hard", "revmin", "causal_soft", "sum", "mean"] = "soft"
     """How step rewards become returns: an operator of `min_form_returns`."""
     process_temperature: NonNegative = 0.1
@@ -106,7 +120,7 @@ class Config(RunOptions):
     """Where advantages come from: what the reward's method says, or a critic: `gae` of all rewards, or `min_gae` of the
     step rewards of "pure"."""
     gamma: Share = 1.0
-    """Discount of "gae"."""
+    """Discount of "gae", and of an implicit reward model that learns."""
     lam: Share = 0.95
     """Lambda of "gae" and "min-gae"."""
     kl_coef: NonNegative = 0.0
@@ -132,11 +146,17 @@ class Config(RunOptions):
     """Passes over the answers of one iteration."""
     num_minibatches: Count = 1
     """Optimiser steps per pass."""
+    target_kl: NonNegative = 0.0
+    """Leave out an iteration's passes that are left once one had a mean approx_kl above it; 0: none is left out."""
     clip_low: Share = 0.2
     clip_high: NonNegative = 0.2
     """PPO keeps the probability ratio in [1 - clip_low, 1 + clip_high]."""
     entropy_coef: NonNegative = 0.0
     """Weight of the policy's entropy in the objective."""
+    top_entropy: Share = 1.0
+    """Share of the tokens whose advantage counts, those of the highest entropy (arXiv 2506.01939)."""
+    max_importance: NonNegative = 0.0
+    """Weigh tokens by their probability over that of sampling, up to this; 0: sampling's are PPO's old ones."""
     loss_mode: str = "token-mean"
     """How token losses are averaged: a mode of `loss_weights`."""
     lr: NonNegative = 1e-6
@@ -148,8 +168,12 @@ class Config(RunOptions):
     """Share of the iterations, at the end, over which the learning rate falls to 0."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
+    max_skipped: CountOrNone = 3
+    """Optimiser steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     max_tokens: Count = 8192
     """Packed tokens per micro-batch."""
+    peak_tflops: NonNegative = 0.0
+    """What one device can compute at most, dense and in `dtype`, by its data sheet: MFU is reported over it; 0: not."""
 
     eval_every: Count = 10
     """Iterations between evaluations; the first and the last are always evaluated."""
@@ -171,21 +195,37 @@ def check(config: Config) -> None:
         ("orm", "orm", "ORM"),
         ("implicit", "implicit", "implicit reward model"),
     ):
-        if stream in streams and getattr(config, name) is None:
+        starts_as_policy = name == "implicit" and config.implicit_lr > 0
+        if stream in streams and getattr(config, name) is None and not starts_as_policy:
             raise ValueError(f'reward "{stream}" needs {name}, the directory of a trained {model}, got None')
     if {"q-rm", "qrm-vocab"} <= streams.keys():
         raise ValueError(f"reward must name one kind of Q-RM, for there is one q_rm, got {config.reward}")
     if config.labelled_share < 1 and ("verifier" not in streams or len(streams) == 1):
         raise ValueError(f"labelled_share is for a mixture with the verifier, expected 1, got {config.labelled_share}")
+    if config.implicit_lr and not {"implicit", "verifier"} <= streams.keys():
+        raise ValueError(
+            'implicit_lr fits the reward "implicit" to what the reward "verifier" says, expected both in reward, got '
+            f'"{config.reward}"'
+        )
     scored = [name for name in TOKEN_SCORES if name in streams]
     tokenwise = scored or "pure" in streams or config.estimator == "gae"
     if not tokenwise and config.kl_coef and config.kl_in == "reward":
         raise ValueError('kl_in "reward" needs token rewards, expected kl_in "loss" with reward "verifier"')
-    if config.value_coef and (len(scored) != 1 or config.estimator != "own"):
+    if config.value_coef and (len(scored) != 1 or config.estimator != "own" or config.implicit_lr):
         raise ValueError(
-            'value_coef needs the token scores of one model and estimator "own", expected 0 with reward '
+            'value_coef needs the token scores of one model that stays and estimator "own", expected 0 with reward '
             f'"{config.reward}", got {config.value_coef}'
         )
+    if config.overlong_tokens and "verifier" not in streams:
+        raise ValueError(f'overlong_tokens are for the reward "verifier", expected 0, got {config.overlong_tokens}')
+    if config.overlong_tokens > config.max_new_tokens:
+        raise ValueError(
+            f"overlong_tokens must be at most max_new_tokens, {config.max_new_tokens}, got {config.overlong_tokens}"
+        )
+    if not config.top_entropy:
+        raise ValueError("top_entropy must leave some token, expected above 0, got 0")
+    if config.target_kl and config.num_epochs == 1:
+        raise ValueError(f"target_kl ends passes before num_epochs, expected 0 with 1 of them, got {config.target_kl}")
     returns = {"q-rm", "qrm-vocab", "random"} & streams.keys()
     if config.estimator == "gae" and returns:
         raise ValueError(f'estimator "gae" sums rewards, which {min(returns)} has none of, got "{config.reward}"')
@@ -193,6 +233,14 @@ def check(config: Config) -> None:
         raise ValueError(f'estimator "min-gae" is for the steps of the reward "pure", got "{config.reward}"')
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "abs":
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
+
+
+def check_budget(longest: int, config: Config) -> None:
+    """Raise ValueError where an answer of `longest` tokens with its prompt would fit no micro-batch."""
+    if longest > config.max_tokens:
+        raise ValueError(
+            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
+        )
 
 
 def parse_streams(reward: str) -> dict[str, float]:

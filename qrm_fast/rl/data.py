@@ -1,6 +1,7 @@
 """Rows of data: what a prompt, an example, a demonstration and a pair are, and the files that hold them."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ COLUMNS = {
     "response": ("response", "completion", "messages"),
     "steps": ("steps", "completions"),
 }
+HUB = "hf:"
 STEP = "\n\n"  # a blank line ends a step (PURE, arXiv 2504.15275)
 ANSWERS = ("response", "chosen", "rejected")  # each a text, or messages of which the last is the answer
 
@@ -88,20 +90,25 @@ def at(place: str) -> Iterator[None]:
 def read_rows(path: str | Path, row: type[Row], *, check: Callable[[Row], None] | None = None) -> Rows[Row]:
     """All rows of a JSONL or .parquet file as `row` (Prompt, Example, Demonstration, Pair or Solution).
 
+    "hf:OWNER/NAME/CONFIG:SPLIT" is a data set of the Hugging Face hub; /CONFIG may be left out, and so may :train.
+
     The fields have the names of COLUMNS; further ones are ignored. A prompt is a text or a list of messages
     {"role", "content"}; an answer is a text or a list of messages that ends with the assistant's, and what stands
     before that one is the prompt. Steps are a list of texts, or one text with a blank line between them, and have a
     label each: true or 1, false or 0. `check` raises ValueError for a row it refuses. Raises ValueError naming the file
     and the line for all that is malformed or refused, and for a file without rows; FileNotFoundError if it is missing.
     """
-    is_parquet = str(path).endswith(".parquet")
-    lines: Iterable[Any] = _read_parquet(path) if is_parquet else _read_lines(path)
+    lines: Iterable[Any]
+    if str(path).startswith(HUB):
+        lines = _read_hub(str(path))
+    else:
+        lines = _read_parquet(path) if str(path).endswith(".parquet") else _read_lines(path)
     rows, places = [], []
     for number, line in enumerate(lines, start=1):
         with at(f"{path}:{number}"):
-            if not is_parquet and line.isspace():
+            if isinstance(line, str) and line.isspace():
                 continue
-            parsed = _row(line if is_parquet else _parse(line), row)
+            parsed = _row(_parse(line) if isinstance(line, str) else line, row)
             if check is not None:
                 check(parsed)
         rows.append(parsed)
@@ -153,6 +160,23 @@ def _read_parquet(path: str | Path) -> Iterator[dict]:
                 yield from batch.to_pylist()
     except ArrowException as error:
         raise ValueError(f"{path}: expected a parquet file, got {error}") from None
+
+
+def _read_hub(spec: str) -> Iterable[dict]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"{spec}: data sets of the hub need the package datasets, pip install 'qrm_fast[hub]'; files need nothing"
+        ) from None
+    named = re.fullmatch(HUB + r"([^/:]+/[^/:]+)(?:/([^/:]+))?(?::(.+))?", spec)
+    if named is None:
+        raise ValueError(f"{spec}: a data set of the hub must be named hf:OWNER/NAME, or hf:OWNER/NAME/CONFIG:SPLIT")
+    name, config, split = named.groups()
+    try:
+        return load_dataset(name, config, split=split or "train")
+    except Exception as error:  # it raises errors of several packages for what is not there
+        raise ValueError(f"{spec}: the hub has no such data set: {error}") from error
 
 
 def _row(fields: object, row: type[Row]) -> Row:

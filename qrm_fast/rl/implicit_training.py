@@ -1,7 +1,7 @@
 """Training an implicit reward model: a policy whose log-ratio to its start is the reward, from preference pairs (DPO,
 arXiv 2305.18290) or from judged answers (arXiv 2412.01981)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .. import PackedBatch, pack, plan_microbatches
+from .. import plan_microbatches
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Instruction, Judged, fit_rows, read_rows, texts
@@ -21,13 +21,14 @@ from .ranges import Count, NonNegative, Positive, check_ranges
 from .reward_training import PairOptions, RewardOptions, read_pairs, shuffled_batches, split
 from .run_folder import RunFolder
 from .steps import take_steps, tokens_per_s
-from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_tokenizer
+from .token_rows import microbatches, num_tokens, pack_rows
+from .tokenizers import encode_prompts, encode_responses, lasting, load_stop_ids, load_tokenizer
 
 
 @dataclass(kw_only=True)
 class DPOConfig(PairOptions):
     kind: Literal["dpo"] = "dpo"
-    model: str
+    model: str = field()  # which has no default, unlike that of `RewardOptions`
     """Hugging Face id or directory: the policy to start from, which is the reference too."""
     beta: Positive = 0.1
     """Scale of the log-ratio."""
@@ -40,7 +41,7 @@ class ImplicitConfig(RewardOptions):
     kind: Literal["implicit"] = "implicit"
     data: str
     """JSONL file of judged answers: {"instruction", "response", "label"}, label true where it is right."""
-    model: str
+    model: str = field()  # which has no default, unlike that of `RewardOptions`
     """Hugging Face id or directory: the policy to start from, which is the reference too."""
     beta: Positive = 0.05
     """Scale of the log-ratio."""
@@ -54,7 +55,7 @@ class Item(NamedTuple):
     """A pair, the chosen answer first, or one answer that was judged."""
 
     prompt: list[int]
-    answers: list[list[int]]  # each with the prompt before it
+    sequences: list[list[int]]  # of each answer, the prompt and the answer
     label: float  # 1 for a pair
     reference: Tensor  # [T] float32, log-probabilities of the actions of all answers at the start, on the CPU
 
@@ -91,7 +92,7 @@ def train_implicit(config: DPOConfig | ImplicitConfig) -> ImplicitResult:
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     tokenizer, instructions, items = _read(config)
-    longest = max(len(answer) for item in items for answer in item.answers)
+    longest = max(len(answer) for item in items for answer in item.sequences)
     model = load_policy(config.model, tokenizer, device=config.device, dtype=getattr(torch, config.dtype))
     model = adapted(model, config.model, config)
     check_context(model, longest)
@@ -103,7 +104,7 @@ def train_implicit(config: DPOConfig | ImplicitConfig) -> ImplicitResult:
 
     def backward(batch: list[Item]) -> dict[str, Tensor]:
         sums = torch.zeros(3, device=config.device)
-        for microbatch in _microbatches(batch, config.max_tokens):
+        for microbatch in microbatches(batch, config.max_tokens):
             losses, right, margins = _judge(policy, microbatch, config)
             (losses.sum() / len(batch)).backward()
             sums += torch.stack([losses.detach().sum(), right.sum(), margins.detach().sum()]) / len(batch)
@@ -111,10 +112,10 @@ def train_implicit(config: DPOConfig | ImplicitConfig) -> ImplicitResult:
 
     with folder:
         optimizer = AdamW(policy.train().parameters())
-        log = take_steps(config, folder, config.kind, optimizer, batches, backward, _num_tokens_of)
+        log = take_steps(config, folder, config.kind, optimizer, batches, backward, num_tokens)
         speed = tokens_per_s(log)
         model.config.reward_model, model.config.implicit_beta = config.kind, config.beta
-        model.config.reference_model = config.model
+        model.config.reference_model = lasting(config.model)
         save_checkpoint(model, tokenizer, config.out)
         on_heldout = _evaluate(policy, heldout, config) if heldout else None
         if on_heldout is not None:
@@ -141,7 +142,7 @@ def _read(
         Item(prompt, [answer], float(row.label), nothing)
         for prompt, answer, row in zip(prompts, answers, rows, strict=True)
     ]
-    _microbatches(items, config.max_tokens)  # one over the budget is an error now, not in the middle of training
+    microbatches(items, config.max_tokens)  # one over the budget is an error now, not in the middle of training
     return tokenizer, [row.instruction for row in rows], items
 
 
@@ -149,11 +150,11 @@ def _read(
 def _with_reference(policy: Policy, items: list[Item], config: DPOConfig | ImplicitConfig) -> list[Item]:
     """Every item with the log-probabilities that `policy`, which has not moved yet, gives its answers."""
     referenced = list(items)
-    lengths = [_num_tokens_of([item]) for item in items]
+    lengths = [num_tokens([item]) for item in items]
     for indices in plan_microbatches(lengths, max_tokens=config.max_tokens)[0]:
         chosen = [items[i] for i in indices]
-        logprobs = policy(_pack(chosen, config.device)).logprobs.cpu()
-        num_actions = [lengths[i] - len(items[i].prompt) * len(items[i].answers) for i in indices]
+        logprobs = policy(pack_rows(chosen, config.device)).logprobs.cpu()
+        num_actions = [lengths[i] - len(items[i].prompt) * len(items[i].sequences) for i in indices]
         for i, part in zip(indices, logprobs.split(num_actions), strict=True):
             referenced[i] = items[i]._replace(reference=part)
     return referenced
@@ -161,7 +162,7 @@ def _with_reference(policy: Policy, items: list[Item], config: DPOConfig | Impli
 
 def _judge(policy: Policy, items: list[Item], config: DPOConfig | ImplicitConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, whether it is right and margin of every item, [I] each."""
-    packed = _pack(items, config.device)
+    packed = pack_rows(items, config.device)
     reference = torch.cat([item.reference for item in items]).to(config.device)
     log_ratio = policy(packed).logprobs - reference  # [T]
     lengths = packed.action_cu_seqlens.diff().long()
@@ -176,19 +177,5 @@ def _judge(policy: Policy, items: list[Item], config: DPOConfig | ImplicitConfig
 
 @torch.no_grad()
 def _evaluate(policy: Policy, items: list[Item], config: DPOConfig | ImplicitConfig) -> ImplicitMetrics:
-    parts = [torch.stack(_judge(policy, part, config)) for part in _microbatches(items, config.max_tokens)]
+    parts = [torch.stack(_judge(policy, part, config)) for part in microbatches(items, config.max_tokens)]
     return ImplicitMetrics(*torch.cat(parts, 1).double().mean(1).tolist())
-
-
-def _num_tokens_of(items: list[Item]) -> int:
-    return sum(len(answer) for item in items for answer in item.answers)
-
-
-def _microbatches(items: list[Item], max_tokens: int) -> list[list[Item]]:
-    plan = plan_microbatches([_num_tokens_of([item]) for item in items], max_tokens=max_tokens)[0]
-    return [sorted((items[i] for i in bin), key=lambda item: list(map(len, item.answers))) for bin in plan]
-
-
-def _pack(items: list[Item], device: str) -> PackedBatch:
-    answers = [answer for item in items for answer in item.answers]
-    return pack(answers, [len(item.prompt) for item in items for _ in item.answers], device=device)

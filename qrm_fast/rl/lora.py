@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,7 +13,7 @@ from .. import PackedBatch, TokenLogprobs
 from .attention import backbone, of_transformers
 from .policy import Policy
 from .run_folder import RunOptions
-from .tokenizers import adapter_base
+from .tokenizers import adapter_base, lasting
 
 
 def adapted(model: PreTrainedModel, spec: str, config: RunOptions) -> Any:
@@ -41,8 +40,7 @@ def adapted(model: PreTrainedModel, spec: str, config: RunOptions) -> Any:
     )
     with _quiet(spec):
         wrapped = _peft("").get_peft_model(model, lora).eval()
-    # absolute, or the adapter would be whole in this working directory only
-    lora.base_model_name_or_path = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
+    lora.base_model_name_or_path = lasting(spec)
     return wrapped
 
 

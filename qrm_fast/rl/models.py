@@ -5,7 +5,7 @@ an AutoModelForTokenClassification with one label, a process reward model (PRM) 
 import math
 import re
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +92,25 @@ def load_token_model(
 
 
 def load_q_rm(
-    spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Literal["qrm", "orm", "either"] = "qrm",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A trained Q-RM, to score with: evaluation mode, no gradients.
+    """A trained Q-RM, or an ORM, to score with: evaluation mode, no gradients.
 
-    Raises ValueError where the checkpoint has no trained scalar head, which transformers would make up at random,
+    Raises ValueError where the checkpoint has no trained scalar head, which transformers would make up at random, and
+    where it says that it was trained as another kind (one that says nothing is taken for what it is asked to be),
     OSError where there is no checkpoint.
     """
-    return _load_trained("a Q-RM", spec, tokenizer, 1, device, dtype)
+    what = {"qrm": "a Q-RM", "orm": "an ORM", "either": "a Q-RM or an ORM"}[kind]
+    model = _load_trained(what, spec, tokenizer, 1, device, dtype)
+    trained_as = getattr(model.config, "reward_model", None)
+    if kind != "either" and trained_as not in (None, kind):
+        raise ValueError(f"{spec} must be {what}, got a model that was trained with --kind {trained_as}")
+    return model
 
 
 def load_prm(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .ranks import full
+
 
 class AdamW:
     """AdamW without weight decay of the parameters that want a gradient, in float32 also where they have fewer bits.
@@ -27,7 +29,7 @@ class AdamW:
         for p, master in self._rounded():
             master.grad = None if p.grad is None else p.grad.float()
             p.grad = None
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
         for group in self._adamw.param_groups:
             group["lr"] = lr
         # Read by the fused kernel, so that nothing waits for the device.
@@ -41,14 +43,27 @@ class AdamW:
 
     def state_dict(self) -> dict:
         """All that is trained: moments, and the float32 parameters, of which those of fewer bits are the rounding."""
-        return {"adamw": self._adamw.state_dict(), "masters": [master.detach() for master in self.masters]}
+        return {
+            "masters": [master.detach() for master in self.masters],
+            "moments": [self._moments(master) for master in self.masters],
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        self._adamw.load_state_dict(state["adamw"])
         for p, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             p.copy_(master)
+        for master, saved in zip(self.masters, state["moments"], strict=True):
+            for name, x in self._moments(master).items():
+                x.copy_(saved[name])
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        """What AdamW keeps of a parameter, zeros before the first gradient."""
+        state = self._adamw.state[master]
+        if not state:
+            state["step"] = torch.zeros((), device=master.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        return state
 
     def _rounded(self) -> list[tuple[Parameter, Tensor]]:
         return [(p, master) for p, master in zip(self.parameters, self.masters, strict=True) if p is not master]

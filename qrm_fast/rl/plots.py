@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, pstdev
 from textwrap import wrap
@@ -17,6 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from .config import TOKEN_SCORES
+
 # ---- curves
 
 
@@ -29,9 +32,28 @@ class Panel(NamedTuple):
 
 
 SHARE = (-0.02, 1.02)
+
+
+def of_answers(title: str, prefix: str, what: str) -> list[Panel]:
+    """The panels of a reward model that is trained on pairs, or on answers judged as a whole."""
+    shown = {"": "training batch", "heldout_": "held out, after training"}
+    return [
+        Panel(name, y, limits, {f"{prefix}/{when}{key}": label for when, label in shown.items()}, "optimiser step")
+        for name, y, limits, key in (
+            (title, f"{what} accuracy (share)", SHARE, "accuracy"),
+            (f"{title} loss per {what}", "nats", (0, None), "loss"),
+        )
+    ]
+
+
 PANELS = [
     Panel("Pass@1", "right answers (share)", SHARE, {"eval/pass@1_sampled": "sampled", "eval/pass@1_greedy": "greedy"}),
-    Panel("Reward: Q of sampled tokens", "mean Q (raw)", (None, None), {"reward/q_mean": "mean"}),
+    Panel(
+        "Reward: Q of sampled tokens",
+        "mean Q (raw)",
+        (None, None),
+        {"reward/q_mean": "mean", **{f"reward/{name}/q_mean": name for name in TOKEN_SCORES}},
+    ),
     Panel(
         "Reward: steps",
         "reward in [-1, 1]",
@@ -60,13 +82,10 @@ PANELS = [
     Panel("Entropy per token", "nats", (0, None), {"policy/entropy": "mean"}),
     Panel("Answer length", "tokens", (0, None), {"response/length": "mean"}),
     Panel("SFT loss per token", "nats", (0, None), {"sft/loss": "training batch"}, "optimiser step"),
-    Panel(
-        "Q-RM",
-        "pair accuracy (share)",
-        SHARE,
-        {"qrm/accuracy": "training batch", "qrm/heldout_accuracy": "held out, after training"},
-        "optimiser step",
-    ),
+    *of_answers("Q-RM", "qrm", "pair"),
+    *of_answers("ORM", "orm", "pair"),
+    *of_answers("DPO", "dpo", "pair"),
+    *of_answers("Implicit reward model", "implicit", "answer"),
     Panel("PRM loss per step", "nats", (0, None), {"prm/loss": "training batch"}, "optimiser step"),
     Panel(
         "PRM",
@@ -109,12 +128,14 @@ def read_runs(directory: str | Path) -> dict[str, list[dict[str, float]]]:
     return runs
 
 
-def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], only: Sequence[str] = ()) -> Figure:
     """All `runs` (name: rows of its metrics.jsonl) overlaid, in one panel per kind of metric that occurs in them.
 
-    Runs whose names end in the same folder, such as seed0/policy and seed1/policy, share a colour.
+    Runs whose names end in the same folder, such as seed0/policy and seed1/policy, share a colour. `only`: titles of
+    the panels to draw, in place of all.
     """
     panels = [panel for panel in PANELS if any(_points(rows, key) for rows in runs.values() for key in panel.keys)]
+    panels = [panel for panel in panels if not only or panel.title in only]
     if not panels:
         keys = sorted({key for rows in runs.values() for row in rows for key in row})
         raise ValueError(f"runs must hold metrics of a training, got only {', '.join(keys) or 'no rows'}")
@@ -137,7 +158,7 @@ def _draw_panel(
     keys_in_legend: dict[str, Line2D] = {}
     for name, rows in runs.items():
         leaf = Path(name).name
-        for style, (key, label) in zip(LINE_STYLES, panel.keys.items(), strict=False):
+        for style, (key, label) in zip(cycle(LINE_STYLES), panel.keys.items(), strict=False):
             points = _points(rows, key)
             if not points:
                 continue
@@ -164,6 +185,33 @@ def _points(rows: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, 
     # A KL of zero is one to no reference or, up to rounding, to the policy itself: on-policy, there is nothing to see.
     nothing = key in ("policy/ref_kl", "policy/approx_kl") and all(abs(value) < 1e-9 for _, value in points)
     return [] if nothing else points
+
+
+def spreads(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], keys: Mapping[str, str]) -> Figure:
+    """Metrics by iteration, one panel for each of `keys` (key: its name), of `arms` (name: rows of every seed).
+
+    Lines are means over the seeds, bands go from the smallest to the largest.
+    """
+    figure = Figure(figsize=(4.4 * len(keys), 3.6), layout="constrained", dpi=110)
+    for axes, (key, name) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys.items(), strict=True):
+        for i, (arm, runs) in enumerate(arms.items()):
+            columns = zip(*(_points(rows, key) for rows in runs), strict=True)
+            points = [(column[0][0], [value for _, value in column]) for column in columns]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            look: dict[str, Any] = dict(color=f"C{i % 10}", linestyle=LINE_STYLES[i // 10])
+            axes.plot(steps, [fmean(x) for x in values], linewidth=1.3, label=arm, **look)
+            axes.fill_between(
+                steps, *zip(*((min(x), max(x)) for x in values), strict=True), color=f"C{i % 10}", alpha=0.12
+            )
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("iteration", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=7, framealpha=0.7)
+    return figure
 
 
 # ---- calibration
@@ -235,16 +283,19 @@ def first_difference(answers: Sequence[Answer]) -> int | None:
     return next((t for t, column in columns if len(set(column)) > 1), None)
 
 
-def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
+def heat_map(prompt: str, answers: Sequence[Answer], *, advantages: bool = False) -> Figure:
     """Answers to one prompt with every token coloured by its Q, all on one scale, and Q by position below them.
 
     The first token in which they differ is framed: before it the Q-RM has seen the same text, and Q is the same.
+    `advantages`: what is given is not Q but A, which has a zero.
     """
     fork = first_difference(answers)
     q = [x for answer in answers for x in answer.q]
-    centre = fmean(q)
-    spread = min(2.5 * pstdev(q), max(abs(x - centre) for x in q)) or 1.0
     # Q is known up to an offset per prompt, so white is the mean of what is shown, not zero.
+    centre = 0.0 if advantages else fmean(q)
+    widest = max(abs(x - centre) for x in q)
+    spread = (widest if advantages else min(2.5 * pstdev(q), widest)) or 1.0
+    name, white = ("A", "none") if advantages else ("Q", "the mean of the tokens shown")
     colour = ScalarMappable(Normalize(centre - spread, centre + spread), _pale("RdBu"))
 
     layouts = [_lay_out(answer.tokens, WIDE) for answer in answers]
@@ -285,7 +336,7 @@ def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
 
     below = (num_lines + 1) * line
     bar = figure.colorbar(colour, place(below, BAR), orientation="horizontal", extend="both")
-    bar.set_label("Q of a token (raw); white: the mean of the tokens shown", fontsize=8)
+    bar.set_label(f"{name} of a token (raw); white: {white}", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
     chart = place(below + 0.9, CHART)
@@ -294,7 +345,7 @@ def heat_map(prompt: str, answers: Sequence[Answer]) -> Figure:
     if fork is not None:
         chart.axvline(fork, color="black", linestyle="--", linewidth=1, label="first different token")
     chart.set_xlabel("token of the answer", fontsize=8)
-    chart.set_ylabel("Q (raw)", fontsize=8)
+    chart.set_ylabel(f"{name} (raw)", fontsize=8)
     chart.tick_params(labelsize=7)
     chart.grid(alpha=0.25)
     chart.spines[["top", "right"]].set_visible(False)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from .. import PackedBatch
 from .control_tokens import text_ids
 from .data import STEP
+from .models import num_token_ids
 
 SEPARATOR = "\n"  # of PURE's published PRM and of TRL's PRMTrainer; a checkpoint of ours names its own
 
@@ -29,8 +30,7 @@ def ends_a_step(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     Raises ValueError for a tokenizer without such a token, whose answers would all be one step.
     """
-    num_ids = max(tokenizer.get_vocab().values()) + 1
-    texts = tokenizer.batch_decode([[i] for i in range(num_ids)], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode([[i] for i in range(num_token_ids(tokenizer))], clean_up_tokenization_spaces=False)
     ends = torch.tensor([text.endswith(STEP) for text in texts])
     if not ends.any():
         raise ValueError("the tokenizer must have a token that ends with a blank line, which ends a step, got none")

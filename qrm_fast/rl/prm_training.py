@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .. import PackedBatch, pack, plan_microbatches
+from .. import PackedBatch
 from .attention import backbone, check_packing
 from .checkpoint import save_checkpoint
 from .control_tokens import text_ids
-from .data import Rows, Solution, at, fit, read_rows, texts
+from .data import Rows, Solution, at, fit_rows, read_rows, texts
 from .lora import adapted
 from .models import check_context, load_token_model
 from .optimizer import AdamW
@@ -24,6 +25,7 @@ from .reward_training import RewardOptions, shuffled_batches, split
 from .run_folder import RunFolder
 from .scorer import StepScorer
 from .steps import learning_rates, take_steps, tokens_per_s
+from .token_rows import microbatches, num_tokens, pack_rows
 from .tokenizers import encode_prompts, load_stop_ids, load_tokenizer
 
 
@@ -51,6 +53,10 @@ class TokenSolution(NamedTuple):
     tokens: list[int]  # the prompt, and every step with the separator behind it
     ends: list[int]  # of every step, the place of its separator among the tokens after the prompt
     labels: list[bool]  # of every step
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return [self.tokens]
 
 
 class StepMetrics(NamedTuple):
@@ -109,7 +115,7 @@ def train_prm(config: PRMConfig) -> PRMResult:
         if not whole:
             raise ValueError(f"{place}: expected solutions with a step, but {counts}")
         warnings.warn(f"{counts} and are left out, the first is {place}", stacklevel=2)
-    _microbatches(solutions, config.max_tokens)  # one over the budget is an error now, not in the middle of training
+    microbatches(solutions, config.max_tokens)  # one over the budget is an error now, not in the middle of training
     instructions = [rows[i].instruction for i in whole]
     train, heldout = split(instructions, [solutions[i] for i in whole], config.heldout, order)
     dtype = getattr(torch, config.dtype)
@@ -140,7 +146,7 @@ def train_prm(config: PRMConfig) -> PRMResult:
             p.requires_grad_(not batch.head_alone)
         num_steps = sum(len(solution.ends) for solution in batch.solutions)
         loss, num_right = torch.zeros(2, device=config.device).unbind()
-        for microbatch in _microbatches(batch.solutions, config.max_tokens):
+        for microbatch in microbatches(batch.solutions, config.max_tokens):
             packed, step_ends, labels = _pack(microbatch, config.device)
             logits = prm(packed, step_ends)
             part = F.cross_entropy(logits, labels, reduction="sum") / num_steps
@@ -158,7 +164,7 @@ def train_prm(config: PRMConfig) -> PRMResult:
             optimizer,
             batches,
             backward,
-            lambda batch: sum(len(solution.tokens) for solution in batch.solutions),
+            lambda batch: num_tokens(batch.solutions),
             lrs,
         )
         speed = tokens_per_s(log)
@@ -183,7 +189,7 @@ def train_prm(config: PRMConfig) -> PRMResult:
 def evaluate_steps(prm: StepScorer, solutions: list[TokenSolution], config: PRMConfig) -> tuple[StepMetrics, list[Bin]]:
     """Loss, accuracies and calibration of a PRM over tokenised solutions."""
     p_right, right, found = [], [], []
-    for microbatch in _microbatches(solutions, config.max_tokens):
+    for microbatch in microbatches(solutions, config.max_tokens):
         packed, step_ends, labels = _pack(microbatch, config.device)
         p = prm(packed, step_ends).double().softmax(-1)[:, 1].cpu()
         p_right.append(p)
@@ -218,31 +224,24 @@ def _token_solutions(
 ) -> list[TokenSolution]:
     """Steps are tokenised one by one, each with the separator behind it; what passes max_len is cut, and said."""
     separator = separator_id(tokenizer, config.separator)
-    solutions, num_cut = [], 0
-    for prompt, row, place in zip(encode_prompts(tokenizer, rows), rows, rows.places, strict=True):
-        tokens: list[int] = []
-        ends = []
+    prompts = encode_prompts(tokenizer, rows)
+    answers, ends_of = [], []
+    for row, place in zip(rows, rows.places, strict=True):
         with at(place):
-            for step in row.steps:
-                tokens += [*text_ids(tokenizer, step), separator]
-                ends.append(len(tokens) - 1)
-        whole = fit(prompt, tokens, config.max_len, place)
-        num_cut += len(whole) < len(prompt) + len(tokens)
-        ends = [end for end in ends if len(prompt) + end < len(whole)]
-        solutions.append(TokenSolution(prompt, whole, ends, list(row.labels[: len(ends)])))
-    if num_cut:
-        warnings.warn(f"{num_cut} of {len(rows)} solutions are cut to {config.max_len} tokens", stacklevel=3)
+            steps = [[*text_ids(tokenizer, step), separator] for step in row.steps]
+        answers.append([token for step in steps for token in step])
+        ends_of.append([n - 1 for n in accumulate(map(len, steps))])
+    solutions = []
+    sequences = fit_rows(prompts, answers, config.max_len, rows.places)
+    for row, prompt, tokens, ends in zip(rows, prompts, sequences, ends_of, strict=True):
+        ends = [end for end in ends if len(prompt) + end < len(tokens)]
+        solutions.append(TokenSolution(prompt, tokens, ends, list(row.labels[: len(ends)])))
     return solutions
-
-
-def _microbatches(solutions: list[TokenSolution], max_tokens: int) -> list[list[TokenSolution]]:
-    plan = plan_microbatches([len(solution.tokens) for solution in solutions], max_tokens=max_tokens)[0]
-    return [sorted((solutions[i] for i in bin), key=lambda solution: len(solution.tokens)) for bin in plan]
 
 
 def _pack(solutions: list[TokenSolution], device: str) -> tuple[PackedBatch, Tensor, Tensor]:
     """Packed solutions, the actions that close a step [K], and the labels of the steps [K] int64."""
-    packed = pack([s.tokens for s in solutions], [len(s.prompt) for s in solutions], device=device)
+    packed = pack_rows(solutions, device)
     starts = packed.action_cu_seqlens.tolist()
     ends = [start + end for start, s in zip(starts, solutions, strict=False) for end in s.ends]
     labels = [label for s in solutions for label in s.labels]

@@ -1,7 +1,6 @@
 """Training on preference pairs: a Q-RM (arXiv 2505.23363), which has a Q for every response token from whole-answer
 preferences alone, and an outcome reward model (ORM), read at the last token."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .. import PackedBatch, PairLoss, pack, pairwise_q_loss, plan_microbatches, unpack
+from .. import PackedBatch, PairLoss, pairwise_q_loss
 from .attention import check_packing
 from .checkpoint import save_checkpoint
 from .data import Instruction, Pair, Rows, fit_rows, read_rows, texts, unequal_pairs
@@ -20,6 +19,7 @@ from .ranges import Count, NonNegative, Positive, Share, check_ranges
 from .run_folder import RunFolder
 from .scorer import TokenScorer, VocabularyScorer
 from .steps import StepOptions, take_steps, tokens_per_s
+from .token_rows import microbatches, num_tokens, pack_rows
 from .tokenizers import encode_prompts, encode_responses, load_stop_ids, load_tokenizer
 
 
@@ -67,6 +67,11 @@ class TokenPair(NamedTuple):
     chosen: list[int]  # prompt and chosen answer
     rejected: list[int]  # prompt and rejected answer
 
+    @property
+    def sequences(self) -> list[list[int]]:
+        """In the order that `pairwise_q_loss` reads."""
+        return [self.chosen, self.rejected]
+
 
 class PairMetrics(NamedTuple):
     loss: float
@@ -102,11 +107,11 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
     if config.kind == "qrm-vocab":
         model = load_policy(config.model, tokenizer, device=config.device, dtype=dtype)
         scorer = VocabularyScorer(adapted(model, config.model, config))
-        scorer.model.config.reward_model = config.kind  # or nothing would tell it from a policy
     else:
         model = load_token_model(config.model, tokenizer, device=config.device, dtype=dtype)
         scorer = TokenScorer(adapted(model, config.model, config), reads_action=True)
-    longest = max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
+    scorer.model.config.reward_model = config.kind  # a Q-RM and an ORM have the same weights, a policy nearly so
+    longest = max(len(answer) for pair in pairs for answer in pair.sequences)
     check_context(scorer.model, longest)
     check_packing(scorer.model, longest)
     # who scores with it ends texts as they were trained on
@@ -116,7 +121,7 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
     def backward(batch: list[TokenPair]) -> dict[str, Tensor]:
         loss, accuracy = torch.zeros(2, device=config.device).unbind()
         for microbatch in microbatches(batch, config.max_tokens):
-            packed = pack_pairs(microbatch, config.device)
+            packed = pack_rows(microbatch, config.device)
             scores = pair_loss(scorer(packed), packed, config)
             share = len(microbatch) / len(batch)
             (scores.loss * share).backward()
@@ -126,18 +131,14 @@ def train_q_rm(config: QRMConfig | ORMConfig) -> QRMResult:
 
     with folder:
         optimizer = AdamW(scorer.train().parameters())
-        log = take_steps(config, folder, "qrm", optimizer, batches, backward, num_batch_tokens)
+        name = "orm" if config.kind == "orm" else "qrm"
+        log = take_steps(config, folder, name, optimizer, batches, backward, num_tokens)
         speed = tokens_per_s(log)
         save_checkpoint(scorer.model, tokenizer, config.out)
-
-        def loss_of(packed: PackedBatch, _: list[TokenPair]) -> tuple[PairLoss, Tensor]:
-            q = scorer(packed)
-            return pair_loss(q, packed, config), q
-
-        of_train, on_heldout = (evaluate_pairs(loss_of, side, config) if side else None for side in (train, heldout))
+        of_train = evaluate_pairs(scorer, train, config)
+        on_heldout = evaluate_pairs(scorer, heldout, config) if heldout else None
         if on_heldout is not None:
-            log(len(batches), {f"qrm/heldout_{name}": value for name, value in on_heldout._asdict().items()})
-    assert of_train is not None  # `split` leaves pairs to train on
+            log(len(batches), {f"{name}/heldout_{key}": value for key, value in on_heldout._asdict().items()})
     return QRMResult(config.out, of_train, on_heldout, len(train), len(heldout), speed)
 
 
@@ -152,28 +153,18 @@ def pair_loss(q: Tensor, packed: PackedBatch, config: QRMConfig | ORMConfig) -> 
 
 @torch.no_grad()
 def evaluate_pairs(
-    loss_of: Callable[[PackedBatch, list[TokenPair]], tuple[PairLoss, Tensor]],
-    pairs: list[TokenPair],
-    config: PairOptions,
+    scorer: TokenScorer | VocabularyScorer, pairs: list[TokenPair], config: QRMConfig | ORMConfig
 ) -> PairMetrics:
-    """Loss and accuracies of a reward model over tokenised pairs. `loss_of`: losses and scores [T] of packed pairs."""
+    """Loss and accuracies of a reward model over tokenised pairs."""
     sums = torch.zeros(4, dtype=torch.float64, device=config.device)
     for microbatch in microbatches(pairs, config.max_tokens):
-        packed = pack_pairs(microbatch, config.device)
-        scores, q = loss_of(packed, microbatch)
-        per_answer = unpack(q, packed.action_cu_seqlens)
-        num_right = q.new_zeros((), dtype=torch.float64)
-        for pair, q_chosen, q_rejected in zip(microbatch, per_answer[0::2], per_answer[1::2], strict=True):
-            fork = first_difference(pair)
-            num_right += q_chosen[fork] > q_rejected[fork]
-        sums += torch.stack(
-            [
-                scores.loss.double() * len(microbatch),
-                scores.accuracy.double() * len(microbatch),
-                num_right,
-                scores.margin.double().sum(),
-            ]
-        )
+        packed = pack_rows(microbatch, config.device)
+        q = scorer(packed)
+        loss, margin, accuracy = pair_loss(q, packed, config)
+        forks = torch.tensor([first_difference(pair) for pair in microbatch], device=q.device)
+        chosen, rejected = (packed.action_cu_seqlens[side:-1:2] + forks for side in (0, 1))
+        action_accuracy = (q[chosen] > q[rejected]).double().mean()
+        sums += len(microbatch) * torch.stack([loss, accuracy, action_accuracy, margin.mean()]).double()
     return PairMetrics(*(sums / len(pairs)).tolist())
 
 
@@ -238,22 +229,3 @@ def split(
             f"heldout must leave rows to train on and to evaluate, got {heldout} of {len(prompts)} prompts"
         )
     return train, others
-
-
-def num_tokens_of(pair: TokenPair) -> int:
-    return len(pair.chosen) + len(pair.rejected)
-
-
-def num_batch_tokens(pairs: list[TokenPair]) -> int:
-    return sum(map(num_tokens_of, pairs))
-
-
-def microbatches(pairs: list[TokenPair], max_tokens: int) -> list[list[TokenPair]]:
-    plan = plan_microbatches([num_tokens_of(pair) for pair in pairs], max_tokens=max_tokens)[0]
-    return [sorted((pairs[i] for i in bin), key=lambda pair: (len(pair.chosen), len(pair.rejected))) for bin in plan]
-
-
-def pack_pairs(pairs: list[TokenPair], device: str) -> PackedBatch:
-    """Chosen and rejected answers in turn, as `pairwise_q_loss` reads them."""
-    sequences = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    return pack(sequences, [len(pair.prompt) for pair in pairs for _ in range(2)], device=device)

@@ -37,6 +37,20 @@ class Engine(Protocol):
         """Sample from the weights of `policy` from now on."""
 
 
+def check_rollout(rollout: Rollout, num_answers: int, max_new_tokens: int) -> None:
+    """Raise ValueError where an engine gives something else than it was asked for. An empty answer is legal."""
+    if not len(rollout.responses) == len(rollout.logprobs) == len(rollout.finished) == num_answers:
+        raise ValueError(f"the engine must give {num_answers} answers, got {len(rollout.responses)}")
+    for number, (response, logprobs) in enumerate(zip(rollout.responses, rollout.logprobs, strict=True)):
+        if len(response) > max_new_tokens or logprobs.shape != (len(response),):
+            raise ValueError(
+                f"the engine must give at most {max_new_tokens} tokens and a log-probability of each, got "
+                f"{len(response)} tokens and {list(logprobs.shape)} for answer {number}"
+            )
+    if not any(rollout.responses):
+        raise ValueError(f"the engine must give some answer a token, got {num_answers} empty ones")
+
+
 class Row(NamedTuple):
     """An answer that is being sampled."""
 

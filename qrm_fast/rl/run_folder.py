@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,8 @@ from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any, Literal
 
-from .checkpoint import load_state, save_state, states
+from . import ranks
+from .checkpoint import load_state, newest_state, save_state, states
 from .ranges import CountOrNone, Positive
 
 Dtype = Literal["float32", "bfloat16"]  # of weights and activations; updates are float32
@@ -54,6 +56,8 @@ class Stopped(Exception):
 class RunFolder:
     """`config.out`, locked and listening for signals inside `with`; nothing is written before.
 
+    Of several processes the first locks and writes, and all stop after the same step.
+
     Raises ValueError for a directory that holds a run where neither resume nor overwrite is asked for, that another run
     writes to, or that the run reads a model from, and FileNotFoundError where there is nothing to resume.
     """
@@ -72,44 +76,58 @@ class RunFolder:
             raise ValueError(f"{self.path} holds a run: resume it, overwrite it, or choose another out")
 
     def __enter__(self) -> "RunFolder":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / ".lock", "w")
+        ranks.barrier()  # all have looked at the folder before one writes to it
+        if ranks.is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+            self._begin()
+        ranks.barrier()
+        self.handlers = {}
+        if current_thread() is main_thread():  # no other may listen
+            self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def _begin(self) -> None:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.close()
             raise ValueError(f"another run is writing to {self.path}") from None
         if self.config.overwrite:
-            for path in states(self.path):
-                path.unlink()
+            for path in (*states(self.path), self.path / "best"):
+                shutil.rmtree(path, ignore_errors=True)
         options = {name: x for name, x in asdict(self.config).items() if name not in ("resume", "overwrite")}
         (self.path / "options.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-        self.handlers = {}
-        if current_thread() is main_thread():  # no other may listen
-            self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop_listening()
-        (self.path / ".lock").unlink(missing_ok=True)
-        self.lock.close()
+        if ranks.is_first():
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.lock.close()
 
-    def load(self) -> dict[str, Any] | None:
-        """The state to go on from, None for a run that begins. Raises ValueError for that of another configuration."""
+    def load(self, parts: Mapping[str, Any]) -> int:
+        """Take `parts` up where the newest state left them, and return its step; 0 for a run that begins.
+
+        Raises ValueError for a state of another configuration.
+        """
         if not self.config.resume:
-            return None
-        state = load_state(self.path)
-        check_resumable(asdict(self.config), state["config"])
-        return state
+            return 0
+        path, about = newest_state(self.path)
+        check_resumable(asdict(self.config), about["config"])
+        state = load_state(path, {name: part.state_dict() for name, part in parts.items()})
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return about["step"]
 
     def keep(self, step: int, parts: Mapping[str, Any]) -> None:
         """Save the `state_dict()` of `parts` if that is due after `step`. Raises Stopped, saved, after a signal."""
         every = self.config.save_every
-        if self.signal is not None or (every and step % every == 0):
+        number = max(ranks.gather_objects(self.signal or 0))
+        if number or (every and step % every == 0):
             saved = {name: part.state_dict() for name, part in parts.items()}
-            save_state(self.path, step, {"config": asdict(self.config), "step": step, **saved})
-        if self.signal is not None:
-            raise Stopped(self.signal, step, self.path)
+            save_state(self.path, {"step": step, "config": asdict(self.config)}, saved)
+        if number:
+            raise Stopped(number, step, self.path)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -34,7 +34,7 @@ class StepScores(NamedTuple):
 def score(
     q_rm: str, prompt: str, responses: list[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[TokenScores]:
-    """Q of every token of each response to one prompt, EOS included, by the Q-RM at the directory or id `q_rm`.
+    """Q of every token of each response to one prompt, EOS included, by the Q-RM or ORM at the directory or id `q_rm`.
 
     The loss over pairs (arXiv 2505.23363) leaves Q an offset per prompt, so only differences between tokens after one
     prompt mean something: `normalized` removes the mean. Raises ValueError where `q_rm` has no trained head or the
@@ -46,7 +46,8 @@ def score(
     if is_vocabulary_q(q_rm):
         scorer = VocabularyScorer(load_vocabulary_q(q_rm, tokenizer, device=device, dtype=dtype))
     else:
-        scorer = TokenScorer(load_q_rm(q_rm, tokenizer, device=device, dtype=dtype), reads_action=True)
+        model = load_q_rm(q_rm, tokenizer, kind="either", device=device, dtype=dtype)
+        scorer = TokenScorer(model, reads_action=True)
     prompt_ids = encode_prompt(tokenizer, prompt)
     end_id = load_stop_ids(q_rm, tokenizer)[0]
     answers = [encode_response(tokenizer, response, end_id) for response in responses]

@@ -59,10 +59,7 @@ def take_steps(
     FloatingPointError before a step that is not finite.
     """
     lrs = lrs or learning_rates(config, config.lr, len(batches))
-    first, state = 0, folder.load()
-    if state is not None:
-        first = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
+    first = folder.load({"optimizer": optimizer})
     log = MetricsLog(config.out, first_step=first, tensorboard=config.tensorboard)
     phases = Phases(torch.device(config.device))
     for i in range(first, len(batches)):

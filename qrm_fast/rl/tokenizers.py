@@ -58,6 +58,11 @@ def adapter_base(spec: str) -> str | None:
     return base
 
 
+def lasting(spec: str) -> str:
+    """`spec` as a checkpoint may name it: a directory by its absolute path, which does not hang on where a run was."""
+    return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
+
+
 def _byte_level_bpe(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     corpus = list(corpus)
     if not corpus:

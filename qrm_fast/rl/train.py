@@ -6,8 +6,7 @@ a scoring or training forward; the log-probabilities of sampling are the old one
 to recompute them.
 """
 
-import math
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random as HostRandom
 from typing import Any, NamedTuple
 
@@ -16,19 +15,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, plan_microbatches
+from ..ops.moments import moments
+from . import ranks
 from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
-from .config import Config, check, parse_streams
+from .config import Config, check, check_budget, parse_streams
 from .data import Example, Prompt, Rows, read_rows
+from .flops import update_flops
 from .lora import Start, adapted
 from .metrics import MetricsLog, Phases
 from .models import check_context, load_policy, load_token_model, num_token_ids
 from .optimizer import AdamW, trapezoid
 from .policy import Policy
 from .rewards import Credit, Packed, load_credit, verified
-from .rollout import Engine, Rollout, TransformersEngine, check_sampling
+from .rollout import Engine, Rollout, TransformersEngine, check_rollout, check_sampling
 from .run_folder import RunFolder
 from .scorer import TokenScorer
+from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
 from .update import Denominators, MicroBatch, means, update, update_critic
 from .verifiers import read_examples, read_prompts
@@ -70,9 +73,10 @@ def train(config: Config) -> TrainResult:
     Raises ValueError for an unknown option or one out of range, malformed data, policy and reward model of different
     vocabularies, a Q-RM or PRM without a trained head, an answer longer than max_tokens or than a model's context, a
     model that does not compute packed sequences as it does each alone, and a state of another configuration;
-    FloatingPointError before a step that is not finite; `Stopped` after the step in which a signal came.
+    FloatingPointError after max_skipped steps that are not finite; `Stopped` after the step in which a signal came.
     """
     check(config)
+    ranks.connect(config.device)
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -87,10 +91,9 @@ def train(config: Config) -> TrainResult:
         examples = read_prompts(config.data, config.verifier, labelled_share=share, seed=config.seed)
     eval_examples = read_examples(config.eval_data, config.verifier) if config.eval_data else Rows[Example]([], [])
     longest, longest_eval = (longest_answer(rows, tokenizer, config) for rows in (examples, eval_examples))
-    if longest > config.max_tokens:
-        raise ValueError(
-            f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
-        )
+    if config.num_prompts < ranks.num_ranks():
+        raise ValueError(f"num_prompts must be at least 1 per process, {ranks.num_ranks()}, got {config.num_prompts}")
+    check_budget(longest, config)
     parts = load_parts(config, tokenizer, longest, longest_eval)
     with folder:
         rows = learn(config, folder, parts, tokenizer, examples, eval_examples)
@@ -110,19 +113,16 @@ def learn(
 ) -> list[dict[str, float]]:
     """The iterations. Returns the rows of metrics.jsonl."""
     policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts = parts
-    first, state = 0, folder.load()
-    if state is not None:
-        first = state["step"]
-        if first >= config.num_iterations:
-            raise ValueError(f"num_iterations must be more than the {first} done, got {config.num_iterations}")
-        for name, part in parts.learning().items():
-            part.load_state_dict(state[name])
-        engine.sync(policy)
+    first = folder.load(parts.learning())
+    if first > config.num_iterations:
+        raise ValueError(f"num_iterations must be at least the {first} done, got {config.num_iterations}")
+    engine.sync(policy)
     log = MetricsLog(config.out, first_step=first + 1 if first else 0, tensorboard=config.tensorboard)
-    phases = Phases(torch.device(config.device))
+    phases = Phases(torch.device(config.device), peak_tflops=config.peak_tflops)
+    flops = update_flops(policy)
 
     def evaluation() -> dict[str, float]:
-        with phases("evaluate"):
+        with phases("evaluate"), ranks.whole(policy):
             result = evaluate(engine, tokenizer, eval_examples, config)
         return {f"eval/pass@1_{name}": value for name, value in result._asdict().items()}
 
@@ -131,11 +131,15 @@ def learn(
 
     all_prompts = encode_prompts(tokenizer, examples)
     order = prompt_order(len(examples), config)
+    skipped = 0  # steps in a row
+    trained = [row["eval/pass@1_sampled"] for row in log.rows if row["step"] and "eval/pass@1_sampled" in row]
+    best = ranks.gather_objects(max(trained, default=-1.0))[0]  # the first process has the log
     for iteration in range(first, config.num_iterations):
-        seed = HostRandom(f"{config.seed} {iteration}").getrandbits(32)
+        asked = ranks.share(order[iteration])  # every process has prompts of its own, and whole groups of answers
+        seed = HostRandom(f"{config.seed} {iteration}").getrandbits(32) + ranks.rank()
         # ---- rollout: group_size answers to each prompt, with the log-probabilities they were sampled with
-        prompts = [all_prompts[i] for i in order[iteration]]
-        with phases("rollout"):
+        prompts = [all_prompts[i] for i in asked]
+        with phases("rollout"), ranks.whole(policy):
             rollout = engine.generate(
                 prompts,
                 num_samples=config.group_size,
@@ -143,25 +147,34 @@ def learn(
                 temperature=config.temperature,
                 seed=seed,
             )
+        check_rollout(rollout, len(prompts) * config.group_size, config.max_new_tokens)
         num_answers, num_actions = len(rollout.responses), sum(map(len, rollout.responses))
         phases.count("rollout", num_actions)
         group_ids = torch.arange(num_answers, device=config.device) // config.group_size  # [S]
-        asked = [examples[i] for i in order[iteration] for _ in range(config.group_size)]
+        rows = [examples[i] for i in asked for _ in range(config.group_size)]
         prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
 
         # ---- credit of answers: one on which nothing would act is not even packed
-        earned = credit.of_answers(rollout, asked, group_ids)  # [S]
-        kept = list(range(num_answers))
+        earned = credit.of_answers(rollout, rows, group_ids)  # [S]
+        kept = [s for s, response in enumerate(rollout.responses) if response]
         if earned is not None and not config.entropy_coef and not (config.kl_in == "loss" and config.kl_coef):
-            kept = earned.nonzero()[:, 0].tolist() or [0]
+            worth = earned.tolist()
+            kept = [s for s in kept if worth[s]] or kept[:1]
 
         # ---- pack: answers in the order of the micro-batches, so that one's actions are neighbours among the T rows
         with phases("pack"):
             lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
-            minibatches = plan(kept, lengths, list(map(len, prompts)) if share_prompts else None, config, seed)
-            packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
             num_tokens = sum(lengths[s] for s in kept)
-            num_rows = sum(len(batch.input_ids) for batch in packed.batches)
+            own = [num_answers, num_actions, sum(rollout.finished), len(kept)]
+            counts = ranks.gather(torch.tensor(own))
+            num_minibatches = min(config.num_minibatches, int(counts[:, -1].max()))
+            prompt_lens = list(map(len, prompts)) if share_prompts else None
+            minibatches = plan(kept, lengths, prompt_lens, num_minibatches, config, seed)
+            packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
+            shared = shared_rows(minibatches, prompt_lens, config.group_size)
+            num_rows = num_tokens - sum(shared)
+            num_pairs = sum(n * (n + 1) // 2 for n in (lengths[s] for s in kept))  # of a query and a key it sees
+            num_pairs -= sum(n * (n + 1) // 2 for n in shared)
 
         # ---- score
         with phases("score"), torch.no_grad():
@@ -176,45 +189,63 @@ def learn(
             advantages, returns = credit.of_tokens(packed)  # [T], [T]
             if credit.models:
                 phases.count("credit", num_tokens)
+            if config.top_entropy < 1 or config.max_importance:
+                advantages, old_logprobs = weigh_tokens(policy, packed, advantages, config)
+                packed = packed._replace(logprobs=old_logprobs)
 
         # ---- update: the log-probabilities of sampling are the old ones
         with phases("update"):
             share = trapezoid(iteration, config.num_iterations, warmup=config.warmup_iterations, decay=config.decay)
-            denominators = Denominators(num_answers / len(minibatches), num_actions / len(minibatches))
-            rows = [len(batch.action_index) for batch in packed.batches]
-            columns = [x.split(rows) for x in (advantages, returns, packed.logprobs)]
-            refs = [None] * len(rows) if packed.ref_logprobs is None else packed.ref_logprobs.split(rows)
+            all_answers, all_actions, all_finished, _ = counts.sum(0).tolist()
+            denominators = Denominators(all_answers / len(minibatches), all_actions / len(minibatches))
+            sizes = [len(batch.action_index) for batch in packed.batches]
+            columns = [x.split(sizes) for x in (advantages, returns, packed.logprobs)]
+            refs = [None] * len(sizes) if packed.ref_logprobs is None else packed.ref_logprobs.split(sizes)
             microbatches = map(MicroBatch, packed.batches, *columns, refs)
             steps = [list(islice(microbatches, len(minibatch))) for minibatch in minibatches]
-            sums = []
-            for step in steps * config.num_epochs:
-                sums.append(update(policy, optimizer, step, denominators, config, config.lr * share))
-                if critic is not None and critic_optimizer is not None:
-                    update_critic(critic, critic_optimizer, step, denominators, config, config.critic_lr * share)
+            sums, critic_norms = [], []
+            for epoch in range(1, config.num_epochs + 1):
+                for step in steps:
+                    sums.append(update(policy, optimizer, step, denominators, config, config.lr * share))
+                    if critic is not None and critic_optimizer is not None:
+                        lr = config.critic_lr * share
+                        critic_norms.append(update_critic(critic, critic_optimizer, step, denominators, config, lr))
+                phases.count("update", num_tokens, flops.total(num_rows, sum(sizes), num_pairs))
+                if config.target_kl and epoch < config.num_epochs:
+                    kl = means(sums[-len(steps) :], [])["policy/approx_kl"]
+                    if kl.item() > config.target_kl:
+                        break
             engine.sync(policy)
-            phases.count("update", num_tokens * config.num_epochs)
 
         # ---- report; this is where the step waits for the device
-        stats = credit.metrics() | means(sums)
-        stats |= {"advantage/mean": advantages.mean(), "advantage/std": advantages.std(correction=0)}
-        values = torch.stack([x.to(config.device) for x in stats.values()]).tolist()
-        row = dict(zip(stats, values, strict=True))
-        if not math.isfinite(row["policy/grad_norm"]):
+        count, mean, squares = moments(advantages, process_group=ranks.world())[0]
+        stats = {"advantage/mean": mean, "advantage/std": (squares / count).sqrt(), **means(sums, critic_norms)}
+        credited = credit.metrics()
+        values = torch.stack([x.to(mean) for x in credited.values()]) if credited else mean.new_empty(0)
+        stats |= zip(credited, ranks.mean(values, num_answers), strict=True)
+        row = dict(zip(stats, torch.stack([x.to(mean) for x in stats.values()]).tolist(), strict=True))
+        skipped = skipped + int(row["policy/skipped"]) if row["policy/skipped"] else 0
+        if skipped > config.max_skipped:
             broken = packed.answers[packed.answer_of_token()[~advantages.isfinite()].unique()].tolist()
-            places = [examples.places[order[iteration][s // config.group_size]] for s in broken]
+            places = [examples.places[asked[s // config.group_size]] for s in broken]
             why = f"; the credit of {len(places)} answers is not, the first is to {places[0]}" if places else ""
             raise FloatingPointError(
                 f"iteration {iteration + 1} gave a gradient that is not finite (loss {row['policy/loss']}{why}): "
-                "the policy is as it was before that step, and nothing is saved"
+                f"{skipped} steps in a row are skipped, more than max_skipped, and nothing more is saved"
             )
         row |= {
-            "response/length": num_actions / num_answers,
-            "response/finished": sum(rollout.finished) / num_answers,
+            "response/length": all_actions / all_answers,
+            "response/finished": all_finished / all_answers,
             "policy/lr": config.lr * share,
+            "policy/epochs": len(sums) / len(steps),
+            "perf/microbatch_fill": num_rows / (len(packed.batches) * config.max_tokens),
             "perf/prefix_sharing": 1 - num_rows / num_tokens,
         }
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
+            if row["eval/pass@1_sampled"] > best:
+                best = row["eval/pass@1_sampled"]
+                save_checkpoint(policy.model, tokenizer, folder.path / "best")
         log(iteration + 1, row | phases.report())
         folder.keep(iteration + 1, parts.learning())
     return log.rows
@@ -234,13 +265,12 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
     reference: Policy | Start | None = None
     if config.kl_coef:
         reference = Start(policy) if config.lora_rank else load_start().requires_grad_(False)
-    critic = critic_optimizer = None
+    critic = None
     if config.value_coef or config.estimator != "own":
         # the critic starts as the Q-RM, or the policy's backbone, with a new head
         model = load_token_model(config.q_rm or config.model, tokenizer, device=device, dtype=dtype)
         model.score.reset_parameters()
         critic = TokenScorer(adapted(model, config.model, config), reads_action=False)
-        critic_optimizer = AdamW(critic.train().parameters())
     # a reference of the policy's own weights is no module
     modules = [x for x in (policy, *credit.models, reference, critic) if isinstance(x, nn.Module)]
     for module in modules:
@@ -249,7 +279,12 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
     share_prompts = all(shares_prompts(module.model, longest) for module in modules)
     engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))
     check_sampling(engine, policy, longest)
+    for module in modules:
+        ranks.shard(module)
+    with torch.no_grad(), ranks.whole(policy):
+        policy(pack([[0]], [1], device=device))  # FSDP2's first forward pass must be one of the whole module
     optimizer = AdamW(policy.train().parameters())
+    critic_optimizer = None if critic is None else AdamW(critic.train().parameters())
     return Parts(policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts)
 
 
@@ -263,19 +298,22 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, examples: Rows[
 
     The samples of one policy are the same at every call: their seed is the run's.
     """
-    prompts = encode_prompts(tokenizer, examples)
+    prompts = ranks.share(encode_prompts(tokenizer, examples))
 
     def share_right(num_samples: int, temperature: float) -> float:
-        rollout = engine.generate(
-            prompts,
-            num_samples=num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            seed=config.seed,
-        )
-        labels = [example.label for example in examples for _ in range(num_samples)]
-        right = verified(config.verifier, tokenizer, rollout.responses, rollout.finished, labels)
-        return right.mean().item()
+        labels = [example.label for example in ranks.share(examples) for _ in range(num_samples)]
+        right = torch.zeros(0)
+        if prompts:  # some process may have none
+            rollout = engine.generate(
+                prompts,
+                num_samples=num_samples,
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+                seed=config.seed + ranks.rank(),
+            )
+            right = verified(config.verifier, tokenizer, rollout.responses, rollout.finished, labels)
+        num_right = ranks.gather(right.sum()).sum().item()
+        return num_right / (len(examples) * num_samples)
 
     return PassAt1(greedy=share_right(1, 0.0), sampled=share_right(config.eval_samples, 1.0))
 
@@ -289,11 +327,17 @@ def prompt_order(num_examples: int, config: Config) -> list[list[int]]:
 
 
 def plan(
-    kept: list[int], lengths: list[int], prompt_lens: list[int] | None, config: Config, seed: int
+    kept: list[int],
+    lengths: list[int],
+    prompt_lens: list[int] | None,
+    num_minibatches: int,
+    config: Config,
+    seed: int,
 ) -> list[list[list[int]]]:
     """Answers by mini-batch and micro-batch: mini-batches of random prompts, micro-batches within max_tokens.
 
-    With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them.
+    With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them. Every
+    process has as many micro-batches in a mini-batch as the others, the last of them empty where it needs fewer.
     """
     place = list(range(len(lengths)))
     if config.num_minibatches > 1:
@@ -301,7 +345,7 @@ def plan(
     # by prompt, and by length, because packed attention takes equally long neighbours in one call
     order = sorted(kept, key=lambda s: (place[s // config.group_size], lengths[s]))
     minibatches = []
-    for part in (x.tolist() for x in torch.tensor(order).tensor_split(min(config.num_minibatches, len(kept)))):
+    for part in (x.tolist() for x in torch.tensor(order).tensor_split(num_minibatches)):
         units: list[list[int]] = []
         rows: list[int] = []  # of each unit
         for s in part:
@@ -316,7 +360,16 @@ def plan(
         microbatches = plan_microbatches(rows, max_tokens=config.max_tokens)[0]
         by_length = (sorted((units[i] for i in m), key=lambda unit: lengths[unit[0]]) for m in microbatches)
         minibatches.append([[s for unit in units for s in unit] for units in by_length])
-    return minibatches
+    most = ranks.gather(torch.tensor([len(minibatch) for minibatch in minibatches])).amax(0).tolist()
+    return [minibatch + [[]] * (n - len(minibatch)) for minibatch, n in zip(minibatches, most, strict=True)]
+
+
+def shared_rows(minibatches: list[list[list[int]]], prompt_lens: list[int] | None, group_size: int) -> list[int]:
+    """Of every answer whose prompt another one computes, the rows that it saves."""
+    if prompt_lens is None:
+        return []
+    neighbours = (pair for minibatch in minibatches for answers in minibatch for pair in pairwise(answers))
+    return [prompt_lens[b] - 1 for a, b in neighbours if a // group_size == b // group_size]
 
 
 def pack_answers(
@@ -331,6 +384,8 @@ def pack_answers(
     device, responses = group_ids.device, rollout.responses
 
     def packed(answers: list[int]) -> PackedBatch:
+        if not answers:  # one token and no action: the passes that the other processes make, and no number
+            return pack([prompts[0][:1]], [1], device=device)
         sequences, prompt_lens = [prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers]
         return pack(sequences, prompt_lens, share_prompts=share_prompts, device=device)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import PackedBatch, PolicyMetrics, loss_weights, value_loss
+from . import ranks
 from .config import Config
 from .optimizer import AdamW
 from .policy import Policy
@@ -31,7 +32,10 @@ class Denominators(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of one step: sums over its micro-batches, a maximum, and the norm of the gradient before it was scaled down."""
+    """Of one step: sums over its micro-batches, a maximum, and the norm of the gradient before it was scaled down.
+
+    Sums and maximum are those of this process, the gradient that of all.
+    """
 
     loss: Tensor  # 0-d
     weight: Tensor  # 0-d, of all tokens
@@ -81,11 +85,11 @@ def update_critic(
     denominators: Denominators,
     config: Config,
     lr: float,
-) -> None:
-    """Move the critic towards the returns."""
+) -> Tensor:
+    """Move the critic towards the returns. Returns the norm of its gradient before it was scaled down, 0-d."""
     for batch, _, returns, *_ in minibatch:
         value_loss(critic(batch), returns, token_weights=weights_of(batch, denominators, config)).backward()
-    optimizer.step(lr, config.max_grad_norm)
+    return optimizer.step(lr, config.max_grad_norm)
 
 
 def weights_of(batch: PackedBatch, denominators: Denominators, config: Config) -> Tensor:
@@ -100,15 +104,21 @@ def weights_of(batch: PackedBatch, denominators: Denominators, config: Config) -
     )
 
 
-def means(steps: list[Sums]) -> dict[str, Tensor]:
-    """What is reported of an iteration: the loss of a step on average, and means over the tokens trained on."""
-    losses, weights, metrics, grad_norms = zip(*steps, strict=True)
-    weight = torch.stack(weights).sum()
-    *additive, ratio_max = (torch.stack(column) for column in zip(*metrics, strict=True))
+def means(steps: list[Sums], critic_norms: list[Tensor]) -> dict[str, Tensor]:
+    """What is reported of an iteration: the loss of a step on average, and means over the tokens trained on.
+
+    `policy/skipped` counts the steps whose gradient was not finite, which changed nothing, the critic's among them.
+    """
+    norms = torch.stack([*(step.grad_norm for step in steps), *critic_norms])
+    table = torch.stack([torch.stack([step.loss, step.weight, *step.metrics]) for step in steps])
+    table = ranks.gather(table).flatten(0, 1)  # [processes and steps, numbers]
+    loss, weight, *additive, _ = table.sum(0)
     names = ("clipfrac_low", "clipfrac_high", "approx_kl", "ref_kl", "ratio", "entropy")
     return {
-        "policy/loss": torch.stack(losses).mean(),
-        **{f"policy/{name}": x.sum() / weight for name, x in zip(names, additive, strict=True)},
-        "policy/ratio_max": ratio_max.max(),
-        "policy/grad_norm": grad_norms[-1],
+        "policy/loss": loss / len(steps),
+        **{f"policy/{name}": x / weight for name, x in zip(names, additive, strict=True)},
+        "policy/ratio_max": table[:, -1].max(),
+        "policy/grad_norm": steps[-1].grad_norm,
+        "policy/skipped": (~norms.isfinite()).sum(),
+        **({"critic/grad_norm": critic_norms[-1]} if critic_norms else {}),
     }

@@ -329,6 +329,22 @@ def test_random_padded_rows_and_their_gradients(tiny, tokenizer, tmp_path, seed)
     assert packed.model.config._attn_implementation == packed_forward.ATTENTION
 
 
+def test_answers_to_one_prompt_share_its_rows(tiny, tokenizer, tmp_path):
+    """Wherever they stand among the rows: TRL shuffles them."""
+    generator = torch.Generator().manual_seed(3)
+    ids, mask = padded(generator)
+    for b in (3, 5):
+        ids[b, :7], mask[b, :7] = ids[0, :7], mask[0, :7]
+    batch, row, column = packed_forward.pack_answers(ids, mask, 11, share_prompts=True)
+    assert len(batch.input_ids) == mask.sum() - 2 * (mask[0, :7].sum() - 1)
+    assert torch.equal(ids[:, 7:][row, column], batch.targets[batch.action_index])
+    weights = torch.randn(6, 11, generator=generator)
+    stock, packed = (make(kind, tiny, tokenizer, tmp_path) for kind in (GRPOTrainer, PackedGRPO))
+    assert packed.share_prompts
+    for got, expected in zip(gradients(packed, ids, mask, weights), gradients(stock, ids, mask, weights), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_head_under_a_scale_a_softcap_and_a_bias():
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(n, generator=generator) for n in ((9, 8), (50, 8), (50,)))
@@ -472,7 +488,7 @@ def test_check_says_what_is_there():
 
 def test_the_examples_of_the_pages_run(monkeypatch):
     pages = (ROOT / "README.md").read_text() + (ROOT / "docs/integrations.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
+    blocks = re.findall(r"```python.*?\n(.*?)```", pages, flags=re.DOTALL)
     blocks = [block for block in blocks if "integrations.trl import" in block]
     assert len(blocks) == 4
     for name in ("_ChunkedLogProbFunction", "_use_triton"):

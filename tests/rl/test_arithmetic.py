@@ -6,11 +6,12 @@ from random import Random
 import pytest
 
 from qrm_fast.rl.arithmetic import (
+    FORGETFUL,
     FORGOTTEN_CARRY,
-    LARGE_DIGIT,
-    SMALL_DIGIT,
-    SPURIOUS_CARRY,
+    HASTY,
+    ONE_TOO_MANY,
     STEP,
+    THINKING,
     arithmetic_demonstration,
     arithmetic_examples,
     arithmetic_is_right,
@@ -43,6 +44,8 @@ def test_right_demonstration_of_the_table():
         ("07+6=13\n\nnonsense", [True, False]),
         ("", [False]),
         (RIGHT + "\n\n#23", [True, True, True, True, False]),
+        ("?\n\n07+6=13\n\n?\n\n13+1=24\n\n24+9=33\n\n#33", [True, True, True, False, True, True]),
+        (RIGHT + "\n\n?", [True, True, True, True, False]),
     ],
 )
 def test_steps_are_judged_from_the_total_written_before(response, right):
@@ -60,28 +63,35 @@ def test_splits_are_disjoint_and_hold_no_duplicate():
     assert arithmetic_examples(5, split="train", seed=4) != sets["train"][:5]
 
 
-def test_demonstrations_forget_carries_and_make_some_up():
+def test_demonstrations_forget_carries_and_count_one_too_many():
     rng = Random(0)
-    right, carries = 0, Counter()
+    right, slips = 0, Counter()
     for instruction, label in arithmetic_examples(2000, split="train", seed=0):
         response = arithmetic_demonstration(instruction, rng)
         right += arithmetic_is_right(response, label)
         for step in response.split(STEP)[:-1]:
             before, digit, after = map(int, step.replace("+", " ").replace("=", " ").split())
             due = before % 10 + digit >= 10
-            size = "large" if digit >= LARGE_DIGIT else "small" if digit <= SMALL_DIGIT else "middle"
-            carries[due, size, after == before + digit] += 1
-            assert after in (before + digit, before + digit + (-10 if due else 10))
-    assert 0.45 < right / 2000 < 0.6
-    slips = {(True, "large"): FORGOTTEN_CARRY, (False, "small"): SPURIOUS_CARRY}
-    for due, size in ((due, size) for due in (True, False) for size in ("large", "middle", "small")):
-        is_right, is_wrong = carries[due, size, True], carries[due, size, False]
-        assert abs(is_wrong / (is_right + is_wrong) - slips.get((due, size), 0.0)) < 0.03
+            kind = -10 if due and digit in FORGETFUL else 1 if digit in HASTY else 0
+            slips[kind, after - before - digit] += 1
+    assert 0.35 < right / 2000 < 0.5
+    assert {(kind, by) for kind, by in slips if by} == {(-10, -10), (1, 1)}
+    for kind, rate in ((-10, FORGOTTEN_CARRY), (1, ONE_TOO_MANY)):
+        assert abs(slips[kind, kind] / (slips[kind, kind] + slips[kind, 0]) - rate) < 0.03
+
+
+def test_some_demonstrations_think():
+    answers = [arithmetic_demonstration("7+6+1+9:", Random(i), thinking=0.25) for i in range(500)]
+    steps = [step for answer in answers for step in answer.split(STEP)]
+    thoughts = steps.count(THINKING)
+    assert abs(thoughts / (len(steps) - thoughts) - 0.25) < 0.04
+    assert not any(answer.endswith(THINKING) for answer in answers)
+    assert arithmetic_demonstration("7+6+1+9:", Random(0)).count(STEP) == 3
 
 
 def test_tokens_round_trip_and_blank_line_is_one_token():
     tokenizer = arithmetic_tokenizer()
-    assert len(tokenizer) == 17
+    assert len(tokenizer) == 18
     ids = encode_response(tokenizer, "07+6=13\n\n#13")
     assert ids == [2, 9, 12, 8, 13, 3, 5, 16, 14, 3, 5, tokenizer.eos_token_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "07+6=13\n\n#13"

@@ -115,7 +115,13 @@ def test_scores_are_those_of_the_models_head(tmp_path, rerank):
             z = z.softmax(-1)[[t for t, token in enumerate(seen) if token == 16]]
             z = z[:, 1:] - z[:, :1]
         assert score.item() == pytest.approx(aggregate(z[:, 0], aggregation).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="max_tokens must hold the longest prompt and max_new_tokens, 15 tokens, got"):
+        Judge(rerank, str(tmp_path / "rm"), TOKENIZER, aggregation=aggregation, longest=15, config=config)
     if rerank != "prm":
+        model.config.reward_model = other = {"qrm": "orm", "orm": "qrm"}[rerank]
+        save_checkpoint(model, TOKENIZER, tmp_path / "other")
+        with pytest.raises(ValueError, match=f"got a model that was trained with --kind {other}"):
+            Judge(rerank, str(tmp_path / "other"), TOKENIZER, aggregation=aggregation, longest=12, config=config)
         with pytest.raises(ValueError, match=f"aggregation product multiplies probabilities, which {rerank} does not"):
             Judge(rerank, str(tmp_path / "rm"), TOKENIZER, aggregation="product", longest=12, config=config)
 
@@ -126,6 +132,7 @@ def test_what_does_not_go_together():
         (("qrm", "rm", "sum"), "aggregation must be one of mean, min, last, product, soft-min, got sum"),
         (("qrm", None, None), "reward_model must be given to rerank by a model only, got None for qrm"),
         (("verifier", "rm", None), "reward_model must be given to rerank by a model only, got rm for verifier"),
+        (("verifier", None, "min"), "aggregation is of a reward model's scores, expected none for verifier, got min"),
     ):
         with pytest.raises(ValueError, match=sentence):
             check_choice(*arguments)

@@ -4,22 +4,42 @@ import os
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from qrm_fast.rl.checkpoint import load_state, save_checkpoint, save_state, states
+from qrm_fast.rl.checkpoint import load_state, newest_state, save_checkpoint, save_state, states
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 
+def parts_at(step):
+    return {"weights": [{"w": torch.arange(1000.0) + step}], "credit": {"scale": step / 3, "none": None}}
+
+
 def save(folder, *steps):
     for step in steps:
-        save_state(folder, step, {"step": step, "weights": {"w": torch.arange(1000.0) + step}})
+        save_state(folder, {"step": step, "config": {"lr": 0.1}}, parts_at(step))
+
+
+def newest_step(folder):
+    path, about = newest_state(folder)
+    state = load_state(path, parts_at(0))
+    assert torch.equal(state["weights"][0]["w"], torch.arange(1000.0) + about["step"])
+    assert state["credit"] == {"scale": about["step"] / 3, "none": None} and about["config"] == {"lr": 0.1}
+    return about["step"]
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path):
     save(tmp_path, 9, 10, 11)
-    assert [path.name.split("-")[1] for path in states(tmp_path)] == ["00000011", "00000010"]
-    state = load_state(tmp_path)
-    assert state["step"] == 11 and torch.equal(state["weights"]["w"], torch.arange(1000.0) + 11)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state-00000010", "state-00000011"]
+    assert newest_step(tmp_path) == 11
+
+
+def test_a_state_of_something_else_is_refused(tmp_path):
+    save(tmp_path, 1)
+    path, _ = newest_state(tmp_path)
+    for parts in ({"other": torch.ones(3)}, {"weights": [{"w": torch.ones(7)}]}):
+        with pytest.raises(ValueError, match=r"state-00000001 must be a state of this run, got"):
+            load_state(path, parts)
 
 
 def flip(path):
@@ -28,11 +48,21 @@ def flip(path):
     path.write_bytes(content)
 
 
+def data_of(folder):
+    return folder / "__0_0.distcp"
+
+
 DAMAGE = {
-    "truncated": lambda path: os.truncate(path, 500),
-    "empty": lambda path: os.truncate(path, 0),
-    "one bit": flip,
-    "garbage": lambda path: path.write_bytes(b"not a state" * 100),
+    "truncated": lambda folder: os.truncate(data_of(folder), 500),
+    "empty": lambda folder: os.truncate(data_of(folder), 0),
+    "one bit": lambda folder: flip(data_of(folder)),
+    "garbage": lambda folder: data_of(folder).write_bytes(b"not a state" * 100),
+    "a file lost": lambda folder: data_of(folder).unlink(),
+    "no metadata": lambda folder: (folder / ".metadata").unlink(),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "checksums cut off": lambda folder: os.truncate(folder / "checksums.json", 20),
+    "checksums of nothing": lambda folder: (folder / "checksums.json").write_text("[1]"),
+    "another step": lambda folder: flip(folder / "about.json"),
 }
 
 
@@ -41,55 +71,59 @@ def test_a_damaged_state_is_named_and_the_older_one_taken(tmp_path, name):
     save(tmp_path, 1, 2)
     newest, older = states(tmp_path)
     DAMAGE[name](newest)
-    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged: its checksum is not the one in its name"):
-        assert load_state(tmp_path)["step"] == 1
+    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged: its files are not those of its checksums"):
+        assert newest_step(tmp_path) == 1
     DAMAGE[name](older)
     with (
         pytest.warns(UserWarning, match="is damaged"),
         pytest.raises(ValueError, match=f"must hold a whole state, got 2 damaged: {newest.name} is the newest"),
     ):
-        load_state(tmp_path)
+        newest_state(tmp_path)
 
 
 def test_a_write_that_was_killed_is_no_state(tmp_path):
     """What a kill leaves is ignored when a run goes on, and gone after the next state."""
-    save_state(tmp_path, 1, {"x": torch.ones(3)})
-    written = states(tmp_path)[0].read_bytes()
-    for left in (b"", written[:100], written):
-        (tmp_path / "state.new").write_bytes(left)
-        assert load_state(tmp_path)["x"].tolist() == [1, 1, 1] and len(states(tmp_path)) == 1
-    save_state(tmp_path, 2, {"x": torch.zeros(3)})
-    assert load_state(tmp_path)["x"].tolist() == [0, 0, 0] and not (tmp_path / "state.new").exists()
+    save(tmp_path, 1)
+    (tmp_path / "state.new").mkdir()
+    data_of(tmp_path / "state.new").write_bytes(data_of(states(tmp_path)[0]).read_bytes()[:100])
+    (tmp_path / "state.old").mkdir()
+    assert newest_step(tmp_path) == 1 and len(states(tmp_path)) == 1
+    save(tmp_path, 2, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state-00000002", "state-00000003"]
 
 
 def test_no_state(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold a state to go on from, state-STEP-CHECKSUM\.pt, got none"):
-        load_state(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"must hold a state to go on from, state-STEP, got none"):
+        newest_state(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("[Errno 28] No space left on device"), RuntimeError("unexpected pos 64 vs 0")]
-)
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, error):
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path, 1)
+    written = torch.save
 
-    def half(parts, path):
-        path.write_bytes(b"half")
-        raise error
+    def half(value, stream, *args):
+        written(value, stream, *args)
+        raise OSError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match=r"the state of step 2 could not be written to .*: .*; kept: state-00000001-"):
+    sentence = r"the state of step 2 could not be written to .*: \[Errno 28\] No space .*; kept: state-00000001"
+    with pytest.raises(OSError, match=sentence):
         save(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == [states(tmp_path)[0].name]
-    assert load_state(tmp_path)["step"] == 1
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000001"]
+    assert newest_step(tmp_path) == 1
+    monkeypatch.setattr(dcp, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("unexpected pos 64 vs 0")))
+    with pytest.raises(OSError, match=r"the state of step 2 could not be written to .*: unexpected pos 64 vs 0"):
+        save(tmp_path, 2)
+    assert newest_step(tmp_path) == 1
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_nothing_that_is_not_finite_is_saved(tmp_path, poison):
     save(tmp_path, 1)
     with pytest.raises(FloatingPointError, match=r"step 2 is not saved: optimizer\.masters\.1 is not finite"):
-        save_state(tmp_path, 2, {"optimizer": {"masters": [torch.ones(2), torch.tensor([1.0, poison])]}})
-    assert load_state(tmp_path)["step"] == 1
+        save_state(tmp_path, {"step": 2}, {"optimizer": {"masters": [torch.ones(2), torch.tensor([1.0, poison])]}})
+    assert newest_step(tmp_path) == 1
 
     tokenizer = load_tokenizer("arithmetic")
     model = load_policy("scratch:demo", tokenizer)

@@ -101,6 +101,14 @@ def test_gradient_of_the_second_step_is_the_formulas_and_does_not_depend_on_the_
     assert (recorded[1] - expected).norm() <= 1e-3 * expected.norm()
 
 
+def test_the_reference_is_found_from_any_directory(configs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_implicit(replace(configs["dpo"], model="policy", heldout=0.0))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    load_implicit(str(tmp_path / "rm"), load_tokenizer("arithmetic"))
+
+
 def test_bad_input(configs, tmp_path):
     for config in configs.values():
         with pytest.raises(ValueError, match="model must be a checkpoint, which stays as the reference, got scr"):

@@ -96,7 +96,7 @@ def test_packing_is_red_in_attention_that_ignores_boundaries_or_windows_or_looks
 def small(name, **options):
     """A model of the architecture `name` with random weights, saved with the arithmetic tokenizer."""
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    ids = dict(vocab_size=17, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
+    ids = dict(vocab_size=18, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
     config = AutoConfig.for_model(name, **{**sizes, **ids, "max_position_embeddings": 128, **options})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -247,7 +247,7 @@ VISION = {
 @pytest.mark.parametrize("name", VISION)
 def test_the_text_model_of_a_model_of_text_and_images(name, saved, tokenizer, tmp_path):
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    text |= dict(vocab_size=17, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
+    text |= dict(vocab_size=18, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
     text |= dict(layer_types=2 * ["full_attention"]) if name == "gemma3" else dict(rope_parameters=rope)
     config = AutoConfig.for_model(name, text_config=text, vision_config=VISION[name], pad_token_id=0)
@@ -324,19 +324,19 @@ def test_long_rope_is_refused_past_its_original_positions(saved, tokenizer):
 
 
 def test_ids_that_no_token_has_are_neither_sampled_nor_weighed(saved):
-    tokenizer = load_tokenizer("arithmetic")  # 17 ids
+    tokenizer = load_tokenizer("arithmetic")  # 18 ids
     spec = saved(small("llama", vocab_size=64))
-    policy = Policy(load_policy(spec, tokenizer), num_ids=17)
+    policy = Policy(load_policy(spec, tokenizer), num_ids=18)
     rollout = TransformersEngine(policy, [1]).generate(
         [[3, 4]], num_samples=64, max_new_tokens=8, temperature=3.0, seed=0
     )
-    assert max(map(max, rollout.responses)) < 17
+    assert max(map(max, rollout.responses)) < 18
     row = [3, 4, *rollout.responses[0]]
     with torch.no_grad():
         logits = policy.model(
             torch.tensor([row]), attention_mask=torch.ones(1, 1, len(row), len(row)).tril().bool()
         ).logits
-    expected = logits[0, 1:-1, :17].log_softmax(-1).gather(1, torch.tensor(row[2:])[:, None])[:, 0]
+    expected = logits[0, 1:-1, :18].log_softmax(-1).gather(1, torch.tensor(row[2:])[:, None])[:, 0]
     torch.testing.assert_close(policy(pack([row], [2])).logprobs, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -387,9 +387,9 @@ def test_bad_specs(tokenizer, tmp_path):
     with pytest.raises(OSError, match="missing"):
         load_policy(str(tmp_path / "missing"), tokenizer)
     save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, tmp_path / "small")
-    with pytest.raises(ValueError, match=r"small must embed the tokenizer's \d+ tokens, got 17"):
+    with pytest.raises(ValueError, match=r"small must embed the tokenizer's \d+ tokens, got 18"):
         load_policy(str(tmp_path / "small"), load_tokenizer("bpe", ["1+1"]))
-    config = GPT2Config(vocab_size=17, n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    config = GPT2Config(vocab_size=18, n_embd=8, n_layer=1, n_head=1, n_positions=16)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="must fit the 16 positions of GPT2LMHeadModel, got 17"):
         check_context(load_policy(str(tmp_path / "gpt2"), tokenizer), 17)

@@ -50,6 +50,20 @@ def test_every_metric_that_occurs_is_drawn_and_no_other():
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_legend().get_texts()
 
 
+@pytest.mark.parametrize(
+    ("prefix", "title", "what"),
+    [("qrm", "Q-RM", "pair"), ("orm", "ORM", "pair"), ("dpo", "DPO", "pair"),
+     ("implicit", "Implicit reward model", "answer")],
+)  # fmt: skip
+def test_every_kind_of_reward_model_has_its_panels(prefix, title, what):
+    rows = [{"step": i, f"{prefix}/loss": 2.0 - i, f"{prefix}/accuracy": i / 2} for i in range(2)]
+    rows.append({"step": 2, f"{prefix}/heldout_loss": 0.5, f"{prefix}/heldout_accuracy": 0.9})
+    drawn = panels(curves({"rm": rows}))
+    assert list(drawn) == [title, f"{title} loss per {what}"]
+    assert lines(drawn[title]) == {("C0", "-"): [(0, 0.0), (1, 0.5)], ("C0", "--"): [(2, 0.9)]}
+    assert lines(drawn[f"{title} loss per {what}"]) == {("C0", "-"): [(0, 2.0), (1, 1.0)], ("C0", "--"): [(2, 0.5)]}
+
+
 def test_seeds_share_a_colour_and_one_line_of_the_legend():
     runs = {"seed0/policy": POLICY, "seed0/random": POLICY, "seed1/policy": POLICY[1:]}
     axes = panels(curves(runs))["Reward: Q of sampled tokens"]

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,9 +15,10 @@ from qrm_fast import pack
 from qrm_fast.rl.arithmetic import arithmetic_demonstration, arithmetic_examples
 from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.data import Pair, write_jsonl
-from qrm_fast.rl.models import load_policy, load_token_model, load_vocabulary_q
+from qrm_fast.rl.models import load_policy, load_q_rm, load_token_model, load_vocabulary_q
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.reward_training import ORMConfig, QRMConfig, pair_loss, train_q_rm
+from qrm_fast.rl.score import score
 from qrm_fast.rl.scorer import TokenScorer, VocabularyScorer
 from qrm_fast.rl.tokenizers import load_tokenizer
 
@@ -83,10 +85,27 @@ def of_pairs(config, kind):
     return kinds[kind](**options, batch_size=16, num_epochs=12)
 
 
+def test_a_q_rm_and_an_orm_are_told_apart_by_their_mark(config):
+    tokenizer = load_tokenizer("arithmetic")
+    cases = (config, "orm", "an ORM"), (of_pairs(config, "orm"), "qrm", "a Q-RM")
+    for trained, asked, name in cases:
+        out = train_q_rm(replace(trained, num_epochs=1, heldout=0.0)).directory
+        with pytest.raises(ValueError, match=f"must be {name}, got a model .* with --kind {trained.kind}"):
+            load_q_rm(out, tokenizer, kind=asked)
+        load_q_rm(out, tokenizer, kind=trained.kind)
+        assert len(score(out, "1+1:", ["02"])[0].q) == 3  # either kind, as its checkpoint says
+    unmarked = load_token_model("scratch:demo", tokenizer)
+    save_checkpoint(unmarked, tokenizer, config.out)
+    for kind in ("qrm", "orm"):
+        load_q_rm(config.out, tokenizer, kind=kind)
+
+
 @pytest.mark.parametrize("kind", ["orm", "qrm-vocab"])
 def test_the_other_kinds_learn_pairs_too(config, kind):
     result = train_q_rm(of_pairs(config, kind))
     assert result.train.accuracy > 0.65 and result.train.margin > 0
+    first = json.loads(Path(config.out, "metrics.jsonl").read_text().splitlines()[0])
+    assert f"{kind.removesuffix('-vocab')}/loss" in first
     tokenizer = load_tokenizer("arithmetic")
     if kind == "orm":
         assert result.train.loss < math.log(2)

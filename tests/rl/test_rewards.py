@@ -12,8 +12,10 @@ from qrm_fast.rl.arithmetic import STEP
 from qrm_fast.rl.config import PRESETS, Config, parse_streams, preset
 from qrm_fast.rl.data import Example, Prompt
 from qrm_fast.rl.models import load_policy
+from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.rewards import Packed
+from qrm_fast.rl.rewards.prime import Prime
 from qrm_fast.rl.rewards.process import Process
 from qrm_fast.rl.rewards.q_rm import QRM, Implicit, Outcome, VocabularyQ
 from qrm_fast.rl.rewards.verifier import Verifier
@@ -290,6 +292,17 @@ def policy(logprobs):
     return lambda batch: SimpleNamespace(logprobs=logprobs)
 
 
+class Given(torch.nn.Module):
+    """A policy of given log-probabilities, of which training moves the level alone."""
+
+    def __init__(self, logprobs):
+        super().__init__()
+        self.given, self.level = logprobs, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch):
+        return SimpleNamespace(logprobs=self.given + self.level)
+
+
 def test_dense_rewards_under_gae_give_the_golden_vectors():
     """The released code's case D, by the stream of an implicit reward model whose log-ratios are R / .1."""
     packed = packed_of(answers_of([(4, [3]), (3, [2])]), logprobs=LOG[0], ref_logprobs=LOG[1], values=V)
@@ -318,6 +331,8 @@ BY_HAND = {
     ("orm", "ppo"): [0.604026, 0.619480, 1.293723, 2.310726, 1.606275, 2.439965, 3.837452],  # case C
     ("dpo-rm", "reinforce"): EOS_MEAN,
     ("dpo-rm", "ppo"): SUMMED,
+    # sums to come of R less the other's mean, 11/12 and 3/4, beside the verifier's -1 and 1
+    **{("prime", x): [-5 / 3, -5 / 4, 2 / 3, -5 / 12, 3 / 2, 11 / 4, 13 / 4] for x in ("reinforce", "ppo")},
     **{("rloo", x): [-1.0] * 4 + [1.0] * 3 for x in ("reinforce", "ppo")},
     **{("grpo", x): [-(0.5**0.5)] * 4 + [0.5**0.5] * 3 for x in ("reinforce", "ppo")},
     **{("dr-grpo", x): [-0.5] * 4 + [0.5] * 3 for x in ("reinforce", "ppo")},
@@ -332,22 +347,29 @@ def test_every_preset_is_worked_by_hand():
 def test_two_rows_by_hand_from_scores_to_loss(name, algorithm):
     """Two answers of 4 and 3 actions with scores R, the second right; the released code's golden vectors."""
     values = {**preset(name, algorithm), "min_std_share": 0.0, "max_new_tokens": 12, "verifier": "label"}
+    if name == "prime":
+        values["implicit_lr"] = 1e-30
     config = Config(model="m", data="d", out="o", **values)
-    reward, responses = config.reward, answers_of([(4, [3]), (3, [2])])
+    responses = answers_of([(4, [3]), (3, [2])])
     kl_coef = config.kl_coef if config.kl_in == "reward" else 0.0
-    stream = {
+    verifier = Verifier(TOKENIZER, config)
+    streams = {
         "q-rm": lambda: QRM(lambda batch: R, config, kl_coef),
         "qrm-vocab": lambda: QRM(lambda batch: R, config, kl_coef),  # Q - E_pi[Q] is R
         "orm": lambda: Outcome(lambda batch: R, config, kl_coef),
         "implicit": lambda: Implicit(policy(10 * R - 1), policy(torch.full((7,), -1.0)), 0.1, config, kl_coef),
-        "verifier": lambda: Verifier(TOKENIZER, config),
-    }[reward]()
-    credit = Weighted({reward: (1.0, stream)}, config)
+        "verifier": lambda: verifier,
+    }
+    if name == "prime":  # log-ratios are R / .1 before and after a step that moves nothing
+        log_ratio = Given(10 * R - 1)
+        streams["implicit"] = lambda: Prime(log_ratio, policy(torch.full((7,), -1.0)), 0.1, config, kl_coef, verifier)
+    credit = Weighted({x: (weight, streams[x]()) for x, weight in parse_streams(config.reward).items()}, config)
     tell(credit, responses, [0, 1])
     has_critic = config.value_coef or config.estimator != "own"
     reference = LOG[1] if config.kl_coef else None
     packed = packed_of(responses, logprobs=LOG[0], ref_logprobs=reference, values=V if has_critic else None)
-    advantages = credit.of_tokens(packed).advantages
+    with torch.no_grad():  # as in the loop
+        advantages = credit.of_tokens(packed).advantages
     expected = BY_HAND[name, algorithm]
     torch.testing.assert_close(advantages, torch.tensor(expected), rtol=0, atol=1e-5)
 
@@ -386,6 +408,70 @@ def test_a_vocabulary_head_is_above_what_the_policy_expects_of_it():
     torch.testing.assert_close(got.double(), expected / expected.std(correction=0), rtol=0, atol=1e-4)
 
 
+def test_prime_steps_towards_the_verifier_and_credits_by_what_came_out(monkeypatch):
+    """The step's gradient and the credit, against transformers' own forward; the answer without a label has no part."""
+    torch.manual_seed(0)
+    phi, reference = (load_policy("scratch:demo", TOKENIZER) for _ in range(2))
+    config = config_of("prime", implicit_lr=1e-2, gamma=0.9, kl_coef=0.1, kl_in="reward", kl_estimator="k1")
+    verifier, stepped, step = Verifier(TOKENIZER, config), [], AdamW.step
+    monkeypatch.setattr(
+        AdamW,
+        "step",
+        lambda optimizer, *lr: stepped.append([p.grad.clone() for p in optimizer.parameters]) or step(optimizer, *lr),
+    )
+    responses = [*TWO, TWO[0]]
+    prime = Prime(Policy(phi), Policy(reference.requires_grad_(False)), 0.5, config, 0.1, verifier)
+    tell(verifier, responses, [0, 1, None], groups=[0, 0, 1])
+    packed = packed_of(responses, groups=[0, 0, 1], ref_logprobs=[-1.1] * 11)
+    before = load_policy("scratch:demo", TOKENIZER)
+    before.load_state_dict(phi.state_dict())
+    with torch.no_grad():
+        advantages = prime.of_tokens(packed).advantages
+
+    def rewards(model):
+        rows = []
+        for response in responses:
+            ids = torch.tensor([[2, *response]])
+            parts = []
+            for x in (model, reference):
+                x.set_attn_implementation("sdpa")
+                logp = x(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+                parts.append(logp.gather(1, ids[0, 1:, None])[:, 0])
+            rows.append(0.5 * (parts[0] - parts[1]))
+        return rows
+
+    wrong, right, _ = (row.sum() for row in rewards(before))
+    loss = (torch.nn.functional.softplus(wrong) + torch.nn.functional.softplus(-right)) / 2
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in before.parameters()])
+    got = torch.cat([grad.flatten() for grad in stepped[0]])
+    assert len(stepped) == 1 and (got - expected).norm() <= 1e-4 * expected.norm()
+    metrics = prime.metrics()
+    assert metrics["implicit/loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["implicit/accuracy"].item() == pytest.approx(((wrong <= 0) + (right > 0).float()).item() / 2)
+
+    with torch.no_grad():
+        r = [row.tolist() for row in rewards(phi)]
+    assert abs(sum(r[0]) - wrong.item()) > 1e-3  # the step has moved it
+    means = [sum(row) / len(row) for row in r]
+    to_come = []
+    for row, others in zip(r, (means[1], means[0], 0.0), strict=True):
+        total = [0.0]
+        for x in reversed(row):
+            total.append(x - others - 0.1 * 0.1 + 0.9 * total[-1])
+        to_come += total[:0:-1]
+    torch.testing.assert_close(advantages, torch.tensor(to_come), rtol=0, atol=1e-4)
+
+
+def test_a_step_of_prime_that_is_not_taken_stops_the_loop():
+    config = config_of("prime")
+    verifier, phi = Verifier(TOKENIZER, config), Given(torch.zeros(7))
+    phi.level.register_hook(lambda grad: grad * math.inf)
+    prime = Prime(phi, policy(torch.zeros(7)), 0.5, config, 0.0, verifier)
+    tell(verifier, TWO, [1, 1])
+    assert prime.of_tokens(packed_of(TWO)).advantages.isnan().all() and phi.level == 0
+
+
 # ---- mixtures
 
 
@@ -407,6 +493,18 @@ def test_a_mixture_is_the_weighted_sum_of_what_each_would_give():
         weighted.state_dict()
     )
     assert fresh.min_std == q_rm.min_std == 0.0
+
+
+def test_what_several_streams_report_keeps_their_names():
+    config, packed = config_of("qrm-released", min_std_share=0.0), packed_of(TWO)
+    scores = {"q-rm": 1.0, "orm": 2.0}
+    streams = {name: (1.0, QRM(lambda batch, q=q: torch.full((7,), q), config, 0.0)) for name, q in scores.items()}
+    weighted = Weighted({**streams, "verifier": (1.0, Verifier(TOKENIZER, config))}, config)
+    tell(weighted, TWO, [0, 1])
+    weighted.of_tokens(packed)
+    metrics = {name: x.item() for name, x in weighted.metrics().items()}
+    deviations = {"reward/q-rm/q_std": 0.0, "reward/orm/q_std": 0.0}
+    assert metrics == {"reward/q-rm/q_mean": 1.0, "reward/orm/q_mean": 2.0, "reward/mean": 0.5, **deviations}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Log-probabilities of GRPO and RLOO from packed rows: no padding in the forward pass, the head on actions alone."""
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -7,8 +8,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ... import PackedBatch, from_padded
-from ...rl.attention import check_packing, inside_packed_inputs, packed_attention, packed_inputs, without_adapters
+from ... import PackedBatch, pack
+from ...rl.attention import (
+    check_packing,
+    inside_packed_inputs,
+    packed_attention,
+    packed_inputs,
+    shares_prompts,
+    without_adapters,
+)
 from .head import use_linear_logprobs, use_linear_policy_loss
 from .hooks import GRPO, RLOO, check_order, find_hook, warn_once
 from .objective import Objective, policy_objective
@@ -33,10 +41,10 @@ class PackedForward:
 
         class Trainer(PackedForward, GRPOTrainer): ...
 
-    Current, old and reference log-probabilities come from one forward pass over the real tokens of a micro-batch, no
-    padding among them; the head reads the rows that predict a completion token. The model is called as TRL calls it,
-    with its wrappers (accelerate, DDP, FSDP, peft) and TRL's own fused head, so that their hooks and gradient
-    checkpointing see the call. Results are TRL's to rounding.
+    Current, old and reference log-probabilities come from one forward pass over the real tokens of a micro-batch: no
+    padding, and a prompt once for all of its answers. The head reads the rows that predict a completion token. The
+    model is called as TRL calls it, with its wrappers (accelerate, DDP, FSDP, peft) and TRL's own fused head, so that
+    their hooks and gradient checkpointing see the call. Results are TRL's to rounding.
 
     TRL's own path runs, with one warning that says why, for multimodal inputs, the auxiliary loss of a mixture of
     experts, prompt-learning adapters, a mask that is not one run of tokens per row, and a model that fails the leak
@@ -60,7 +68,7 @@ class PackedForward:
             find_hook(f"{name}._get_per_token_logps_and_entropies")
         find_hook(f"{GRPO}._compute_loss")
         super().__init__(*args, **options)
-        self.cannot_pack = _cannot_pack(self.model, PROMPT_TOKENS + self.args.max_completion_length)
+        self.cannot_pack, self.share_prompts = _packs(self.model, PROMPT_TOKENS + self.args.max_completion_length)
         if self.cannot_pack is None:
             for model in (self.model, self.ref_model):
                 if model is not None:
@@ -117,16 +125,13 @@ class PackedForward:
 
     def _packed(self, model: Any, input_ids: Tensor, mask: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
         """[B, C] twice."""
-        is_action = mask.bool()
-        is_action[:, :-num_columns] = False
-        batch, columns = pack_padded(input_ids, mask, is_action)
+        batch, row, column = pack_answers(input_ids, mask, num_columns, self.share_prompts)
         labels = batch.targets.masked_fill(~batch.action_mask, -100)
-        place = batch.seq_ids, columns - (input_ids.shape[1] - num_columns)
-        objective = self._objective if len(columns) else None
+        objective = self._objective if len(batch.action_index) else None
         if objective is None:
             head = use_linear_logprobs()
         else:
-            head = use_linear_policy_loss(objective.rows(*place, batch.action_cu_seqlens))
+            head = use_linear_policy_loss(objective.rows(row, column, batch.action_cu_seqlens))
         with head, self.accelerator.autocast(), packed_inputs(batch) as inputs:
             out = model(**inputs, shift_labels=labels[None], fused_lm_head=True)
         if objective is not None:
@@ -134,7 +139,7 @@ class PackedForward:
             self._carried = first - first.detach()
             out.log_probs = out.log_probs.detach()
         rows = (x[0, batch.action_index] for x in (out.log_probs, _entropy(out)))
-        logprobs, entropies = (x.new_zeros(len(input_ids), num_columns).index_put(place, x) for x in rows)
+        logprobs, entropies = (x.new_zeros(len(input_ids), num_columns).index_put((row, column), x) for x in rows)
         return logprobs, entropies
 
 
@@ -150,41 +155,38 @@ def _one_run(mask: Tensor, num_columns: int) -> bool:
     return bool((whole | ~mask.any(1)).all())
 
 
-def pack_padded(input_ids: Tensor, mask: Tensor, is_action: Tensor) -> tuple[PackedBatch, Tensor]:
-    """The packed batch of padded rows, and the column [T] of every action.
+def pack_answers(
+    input_ids: Tensor, mask: Tensor, num_columns: int, share_prompts: bool
+) -> tuple[PackedBatch, Tensor, Tensor]:
+    """The packed batch of padded rows, equal prompts side by side; row and completion column of each of its actions.
 
-    `input_ids`: [B, L] int64. `mask`: [B, L], nonzero on tokens. `is_action`: [B, L] bool, tokens that were chosen; the
-    first token of a row, which nothing predicts, is none. Waits for the device on CUDA.
+    `input_ids`, `mask`: [B, P + C] int64, C = `num_columns`; the mask of a row is empty or one run that begins among
+    the first P columns. Waits for the device on CUDA.
     """
-    rows, columns = mask.nonzero(as_tuple=True)
-    cu_seqlens, ids, chosen = from_padded(mask, input_ids, is_action)
-    lengths = cu_seqlens.diff()
-    last = cu_seqlens[1:][lengths > 0] - 1
-    targets = ids.roll(-1).index_fill(0, last.long(), -100)
-    action_mask = chosen.roll(-1).index_fill(0, last.long(), False)
-    index = action_mask.nonzero()[:, 0]
-    seq_ids = rows[index]
-    ends = torch.bincount(seq_ids, minlength=len(mask)).cumsum(0, dtype=torch.int32)
-    batch = PackedBatch(
-        input_ids=ids,
-        position_ids=torch.arange(len(ids), device=ids.device) - cu_seqlens[rows],
-        cu_seqlens=cu_seqlens,
-        targets=targets,
-        action_mask=action_mask,
-        action_index=index,
-        action_cu_seqlens=torch.cat([ends.new_zeros(1), ends]),
-        seq_ids=seq_ids,
-        max_seqlen=int(lengths.max()),
+    ids, keep = input_ids.tolist(), mask.bool().tolist()
+    rows = [list(compress(*row)) for row in zip(ids, keep, strict=True)]
+    prompt_lens = [sum(row[:-num_columns]) for row in keep]
+    order = sorted((b for b in range(len(rows)) if rows[b]), key=lambda b: (rows[b][: prompt_lens[b]], len(rows[b])))
+    batch = pack(
+        [rows[b] for b in order],
+        [prompt_lens[b] for b in order],
+        share_prompts=share_prompts,
+        device=input_ids.device,
     )
-    return batch, columns[index + 1]
+    row = torch.tensor(order, device=input_ids.device)[batch.seq_ids]
+    first = torch.tensor(prompt_lens, device=input_ids.device)[row]
+    return batch, row, batch.position_ids[batch.action_index] + 1 - first
 
 
-def _cannot_pack(model: Any, num_tokens: int) -> str | None:
-    """What the leak test has against packing `model`, None where it passes; `model` is left as it was."""
+def _packs(model: Any, num_tokens: int) -> tuple[str | None, bool]:
+    """What the leak test has against packing `model`, None where it passes, and whether answers may share a prompt.
+
+    `model` is left as it was.
+    """
     plain = without_adapters(model)
     adapters = getattr(model, "peft_config", {}).values()
     if any(config.is_prompt_learning for config in adapters):
-        return "an adapter puts virtual tokens before the prompt"
+        return "an adapter puts virtual tokens before the prompt", False
     limit = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
     dropouts = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     before = plain.config._attn_implementation
@@ -192,11 +194,12 @@ def _cannot_pack(model: Any, num_tokens: int) -> str | None:
         for module in dropouts:
             module.p = 0.0
         plain.set_attn_implementation("qrm_packed")
-        check_packing(model, min(num_tokens, limit or num_tokens))
+        num_tokens = min(num_tokens, limit or num_tokens)
+        check_packing(model, num_tokens)
+        return None, shares_prompts(model, num_tokens)
     except ValueError as error:
-        return str(error)
+        return str(error), False
     finally:
         for module, p in dropouts.items():
             module.p = p
         plain.set_attn_implementation(before)
-    return None

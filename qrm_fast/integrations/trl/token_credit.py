@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import PackedBatch, from_padded
 from ..credit import Answers, Credit
 from .hooks import GRPO, HOOKS, check_order, find_hook
-from .packed_forward import pack_padded
 
 
 class TokenCredit:
@@ -90,3 +90,32 @@ class TokenCredit:
 def _check_groups(num_answers: int, group_size: int) -> None:
     if num_answers % group_size:
         raise ValueError(f"a process must hold whole groups of {group_size} answers, got {num_answers} answers")
+
+
+def pack_padded(input_ids: Tensor, mask: Tensor, is_action: Tensor) -> tuple[PackedBatch, Tensor]:
+    """The packed batch of padded rows, and the column [T] of every action.
+
+    `input_ids`: [B, L] int64. `mask`: [B, L], nonzero on tokens. `is_action`: [B, L] bool, tokens that were chosen; the
+    first token of a row, which nothing predicts, is none. Waits for the device on CUDA.
+    """
+    rows, columns = mask.nonzero(as_tuple=True)
+    cu_seqlens, ids, chosen = from_padded(mask, input_ids, is_action)
+    lengths = cu_seqlens.diff()
+    last = cu_seqlens[1:][lengths > 0] - 1
+    targets = ids.roll(-1).index_fill(0, last.long(), -100)
+    action_mask = chosen.roll(-1).index_fill(0, last.long(), False)
+    index = action_mask.nonzero()[:, 0]
+    seq_ids = rows[index]
+    ends = torch.bincount(seq_ids, minlength=len(mask)).cumsum(0, dtype=torch.int32)
+    batch = PackedBatch(
+        input_ids=ids,
+        position_ids=torch.arange(len(ids), device=ids.device) - cu_seqlens[rows],
+        cu_seqlens=cu_seqlens,
+        targets=targets,
+        action_mask=action_mask,
+        action_index=index,
+        action_cu_seqlens=torch.cat([ends.new_zeros(1), ends]),
+        seq_ids=seq_ids,
+        max_seqlen=int(lengths.max()),
+    )
+    return batch, columns[index + 1]

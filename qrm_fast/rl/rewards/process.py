@@ -16,12 +16,14 @@ from ... import (
     process_diagnostics,
 )
 from ...ops.gae import Advantages
+from .. import ranks
 from ..config import Config
-from ..data import Example, Prompt
+from ..data import STEP, Example, Prompt
 from ..prm import ends_a_step, find_steps, separator_id, separator_of
 from ..rollout import Rollout
 from ..scorer import StepScorer
 from .credit import Model, Packed, penalty
+from .oracle import ArithmeticPRM
 from .verifier import Verifier
 
 
@@ -33,7 +35,7 @@ class Process:
 
     def __init__(
         self,
-        scorer: StepScorer,
+        scorer: StepScorer | ArithmeticPRM,
         tokenizer: PreTrainedTokenizerBase,
         config: Config,
         weight: float,
@@ -41,10 +43,11 @@ class Process:
         verifier_weight: float,
     ) -> None:
         self.scorer, self.config, self.verifier = scorer, config, verifier
-        self.models: list[Model] = [scorer]
+        self.models: list[Model] = [] if isinstance(scorer, ArithmeticPRM) else [scorer]
+        separator = STEP if isinstance(scorer, ArithmeticPRM) else separator_of(scorer.model.config)
         self.coefs = dict(process_coef=weight, outcome_coef=verifier_weight)
-        self.separator = separator_id(tokenizer, separator_of(scorer.model.config))
-        self.ends_a_step = ends_a_step(tokenizer).to(scorer.model.device)
+        self.separator = separator_id(tokenizer, separator)
+        self.ends_a_step = ends_a_step(tokenizer).to(config.device)
         self.form: dict[str, Any] = dict(operator=config.operator, temperature=config.process_temperature)
 
     def of_answers(self, rollout: Rollout, examples: Sequence[Prompt | Example], group_ids: Tensor) -> None:
@@ -102,10 +105,12 @@ class Process:
             packed.group_ids,
             **outcome,
             preset=config.process,
+            mask_step_ends=config.mask_step_ends,
             **self.form,
             max_gen_len=config.max_new_tokens,
             kl=kl,
             num_tokens=num_tokens,
+            process_group=ranks.world(),
         )
         self._diagnose(packed, advantages)
         return Advantages(advantages, advantages)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ... import implicit_rewards, linear_q_values, per_token, q_advantages, q_token_rewards
 from ...ops.gae import Advantages
+from ...ops.moments import moments
+from .. import ranks
 from ..attention import packed_hidden
 from ..config import Config
 from ..data import Example, Prompt
@@ -57,7 +59,8 @@ class QRM:
     def _measured(self, packed: Packed) -> Tensor:
         """The scores, whose mean and deviation are reported."""
         q = self.scores(packed)
-        self.q_mean, self.q_std = q.mean(), q.std(correction=0)
+        count, self.q_mean, squares = moments(q, process_group=ranks.world())[0]
+        self.q_std = (squares / count).sqrt()
         if self.min_std is None:  # a satisfied Q-RM lets its scale collapse, and dividing by it would amplify noise
             self.min_std = self.config.min_std_share * self.q_std.item()
         return q
@@ -65,7 +68,9 @@ class QRM:
     def _scale(self, packed: Packed) -> dict[str, Any]:
         config = self.config
         group_ids = packed.group_ids if config.scope == "group" else None
-        return dict(center=config.center, scope=config.scope, group_ids=group_ids, min_std=self.min_std)
+        joined = ranks.world() if config.scope == "batch" else None
+        scope: dict[str, Any] = dict(scope=config.scope, group_ids=group_ids, process_group=joined)
+        return dict(center=config.center, min_std=self.min_std, **scope)
 
     def metrics(self) -> dict[str, Tensor]:
         return {"reward/q_mean": self.q_mean, "reward/q_std": self.q_std}
@@ -104,6 +109,10 @@ class VocabularyQ(QRM):
             raise ValueError('reward "qrm-vocab" needs a policy whose head has neither a bias nor a softcap')
 
     def scores(self, packed: Packed) -> Tensor:
+        with ranks.whole(self.policy), ranks.whole(self.scorer):
+            return self._scores(packed)
+
+    def _scores(self, packed: Packed) -> Tensor:
         head = self.policy.head()
         q_weight = policy_head(self.scorer.model, len(head.weight)).weight
         advantages = []

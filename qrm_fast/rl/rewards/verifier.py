@@ -33,6 +33,10 @@ class Verifier:
         self.known = torch.zeros(len(examples), dtype=torch.bool).index_fill(0, torch.tensor(known).long(), True)
         self.rewards = torch.zeros(len(examples)).masked_scatter(self.known, rewards).to(device)  # [S]
         self.known = self.known.to(device)
+        if config.overlong_tokens:
+            lengths = torch.tensor([float(len(response)) for response in rollout.responses], device=device)
+            over = (lengths - (config.max_new_tokens - config.overlong_tokens)) / config.overlong_tokens
+            self.rewards = self.rewards - over.clamp(0, 1).where(self.known, 0.0)
         if config.baseline == "none":
             self.advantages = self.rewards
         else:  # answers to one prompt are all judged, or none is: then they are equal

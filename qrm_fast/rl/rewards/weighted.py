@@ -1,5 +1,6 @@
 """The streams that a configuration names, side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ from ... import gae
 from ...ops.gae import Advantages
 from ..config import TOKEN_SCORES, Config, parse_streams
 from ..data import Example, Prompt
-from ..models import load_implicit, load_prm, load_q_rm, load_vocabulary_q, num_token_ids
+from ..lora import adapted
+from ..models import load_implicit, load_policy, load_prm, load_q_rm, load_vocabulary_q, num_token_ids
 from ..policy import Policy
 from ..rollout import Rollout
 from ..scorer import StepScorer, TokenScorer, VocabularyScorer
 from ..tokenizers import check_same_vocabulary, load_tokenizer
 from .credit import Packed, Stream, penalty
+from .oracle import ArithmeticPRM
+from .prime import Prime
 from .process import Process
 from .q_rm import QRM, Implicit, Outcome, Random, VocabularyQ
 from .verifier import Verifier
@@ -53,7 +57,14 @@ class Weighted:
         return Advantages(advantages, valued.returns)  # what the critic is of, where there is one
 
     def metrics(self) -> dict[str, Tensor]:
-        return {name: x for _, stream in self.streams.values() for name, x in stream.metrics().items()}
+        """Of each stream. What several of them report is named after its stream, too: reward/orm/q_mean."""
+        reported = {name: stream.metrics() for name, (_, stream) in self.streams.items()}
+        times = Counter(key for of_stream in reported.values() for key in of_stream)
+        return {
+            key if times[key] == 1 else key.replace("/", f"/{name}/"): x
+            for name, of_stream in reported.items()
+            for key, x in of_stream.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {name: stream.state_dict() for name, (_, stream) in self.streams.items()}
@@ -86,19 +97,37 @@ def load_credit(config: Config, tokenizer: PreTrainedTokenizerBase, policy: Poli
             q_model = load_vocabulary_q(checked(config.q_rm), tokenizer, **options)
             return VocabularyQ(VocabularyScorer(q_model), policy, config, kl_coef)
         if name == "implicit":
-            model, reference, beta = load_implicit(checked(config.implicit), tokenizer, **options)
-            num_ids = num_token_ids(tokenizer)
-            return Implicit(Policy(model, num_ids=num_ids), Policy(reference, num_ids=num_ids), beta, config, kl_coef)
-        kind, spec = (QRM, config.q_rm) if name == "q-rm" else (Outcome, config.orm)
-        model = load_q_rm(checked(spec), tokenizer, **options)
-        return kind(TokenScorer(model, reads_action=True), config, kl_coef)
+            return implicit(kl_coef)
+        if name == "orm":
+            model = load_q_rm(checked(config.orm), tokenizer, kind="orm", **options)
+            return Outcome(TokenScorer(model, reads_action=True), config, kl_coef)
+        model = load_q_rm(checked(config.q_rm), tokenizer, **options)
+        return QRM(TokenScorer(model, reads_action=True), config, kl_coef)
 
+    def implicit(kl_coef: float) -> Implicit:
+        if config.implicit is None:  # it learns, and starts as the policy
+            model, start = (load_policy(config.model, tokenizer, **options) for _ in range(2))
+            beta = config.implicit_beta
+        else:
+            model, start, beta = load_implicit(checked(config.implicit), tokenizer, **options)
+        num_ids = num_token_ids(tokenizer)
+        reference = Policy(start.requires_grad_(False), num_ids=num_ids)
+        if not config.implicit_lr:
+            return Implicit(Policy(model, num_ids=num_ids), reference, beta, config, kl_coef)
+        assert verifier is not None  # `check` refuses it
+        model = adapted(model.requires_grad_(True), config.implicit or config.model, config)
+        return Prime(Policy(model, num_ids=num_ids), reference, beta, config, kl_coef, verifier)
+
+    verifier = Verifier(tokenizer, config) if "verifier" in weights else None
     streams: dict[str, tuple[float, Stream]] = {
         name: (weights[name], token_scores(name)) for name in TOKEN_SCORES if name in weights
     }
-    verifier = Verifier(tokenizer, config) if "verifier" in weights else None
     if "pure" in weights:
-        scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
+        scorer: StepScorer | ArithmeticPRM
+        if config.prm is not None and config.prm.partition(":")[0] == "arithmetic":
+            scorer = ArithmeticPRM(config.prm, tokenizer, config.seed)
+        else:
+            scorer = StepScorer(load_prm(checked(config.prm), tokenizer, **options))
         share = weights.get("verifier", 0.0)
         streams["pure"] = 1.0, Process(scorer, tokenizer, config, weights["pure"], verifier, share)
     elif verifier is not None:
