@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 from .attention import backbone, of_transformers, without_adapters
 from .checkpoint import MODEL_CONFIG
 from .gguf import checkpoint_of
+from .linear import use_onednn
 from .lora import merged, whole_modules
 from .policy import check_head
 from .tokenizers import adapter_base
@@ -299,6 +300,7 @@ def _load(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    use_onednn(model)
     return model.to(device).eval()
 
 
