@@ -435,7 +435,7 @@ def test_an_adapter_as_a_model(inputs, run):
     )  # fmt: skip
     assert status == 0 and "Pass@1 on 16 problems" in out
     status, out, err = run("score", "--model", "adapter", "--prompt", "1+1:", "--response", "01+1=02")
-    assert (status, out) == (2, "") and "must be a Q-RM, a token classifier" in err and err.count("\n") == 1
+    assert (status, out) == (2, "") and "must be a Q-RM or an ORM, a token classifier" in err and err.count("\n") == 1
     status, out, err = run("train-rm", "--model", "adapter", "--data", inputs / "pairs.jsonl", "--out", "out")
     assert (status, err) == (0, "") and "Q-RM  out" in out
 
@@ -518,7 +518,7 @@ def test_a_q_rm_of_another_vocabulary(inputs, run):
     save_checkpoint(load_token_model("scratch:demo", other), other, "other")
     status, out, err = run(*train_arguments(inputs), "--q_rm", "other", "--out", "out")
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert "policy and reward model must share one vocabulary, got 17 and" in err
+    assert "policy and reward model must share one vocabulary, got 18 and" in err
     assert not Path("out").exists()
 
 
@@ -526,7 +526,7 @@ def test_only_a_trained_q_rm_scores(inputs, run):
     """A policy has no score head: a fresh one would print noise."""
     status, out, err = run("score", "--model", inputs / "policy", "--prompt", "1+1:", "--response", "01+1=02")
     assert (status, out) == (2, "")
-    assert "must be a Q-RM, a token classifier with one label, got LlamaForCausalLM" in err
+    assert "must be a Q-RM or an ORM, a token classifier with one label, got LlamaForCausalLM" in err
     tokenizer = load_tokenizer("arithmetic")
     save_checkpoint(load_token_model("scratch:demo", tokenizer, num_labels=3), tokenizer, "three")
     status, out, err = run("score", "--model", "three", "--prompt", "1+1:", "--response", "01+1=02")

@@ -66,7 +66,7 @@ def preset(name: str, algorithm: str = "reinforce") -> dict[str, Any]:
 @dataclass(kw_only=True)
 class Config(RunOptions):
     model: str
-    """The policy to start from: Hugging Face id or directory."""
+    """The policy to start from: Hugging Face id, directory or GGUF file."""
     data: str
     """JSONL file of prompts: {"instruction"}, and {"label"} for the reward "verifier"."""
     q_rm: str | None = None

@@ -6,7 +6,7 @@ a scoring or training forward; the log-probabilities of sampling are the old one
 to recompute them.
 """
 
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random as HostRandom
 from typing import Any, NamedTuple
 
@@ -172,6 +172,7 @@ def learn(
             num_tokens = sum(lengths[s] for s in kept)
             num_rows = sum(len(batch.input_ids) for batch in packed.batches)
             num_pairs = sum(lengths[s] * (lengths[s] + 1) // 2 for s in kept)  # of a query and a key it sees
+            num_pairs -= sum(n * (n + 1) // 2 for n in shared_rows(minibatches, prompt_lens, config.group_size))
 
         # ---- score
         with phases("score"), torch.no_grad():
@@ -359,6 +360,14 @@ def plan(
         minibatches.append([[s for unit in units for s in unit] for units in by_length])
     most = ranks.gather(torch.tensor([len(minibatch) for minibatch in minibatches])).amax(0).tolist()
     return [minibatch + [[]] * (n - len(minibatch)) for minibatch, n in zip(minibatches, most, strict=True)]
+
+
+def shared_rows(minibatches: list[list[list[int]]], prompt_lens: list[int] | None, group_size: int) -> list[int]:
+    """Of every answer whose prompt another one computes, the rows that it saves."""
+    if prompt_lens is None:
+        return []
+    neighbours = (pair for minibatch in minibatches for answers in minibatch for pair in pairwise(answers))
+    return [prompt_lens[b] - 1 for a, b in neighbours if a // group_size == b // group_size]
 
 
 def pack_answers(

@@ -21,7 +21,7 @@ from qrm_fast.rl.rollout import TransformersEngine, check_sampling
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-SIZES |= dict(head_dim=8, vocab_size=17, pad_token_id=0, bos_token_id=1, eos_token_id=1, max_position_embeddings=128)
+SIZES |= dict(head_dim=8, vocab_size=18, pad_token_id=0, bos_token_id=1, eos_token_id=1, max_position_embeddings=128)
 WINDOW = dict(sliding_window=4)
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)

@@ -96,7 +96,7 @@ def test_packing_is_red_in_attention_that_ignores_boundaries_or_windows_or_looks
 def small(name, **options):
     """A model of the architecture `name` with random weights, saved with the arithmetic tokenizer."""
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    ids = dict(vocab_size=17, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
+    ids = dict(vocab_size=18, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
     config = AutoConfig.for_model(name, **{**sizes, **ids, "max_position_embeddings": 128, **options})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -247,7 +247,7 @@ VISION = {
 @pytest.mark.parametrize("name", VISION)
 def test_the_text_model_of_a_model_of_text_and_images(name, saved, tokenizer, tmp_path):
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    text |= dict(vocab_size=17, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
+    text |= dict(vocab_size=18, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_key_value_heads=2)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
     text |= dict(layer_types=2 * ["full_attention"]) if name == "gemma3" else dict(rope_parameters=rope)
     config = AutoConfig.for_model(name, text_config=text, vision_config=VISION[name], pad_token_id=0)
@@ -387,9 +387,9 @@ def test_bad_specs(tokenizer, tmp_path):
     with pytest.raises(OSError, match="missing"):
         load_policy(str(tmp_path / "missing"), tokenizer)
     save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, tmp_path / "small")
-    with pytest.raises(ValueError, match=r"small must embed the tokenizer's \d+ tokens, got 17"):
+    with pytest.raises(ValueError, match=r"small must embed the tokenizer's \d+ tokens, got 18"):
         load_policy(str(tmp_path / "small"), load_tokenizer("bpe", ["1+1"]))
-    config = GPT2Config(vocab_size=17, n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    config = GPT2Config(vocab_size=18, n_embd=8, n_layer=1, n_head=1, n_positions=16)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="must fit the 16 positions of GPT2LMHeadModel, got 17"):
         check_context(load_policy(str(tmp_path / "gpt2"), tokenizer), 17)

@@ -25,7 +25,7 @@ from qrm_fast.rl.tokenizers import load_tokenizer
 SEQUENCES = [[2, 3, 4, 5, 1], [6, 7, 8, 9, 10, 11, 1], [3, 4, 1], [12, 13, 14, 1]]
 PROMPT_LENS = [2, 3, 1, 2]
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-IDS = dict(vocab_size=17, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+IDS = dict(vocab_size=18, pad_token_id=0, eos_token_id=1, bos_token_id=1)
 MODELS = {
     "granite": (GraniteForCausalLM, GraniteConfig(**SIZES, **IDS, logits_scaling=8.0)),
     "cohere": (CohereForCausalLM, CohereConfig(**SIZES, **IDS, logit_scale=0.0625)),

@@ -38,9 +38,10 @@ class ArithmeticPRM:
     def __call__(self, batch: PackedBatch, step_ends: Tensor) -> Tensor:
         """`batch` as `find_steps` leaves it, a blank line behind every step."""
         rewards: list[float] = []
-        for ids, answer in zip(
-            unpack(batch.input_ids, batch.cu_seqlens), batch.action_cu_seqlens.diff().tolist(), strict=True
-        ):
+        rows = batch.input_ids, batch.cu_seqlens
+        if batch.whole_rows is not None and batch.whole_cu_seqlens is not None:
+            rows = batch.input_ids[batch.whole_rows], batch.whole_cu_seqlens
+        for ids, answer in zip(unpack(*rows), batch.action_cu_seqlens.diff().tolist(), strict=True):
             start = len(ids) - answer
             rewards += self._rewards(self.tokenizer.decode(ids[:start]), self.tokenizer.decode(ids[start:]))
         half = torch.tensor(rewards, device=batch.input_ids.device).clamp(-0.999, 0.999).atanh()
