@@ -118,7 +118,7 @@ def limits(records: list[dict]) -> Figure | None:
 def roofline(axes: Axes, records: list[dict], copy: float) -> None:
     """Numbered marks of ours and of the fastest rival; a bar at the fastest library GEMM of the same run."""
     gemms: dict[str, float] = {}
-    lowest, height = copy, 0.042  # of a line of the list below the marks, in axes
+    lowest, height = copy, min(0.042, 0.5 / len(records))  # of a line of the list below the marks, in axes
     for i, record in enumerate(records):
         intensity = record["flops"] / record["bytes"] * 1.035 ** (i % 3 - 1)  # apart where they coincide
         gemm = max(row["gflop_per_s"] for row in record["times"].values() if "extra_mib" not in row)
