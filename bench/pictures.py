@@ -118,6 +118,7 @@ def limits(records: list[dict]) -> Figure | None:
 def roofline(axes: Axes, records: list[dict], copy: float) -> None:
     """Numbered marks of ours and of the fastest rival; a bar at the fastest library GEMM of the same run."""
     gemms: dict[str, float] = {}
+    lowest, height = copy, min(0.042, 0.5 / len(records))  # of a line of the list below the marks, in axes
     for i, record in enumerate(records):
         intensity = record["flops"] / record["bytes"] * 1.035 ** (i % 3 - 1)  # apart where they coincide
         gemm = max(row["gflop_per_s"] for row in record["times"].values() if "extra_mib" not in row)
@@ -126,10 +127,12 @@ def roofline(axes: Axes, records: list[dict], copy: float) -> None:
         rivals = [row["gflop_per_s"] for way, row in record["times"].items() if is_rival(record, way)]
         axes.plot(intensity, gemm, linestyle="", marker="_", markersize=11, color="0.2")
         axes.plot(intensity, ours(record)["gflop_per_s"], linestyle="", **WHOSE["qrm_fast"], markersize=5)
-        axes.plot(intensity, max(rivals), linestyle="", **WHOSE["PyTorch"], markersize=5)
+        if rivals:
+            lowest = min(lowest, max(rivals))
+            axes.plot(intensity, max(rivals), linestyle="", **WHOSE["PyTorch"], markersize=5)
         place = (intensity, ours(record)["gflop_per_s"])
         axes.annotate(str(i + 1), place, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
-        axes.text(0.98, 0.02 + 0.042 * (len(records) - 1 - i), f"{i + 1}  {label(record)}", fontsize=7, ha="right",
+        axes.text(0.98, 0.02 + height * (len(records) - 1 - i), f"{i + 1}  {label(record)}", fontsize=7, ha="right",
                   transform=axes.transAxes)  # fmt: skip
     top, far = max(gemms.values()), 60 * max(record["flops"] / record["bytes"] for record in records)
     for dtype, gemm in gemms.items():
@@ -139,7 +142,9 @@ def roofline(axes: Axes, records: list[dict], copy: float) -> None:
     axes.plot([1, top / copy], [copy, top], color="0.6", linewidth=1)
     axes.annotate(f"copy, {copy:.0f} GB/s", (2, 2 * copy), fontsize=7, color="0.3", va="top", xytext=(6, -4),
                   textcoords="offset points")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(1, far), ylim=(copy / 10, 3 * top))
+    listed = height * len(records) + 0.06
+    bottom = lowest / (3 * top / lowest) ** (listed / (1 - listed))
+    axes.set(xscale="log", yscale="log", xlim=(1, far), ylim=(bottom, 3 * top))
     axes.set_title("products: GFLOP/s, beside the fastest other way", loc="left", fontsize=10)
     axes.set_xlabel("FLOP per byte; bar: library GEMM of the same run, lines: of any", fontsize=8)
 

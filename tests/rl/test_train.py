@@ -489,7 +489,11 @@ def test_bad_input(config, tmp_path):
         train(replace(config, data=str(tmp_path / "prompts.jsonl")))
 
 
-@pytest.mark.parametrize(("name", "field", "num_labels"), [("qrm-paper", "q_rm", 1), ("pure-paper", "prm", 2)])
+@pytest.mark.parametrize(
+    ("name", "field", "num_labels"),
+    [("qrm-paper", "q_rm", 1), ("pure-paper", "prm", 2), ("orm", "orm", 1), ("dpo-rm", "implicit", 1),
+     ("prime", "implicit", 1)],
+)  # fmt: skip
 def test_a_reward_model_of_another_vocabulary_is_refused(config, tmp_path, name, field, num_labels):
     other = load_tokenizer("bpe", ["1+1"])
     save_checkpoint(load_token_model("scratch:demo", other, num_labels=num_labels), other, tmp_path / "other")

@@ -43,13 +43,13 @@ class Prime(Implicit):
         self._learn(packed, reference)
         logprobs = [self.scorer(batch).logprobs for batch in packed.batches]
         rewards = implicit_rewards(torch.cat(logprobs), torch.cat(reference), beta=self.beta)
-        # NaN where the step was not taken, because its gradient was not finite: the loop stops there
+        # NaN where the step was not taken, because its gradient was not finite: then the policy takes none either
         return rewards + 0 * self.grad_norm
 
     @torch.enable_grad()
     def _learn(self, packed: Packed, reference: list[Tensor]) -> None:
         """One step towards the labels of all answers that have one; `reference` [T] of each batch."""
-        labels, known = self.verifier.rewards[packed.answers], self.verifier.known[packed.answers].float()  # [S]
+        labels, known = self.verifier.right[packed.answers], self.verifier.known[packed.answers].float()  # [S]
         num_answers = [len(batch.action_cu_seqlens) - 1 for batch in packed.batches]
         num_known = ranks.gather(known.sum()).sum()
         columns = (x.split(num_answers) for x in (labels, known / num_known.clamp(min=1)))

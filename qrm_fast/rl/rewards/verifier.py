@@ -32,21 +32,20 @@ class Verifier:
         self.mean_reward = rewards.sum() / max(len(known), 1)
         self.known = torch.zeros(len(examples), dtype=torch.bool).index_fill(0, torch.tensor(known).long(), True)
         self.rewards = torch.zeros(len(examples)).masked_scatter(self.known, rewards).to(device)  # [S]
-        self.known = self.known.to(device)
-        self.shaped = self.rewards
+        self.known, self.right = self.known.to(device), self.rewards  # [S], [S]: what was judged, and right
         if config.overlong_tokens:
             lengths = torch.tensor([float(len(response)) for response in rollout.responses], device=device)
             over = (lengths - (config.max_new_tokens - config.overlong_tokens)) / config.overlong_tokens
-            self.shaped = self.rewards - over.clamp(0, 1).where(self.known, 0.0)
+            self.rewards = self.rewards - over.clamp(0, 1).where(self.known, 0.0)
         if config.baseline == "none":
-            self.advantages = self.shaped
+            self.advantages = self.rewards
         else:  # answers to one prompt are all judged, or none is: then they are equal
-            self.advantages = group_advantages(self.shaped, group_ids, kind=config.baseline)  # [S]
+            self.advantages = group_advantages(self.rewards, group_ids, kind=config.baseline)  # [S]
         return self.advantages
 
     def rewards_of_tokens(self, packed: Packed) -> Tensor:
         """[T]: the last token of an answer earns what the answer did."""
-        return at_the_end(self.shaped[packed.answers], packed)
+        return at_the_end(self.rewards[packed.answers], packed)
 
     def of_tokens(self, packed: Packed) -> Advantages:
         rows = per_token(self.advantages[packed.answers], packed.cu_seqlens, len(packed.logprobs))  # [T]
