@@ -2,7 +2,7 @@
 # that one, which `make install` fills. PYTHON=... names another interpreter: `make gpu` needs one with a CUDA torch, and
 # installs nothing. SUITE="heads tests" runs these of its suites, for SECONDS at most, with the journal in OUT; COMMIT
 # names the commit of a tree without git.
-# DATA=DIR gives the tests the folder of real data, which they otherwise skip. One process per core runs them, a file at
+# DATA=DIR gives tests and benchmarks the folder of real data, which they otherwise skip. One process per core runs them, a file at
 # a time and in the order of their names: the longest, test_build.py, is among the first.
 
 ifndef VIRTUAL_ENV

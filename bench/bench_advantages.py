@@ -5,8 +5,12 @@ and zero first; "copy into fresh memory" is what that costs a copy. In the cases
 freed: there both write pages that the process has.
 """
 
+import json
+import os
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,16 +21,34 @@ from .harness import KEPT_MEMORY, Case, Provider, case, copy
 from .rivals import Rival, available
 
 NUM_TOKENS = 1 << 24
-SEGMENTS = ["1 x 16777216", "16384 x 1024", "1048576 x 16", "log-normal"]
+SEGMENTS = ["1 x 16777216", "16384 x 1024", "1048576 x 16", "log-normal", "log-normal, long"]
+REAL = "GSM8K answers"
+if "DATA" in os.environ:  # the folder that has them, `make bench DATA=DIR`; without it there is no such case
+    SEGMENTS.append(REAL)
 
 
 def boundaries(segments: str, num_tokens: int) -> Tensor:
-    """[S+1]: equal lengths, or a median of 150 tokens with one sequence in a thousand longer than 6,000."""
-    if segments != "log-normal":
+    """[S+1]: equal lengths; those of real answers, again and again; or log-normal ones.
+
+    The latter have a median of 150 tokens, and one in a thousand is longer than 6,000; long, of 8,100 and 178,000.
+    """
+    if " x " in segments:
         return torch.arange(0, num_tokens + 1, min(num_tokens, int(segments.split(" x ")[1])))
-    lengths = (5 + 1.2 * torch.randn(num_tokens // 64, generator=torch.Generator().manual_seed(0))).exp().long() + 1
+    if segments == REAL:
+        lengths = torch.tensor(answer_lengths(Path(os.environ["DATA"]) / "gsm8k_pairs.jsonl"))
+        lengths = lengths.repeat(num_tokens // int(lengths.sum()) + 1)
+    else:
+        median, deviation = (9, 1.0) if "long" in segments else (5, 1.2)
+        spread = torch.randn(num_tokens // 64, generator=torch.Generator().manual_seed(0))
+        lengths = (median + deviation * spread).exp().long() + 1
     ends = lengths.cumsum(0)
     return torch.cat([torch.zeros(1, dtype=torch.int64), ends[ends < num_tokens], torch.tensor([num_tokens])])
+
+
+def answer_lengths(pairs: Path) -> list[int]:
+    """Words and signs, in the place of a tokenizer's, of the answers of preference pairs."""
+    rows = map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
+    return [len(re.findall(r"\w+|[^\w\s]", row[side])) for row in rows for side in ("chosen", "rejected")]
 
 
 def columns(count: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -51,7 +73,7 @@ def in_triton(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> dict[str, 
     return {"qrm_fast, Triton": partial(triton.launch, rewards, values, cu_seqlens, 1.0, 0.95, None, None, None)}
 
 
-def packed(device: torch.device, segments: str, num_tokens: int = NUM_TOKENS) -> Case:
+def packed(device: torch.device, segments: str, num_tokens: int) -> Case:
     """gae, with nothing beside it."""
     cu_seqlens = boundaries(segments, num_tokens).to(device)
     rewards, values = columns(2, num_tokens, device)
@@ -72,7 +94,7 @@ def packed(device: torch.device, segments: str, num_tokens: int = NUM_TOKENS) ->
 
 @case(cpu=[{"segments": s} for s in SEGMENTS], cuda=[{"segments": s} for s in SEGMENTS])
 def packed_gae(device: torch.device, segments: str) -> Case:
-    built = packed(device, segments)
+    built = packed(device, segments, NUM_TOKENS)
     if device.type == "cpu":
         built.providers |= into_fresh_memory(built.bytes, device)
     return built
@@ -80,7 +102,7 @@ def packed_gae(device: torch.device, segments: str) -> Case:
 
 @case(environment=KEPT_MEMORY, cpu=[{"segments": s} for s in SEGMENTS])
 def packed_gae_in_kept_memory(device: torch.device, segments: str) -> Case:
-    return packed(device, segments)
+    return packed(device, segments, NUM_TOKENS)
 
 
 COLUMNS = {"min_gae": (2, 2), "discounted_returns": (1, 1), "vtrace": (3, 2)}  # that it reads and writes

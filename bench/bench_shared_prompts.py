@@ -16,10 +16,12 @@ GROUPS, GROUP, ANSWER = 2, 8, 160
 
 def shared_prompts(device: torch.device, prompt: int, width: int, num_layers: int) -> Case:
     """8 answers, of log-normal length around 160, to each of 2 prompts; float32."""
+    from qrm_fast.rl.linear import use_onednn
     from qrm_fast.rl.policy import Policy
 
     model, num_parameters = qwen2(width, num_layers)
     model.set_attn_implementation("qrm_packed")
+    use_onednn(model)
     policy = Policy(model.train())
     generator = torch.Generator().manual_seed(0)
     lengths = torch.exp(torch.randn(GROUPS, GROUP, generator=generator) * 0.6 + math.log(ANSWER)).clamp(8, 800).long()

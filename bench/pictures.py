@@ -30,11 +30,12 @@ KEPT = "_in_kept_memory"  # the same case in a process that keeps what it frees
 
 def draw(kind: str, results: Path, records: list[dict], folder: Path) -> Path | None:
     """Write KIND-RESULTS.svg for a file of results; None where it holds nothing to draw."""
-    wanted = (record for record in records if (record["suite"] == "growth") == (kind == "growth"))
-    figure = KINDS[kind]([record for record in wanted if "times" in record])
+    shows, drawn = KINDS[kind]
+    shown = [record for record in records if "times" in record and shows(record)]
+    figure = drawn(shown) if shown else None
     if figure is None:
         return None
-    figure.supxlabel(f"bench/results/{results.name}: {summary(records)}", fontsize=6.5, x=0.005, ha="left", color="0.3")
+    figure.supxlabel(f"bench/results/{results.name}: {summary(shown)}", fontsize=6.5, x=0.005, ha="left", color="0.3")
     return save(figure, f"{kind}-{results.stem}", folder)
 
 
@@ -93,7 +94,6 @@ def legend(figure: Figure, records: list[dict]) -> None:
 
 def limits(records: list[dict]) -> Figure | None:
     """Ops without a product beside a copy of their bytes; the others by FLOP per byte."""
-    records = [record for record in records if record["bytes"]]
     kept = {record["case"].replace(KEPT, ""): record for record in records if KEPT in record["case"]}
     moved = [record for record in records if not record["flops"] and KEPT not in record["case"]]
     products = [record for record in records if record["flops"]]
@@ -118,6 +118,7 @@ def limits(records: list[dict]) -> Figure | None:
 def roofline(axes: Axes, records: list[dict], copy: float) -> None:
     """Numbered marks of ours and of the fastest rival; a bar at the fastest library GEMM of the same run."""
     gemms: dict[str, float] = {}
+    lowest, height = copy, min(0.042, 0.5 / len(records))  # of a line of the list below the marks, in axes
     for i, record in enumerate(records):
         intensity = record["flops"] / record["bytes"] * 1.035 ** (i % 3 - 1)  # apart where they coincide
         gemm = max(row["gflop_per_s"] for row in record["times"].values() if "extra_mib" not in row)
@@ -126,10 +127,12 @@ def roofline(axes: Axes, records: list[dict], copy: float) -> None:
         rivals = [row["gflop_per_s"] for way, row in record["times"].items() if is_rival(record, way)]
         axes.plot(intensity, gemm, linestyle="", marker="_", markersize=11, color="0.2")
         axes.plot(intensity, ours(record)["gflop_per_s"], linestyle="", **WHOSE["qrm_fast"], markersize=5)
-        axes.plot(intensity, max(rivals), linestyle="", **WHOSE["PyTorch"], markersize=5)
+        if rivals:
+            lowest = min(lowest, max(rivals))
+            axes.plot(intensity, max(rivals), linestyle="", **WHOSE["PyTorch"], markersize=5)
         place = (intensity, ours(record)["gflop_per_s"])
         axes.annotate(str(i + 1), place, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
-        axes.text(0.98, 0.02 + 0.042 * (len(records) - 1 - i), f"{i + 1}  {label(record)}", fontsize=7, ha="right",
+        axes.text(0.98, 0.02 + height * (len(records) - 1 - i), f"{i + 1}  {label(record)}", fontsize=7, ha="right",
                   transform=axes.transAxes)  # fmt: skip
     top, far = max(gemms.values()), 60 * max(record["flops"] / record["bytes"] for record in records)
     for dtype, gemm in gemms.items():
@@ -139,27 +142,23 @@ def roofline(axes: Axes, records: list[dict], copy: float) -> None:
     axes.plot([1, top / copy], [copy, top], color="0.6", linewidth=1)
     axes.annotate(f"copy, {copy:.0f} GB/s", (2, 2 * copy), fontsize=7, color="0.3", va="top", xytext=(6, -4),
                   textcoords="offset points")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(1, far), ylim=(copy / 10, 3 * top))
+    listed = height * len(records) + 0.06
+    bottom = lowest / (3 * top / lowest) ** (listed / (1 - listed))
+    axes.set(xscale="log", yscale="log", xlim=(1, far), ylim=(bottom, 3 * top))
     axes.set_title("products: GFLOP/s, beside the fastest other way", loc="left", fontsize=10)
     axes.set_xlabel("FLOP per byte; bar: library GEMM of the same run, lines: of any", fontsize=8)
 
 
-def ways(records: list[dict]) -> Figure | None:
+def ways(records: list[dict]) -> Figure:
     """Time and memory of every way to a result."""
-    shown = [
-        record for record in records
-        if KEPT not in record["case"] and any(is_rival(record, way) for way in record["times"])
-    ]  # fmt: skip
-    if not shown:
-        return None
-    figure = Figure(figsize=(12, 1.5 + 0.2 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(12, 1.5 + 0.2 * len(records)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    by_label(left, shown, lambda record, row: row["median_ms"] / ours(record)["median_ms"])
-    by_label(right, shown, lambda record, row: row["extra_mib"])
+    by_label(left, records, lambda record, row: row["median_ms"] / ours(record)["median_ms"])
+    by_label(right, records, lambda record, row: row["extra_mib"])
     left.axvline(1, color="0.5", linewidth=1)
     left.set_title("time, ours = 1", loc="left", fontsize=10)
     right.set_title("extra memory, MiB", loc="left", fontsize=10)
-    legend(figure, shown)
+    legend(figure, records)
     return figure
 
 
@@ -178,6 +177,8 @@ def growth(records: list[dict]) -> Figure | None:
                     text = f"{way}: {sweep.over}^{exponent:.2f}"
                     axes.plot(sweep.sizes, values, markersize=4, linewidth=1, label=text, **WHOSE[whose(way)])
             axes.set(xscale="log", yscale="log", xlabel=sweep.over, ylabel=unit)
+            axes.set_xticks(sweep.sizes, [f"{size:,}" for size in sweep.sizes], fontsize=8)
+            axes.set_xticks([], minor=True)
             axes.legend(fontsize=7, frameon=False)
         row[0].set_title(fixed(sweep.records[0], sweep.over), loc="left", fontsize=9)
     return figure
@@ -188,21 +189,37 @@ def fixed(record: dict, over: str) -> str:
     return ", ".join([op, *(f"{key} {value}" for key, value in sizes.items() if key != over)])
 
 
-def errors(records: list[dict]) -> Figure | None:
+def errors(records: list[dict]) -> Figure:
     """How far each way is from float64."""
-    shown = [record for record in records if any("error" in row for row in record["times"].values())]
-    if not shown:
-        return None
-    figure = Figure(figsize=(9, 1.5 + 0.22 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(records)), layout="constrained")
     axes = figure.subplots()
-    by_label(axes, shown, lambda _, row: row.get("error"))
-    for i, record in enumerate(shown):
+    by_label(axes, records, lambda _, row: row.get("error"))
+    for i, record in enumerate(records):
         if re.match(CONTRACT_HOLDS, record["case"]):
             axes.plot([CONTRACT, CONTRACT], [i - 0.45, i + 0.45], color="C3", linewidth=1.5)
     axes.set_title("distance from float64; red: what a forward pass may be off by", loc="left", fontsize=10)
-    legend(figure, shown)
+    legend(figure, records)
     return figure
 
 
 CONTRACT_HOLDS = r"linear_(logprobs_forward\[|q_values|sample).* cpu$"
-KINDS = {"limits": limits, "ways": ways, "growth": growth, "errors": errors}
+
+
+def grows(record: dict) -> bool:
+    return record["suite"] == "growth"
+
+
+def has_rival(record: dict) -> bool:
+    return not grows(record) and KEPT not in record["case"] and any(is_rival(record, way) for way in record["times"])
+
+
+def has_error(record: dict) -> bool:
+    return any("error" in row for row in record["times"].values())
+
+
+KINDS = {  # what a picture shows, and how
+    "limits": (lambda record: record["bytes"] and not grows(record), limits),
+    "ways": (has_rival, ways),
+    "growth": (grows, growth),
+    "errors": (has_error, errors),
+}

@@ -95,7 +95,7 @@ def sanitized() -> list[Task]:
     return tasks
 
 
-BENCHES = "advantages", "logits", "policy", "process", "heads", "growth"
+BENCHES = "advantages", "logits", "policy", "process", "heads", "models", "growth"
 PLAN = [
     Suite("build", build, needed=True),
     *(Suite(name, partial(bench, name)) for name in BENCHES),

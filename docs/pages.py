@@ -18,6 +18,13 @@ MODULES = {
 }
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """A page that the navigation does not name stands at its end."""
+    named = re.findall(r"[\w-]+\.md", str(config.nav))
+    config.nav += sorted(page.name for page in Path(config.docs_dir).glob("*.md") if page.name not in named)
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in OF_THE_ROOT.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_heads, growth, harness, pictures, render, rivals
+from bench import bench_advantages, bench_heads, bench_models, growth, harness, pictures, render, rivals
 from bench.compare import compare
 from bench.provenance import ROOT, provenance
 
@@ -110,6 +110,26 @@ def test_every_head_computes_the_same(dtype):
         errors = {way: case.error(way, provider()) for way, provider in case.providers.items()}
         assert len(errors) > 1 and max(errors.values()) < (1e-5 if dtype == "float32" else 0.2)
         assert errors["qrm_fast"] <= (1e-5 if dtype == "float32" or "forward_" not in build.__name__ else 4e-3)
+
+
+@pytest.mark.parametrize("model", bench_models.MODELS)
+def test_the_step_of_a_model_has_the_gradients_of_autograd(model):
+    case = bench_models.model_head(CPU, model, "float32", num_tokens=64, dim=32, vocab=300)
+    case.gate()
+    ours, theirs = (provider() for provider in case.providers.values())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_lengths_are_those_that_are_named(monkeypatch, tmp_path):
+    pairs = [{"chosen": "1 + 1 = 2.", "rejected": "1 + 1 is three"}, {"chosen": "no", "rejected": "a-b"}]
+    (tmp_path / "gsm8k_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    monkeypatch.setenv("DATA", str(tmp_path))
+    lengths = bench_advantages.boundaries(bench_advantages.REAL, 40).diff().tolist()
+    assert lengths == [6, 5, 1, 3] * 2 + [6, 4]
+    for segments, median in (("log-normal", 150), ("log-normal, long", 8100)):
+        ends = bench_advantages.boundaries(segments, 1 << 24)
+        assert ends[-1] == 1 << 24 and ends.diff().median().item() == pytest.approx(median, rel=0.1)
+    assert bench_advantages.boundaries("2 x 5", 10).tolist() == [0, 5, 10]
 
 
 def test_a_busy_machine_is_refused(monkeypatch):

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
@@ -301,6 +302,8 @@ def test_a_terminal_sees_the_newest_row(tmp_path, monkeypatch):
         log(1, {"sft/loss": 0.25, "time/update_s": 1.0})
         assert seen.wait(30)
     assert in_short(Path("sft"), {"step": 1, "sft/loss": 0.25, "time/update_s": 1.0}) == "sft: step 1  sft/loss 0.25"
+    row = {"step": 3, "policy/loss": None, "perf/update_tokens_per_s": 12345.6, "perf/update_mfu": 0.314}
+    assert in_short(Path("rl"), row) == "rl: step 3  update 12,346 tokens/s  MFU 31.4%"
 
 
 # ---- help
@@ -373,6 +376,25 @@ def test_wrong_arguments(run, tmp_path, arguments, sentence):
     assert (status, out) == (2, "")
     assert sentence in err and err.startswith("qrm-fast") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_configuration_that_would_run_is_printed(tmp_path, capsys, monkeypatch):
+    """With the preset's values, those of the file and those given; it is itself a file for --config."""
+    monkeypatch.chdir(tmp_path)
+
+    def printed(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *arguments, "--print_config"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    Path("some.yaml").write_text("num_iterations: 7\nlr: 0.5\n")
+    out = printed("--model", "m", "--data", "d", "--preset", "grpo", "--config", "some.yaml", "--lr", "0.25")
+    values = yaml.safe_load(out)
+    assert {field.name for field in fields(Config)} <= values.keys()
+    assert (values["num_iterations"], values["lr"], values["baseline"]) == (7, 0.25, "grpo")
+    Path("printed.yaml").write_text(out)
+    assert printed("--config", "printed.yaml") == out
 
 
 def test_unknown_key_in_a_file(inputs, run):

@@ -1,8 +1,11 @@
 """The examples of README run as they stand; the commands of README and docs have the options that they name."""
 
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from qrm_fast import pack
 from qrm_fast.cli import main
 from qrm_fast.rl.attention import packed_hidden
+from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.tokenizers import load_tokenizer
 
@@ -17,7 +21,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
 COMMANDS = sorted(
-    {line for page in PAGES for line in re.findall(r"^qrm-fast .*", page.read_text(), flags=re.MULTILINE)}
+    {
+        re.sub("^torchrun .* -m qrm_fast.cli", "qrm-fast", line)
+        for page in PAGES
+        for line in re.findall(r"^(?:qrm-fast|torchrun) .*", page.read_text(), flags=re.MULTILINE)
+    }
 )
 
 
@@ -84,6 +92,37 @@ def test_commands_have_the_options_that_are_named(command, capsys):
     assert ended.value.code == 0
     known = re.findall(r"--[a-z_]+", capsys.readouterr().out)
     assert {x for x in arguments if x.startswith("--")} <= {*known, "--help"}
+
+
+def test_gsm8k_with_a_1_5b_model_in_miniature(tmp_path, monkeypatch, capsys):
+    """The lines of README, in order, on a tiny model, problems made here and a hub that holds them."""
+    monkeypatch.chdir(tmp_path)
+    problems = [
+        {"question": f"Ann has {i} cows and buys {i}. Now?", "answer": f"{i}+{i}\n#### {2 * i}"} for i in range(9)
+    ]
+    hub = SimpleNamespace(load_dataset=lambda name, config, *, split: problems if split == "train" else problems[:3])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    tokenizer = load_tokenizer("bpe", [text for problem in problems for text in problem.values()])
+    torch.manual_seed(0)
+    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, "policy")
+    section = PAGES[0].read_text().split("## GSM8K with a 1.5B model")[1].split("```")[1].strip()
+    lines = [re.sub("^torchrun .* -m qrm_fast.cli", "qrm-fast", line) for line in section.splitlines()]
+    assert [shlex.split(line)[1] for line in lines] == ["eval", "train", "train", "eval", "plot"]
+    small = {"Qwen/Qwen2.5-1.5B-Instruct": "policy", "cuda": "cpu", "bfloat16": "float32"}
+    for number, line in enumerate(lines):
+        _, name, *arguments = shlex.split(line)
+        arguments = [small.get(x, x) for x in arguments]
+        if name != "plot":
+            arguments += ["--max_new_tokens", "6"]
+        if name == "train":
+            arguments += ["--num_prompts", "2", "--num_iterations", str(number), "--save_every", "1", "--lr", "1e-3"]
+        assert main([name, *arguments]) == 0, capsys.readouterr().err
+    assert [row["step"] for row in map(json.loads, Path("runs/gsm8k/metrics.jsonl").read_text().splitlines())] == [
+        0,
+        1,
+        2,
+    ]
+    assert Path("runs/gsm8k/curves.png").exists()
 
 
 def test_links_lead_somewhere():

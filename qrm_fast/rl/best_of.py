@@ -112,6 +112,7 @@ class Answers(NamedTuple):
 
     prompts: list[list[int]]  # of each of the P N answers
     responses: list[list[int]]
+    places: list[str]  # of each of the P prompts, its file and line
     right: Tensor  # [P, N] float64, 1 or 0
     scores: Tensor  # [P, N] float64
 
@@ -135,11 +136,18 @@ def sample_answers(
     right = verified(config.verifier, tokenizer, rollout.responses, rollout.finished, labels).double()
     asked = [prompt for prompt in prompts for _ in range(num_answers)]
     scores = right if judge is None else judge(asked, rollout.responses)
+    by_prompt = _finite(scores, examples.places)
+    return Answers(asked, rollout.responses, examples.places, right.view(-1, num_answers), by_prompt)
+
+
+def _finite(scores: Tensor, places: list[str]) -> Tensor:
+    """`scores` of all answers by prompt, [P, N]. Raises ValueError, naming the first prompt, for one not finite."""
+    by_prompt = scores.view(len(places), -1)
     if not scores.isfinite().all():
-        first = int((~scores.isfinite()).nonzero()[0, 0])
-        place = examples.places[first // num_answers]
-        raise ValueError(f"scores must be finite, got {scores[first].item()} for an answer to {place}")
-    return Answers(asked, rollout.responses, right.view(-1, num_answers), scores.view(-1, num_answers))
+        prompt, answer = (~by_prompt.isfinite()).nonzero()[0].tolist()
+        got = by_prompt[prompt, answer].item()
+        raise ValueError(f"scores must be finite, got {got} for an answer to {places[prompt]}")
+    return by_prompt
 
 
 def best_of(answers: Answers) -> list[BestOf]:
@@ -157,10 +165,11 @@ def best_of(answers: Answers) -> list[BestOf]:
 def early_reject(answers: Answers, judge: Judge, after: int) -> EarlyReject:
     """Best of N where the half of the answers with the lowest scores of their first `after` tokens is dropped there.
 
-    An answer that has ended by then keeps its score. Of equal scores the earlier answers are kept.
+    An answer that has ended by then keeps its score. Of equal scores the earlier answers are kept. Raises as
+    `sample_answers` does.
     """
     num_prompts, num_answers = answers.scores.shape
-    partial = judge(answers.prompts, [response[:after] for response in answers.responses]).view(num_prompts, -1)
+    partial = _finite(judge(answers.prompts, [response[:after] for response in answers.responses]), answers.places)
     order = partial.argsort(dim=1, descending=True, stable=True)
     kept = order[:, : -(-num_answers // 2)]
     scores, right = answers.scores.gather(1, kept), answers.right.gather(1, kept)

@@ -66,7 +66,7 @@ def preset(name: str, algorithm: str = "reinforce") -> dict[str, Any]:
 @dataclass(kw_only=True)
 class Config(RunOptions):
     model: str
-    """The policy to start from: Hugging Face id or directory."""
+    """The policy to start from: Hugging Face id, directory or GGUF file."""
     data: str
     """JSONL file of prompts: {"instruction"}, and {"label"} for the reward "verifier"."""
     q_rm: str | None = None
@@ -216,8 +216,11 @@ def check(config: Config) -> None:
             'value_coef needs the token scores of one model that stays and estimator "own", expected 0 with reward '
             f'"{config.reward}", got {config.value_coef}'
         )
-    if config.overlong_tokens and "verifier" not in streams:
-        raise ValueError(f'overlong_tokens are for the reward "verifier", expected 0, got {config.overlong_tokens}')
+    if config.overlong_tokens and ("verifier" not in streams or "pure" in streams):
+        raise ValueError(
+            'overlong_tokens are for the reward "verifier" without "pure", which counts right answers, expected 0 with '
+            f'"{config.reward}", got {config.overlong_tokens}'
+        )
     if config.overlong_tokens > config.max_new_tokens:
         raise ValueError(
             f"overlong_tokens must be at most max_new_tokens, {config.max_new_tokens}, got {config.overlong_tokens}"

@@ -29,7 +29,7 @@ from .tokenizers import encode_prompts, encode_responses, lasting, load_stop_ids
 class DPOConfig(PairOptions):
     kind: Literal["dpo"] = "dpo"
     model: str = field()  # which has no default, unlike that of `RewardOptions`
-    """Hugging Face id or directory: the policy to start from, which is the reference too."""
+    """Hugging Face id, directory or GGUF file: the policy to start from, which is the reference too."""
     beta: Positive = 0.1
     """Scale of the log-ratio."""
     lr: NonNegative = 1e-6
@@ -42,7 +42,7 @@ class ImplicitConfig(RewardOptions):
     data: str
     """JSONL file of judged answers: {"instruction", "response", "label"}, label true where it is right."""
     model: str = field()  # which has no default, unlike that of `RewardOptions`
-    """Hugging Face id or directory: the policy to start from, which is the reference too."""
+    """Hugging Face id, directory or GGUF file: the policy to start from, which is the reference too."""
     beta: Positive = 0.05
     """Scale of the log-ratio."""
     num_epochs: Count = 1

@@ -28,6 +28,8 @@ from transformers.utils import cached_file
 
 from .attention import backbone, of_transformers, without_adapters
 from .checkpoint import MODEL_CONFIG
+from .gguf import checkpoint_of
+from .linear import use_onednn
 from .lora import merged, whole_modules
 from .policy import check_head
 from .tokenizers import adapter_base
@@ -41,7 +43,7 @@ SCRATCH = {
 def load_policy(
     spec: str, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal language model: a Hugging Face id or directory, or "scratch:demo" / "scratch:small".
+    """A causal language model: a Hugging Face id, directory or GGUF file, or "scratch:demo" / "scratch:small".
 
     Scratch models are small Llama networks with tied embeddings for `tokenizer`'s vocabulary, initialised from
     torch's global generator. An adapter of peft's comes merged into its model. Of a model of text and images the text
@@ -229,6 +231,7 @@ def _root(spec: str) -> str:
 
 def _config_at(spec: str) -> PreTrainedConfig:
     """The configuration of the model at `spec`; of an adapter the one that lies beside it, or its base's."""
+    spec = checkpoint_of(spec)
     base = adapter_base(spec)
     if base is None:
         return AutoConfig.from_pretrained(spec)
@@ -270,6 +273,7 @@ def _load(
     new_weights: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """`new_weights`: beginnings of the names of weights that the checkpoint need not hold."""
+    spec = checkpoint_of(spec)
     base = None if spec.startswith("scratch:") else adapter_base(spec)
     if base is not None:
         return merged(_load(auto, base, config, tokenizer, device, dtype, whole_modules(spec)), spec)
@@ -296,6 +300,7 @@ def _load(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    use_onednn(model)
     return model.to(device).eval()
 
 

@@ -29,9 +29,9 @@ class RewardOptions(StepOptions):
 
     data: str
     model: str = "scratch:small"
-    """Hugging Face id or directory (a policy's, for its backbone), scratch:demo or scratch:small."""
+    """Hugging Face id, directory or GGUF file (a policy's, for its backbone), scratch:demo or scratch:small."""
     tokenizer: str | None = None
-    """Hugging Face id or directory, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
+    """Hugging Face id, directory or GGUF file, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
     heldout: Share = 0.15
     """Share of the prompts kept for evaluation, with all their rows; 0: train on all."""
 

@@ -1,16 +1,20 @@
 """Sampling: prompts to responses with the log-probabilities they were sampled with."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
 
 from ..packing import pack
-from .attention import TOLERANCE, backbone, without_adapters
+from .attention import TOLERANCE, backbone, packed_inputs, without_adapters
 from .policy import Policy
+from .row_cache import Prefix, RowCache, prefixes
+
+# Steps until the cache is moved to the beginning of its buffer.
+SPARE_COLUMNS = 128
 
 
 class Rollout(NamedTuple):
@@ -47,12 +51,21 @@ def check_rollout(rollout: Rollout, num_answers: int, max_new_tokens: int) -> No
         raise ValueError(f"the engine must give some answer a token, got {num_answers} empty ones")
 
 
+class Row(NamedTuple):
+    """An answer that is being sampled."""
+
+    answer: int
+    start: int  # the first column of its prompt in the cache
+    begin: int  # the first column of its own
+
+
 class TransformersEngine:
-    """Samples from a transformers model in this process, with left-padded prompts and a key-value cache.
+    """Samples from a transformers model in this process, with a key-value cache.
 
     Samples the whole vocabulary at the given temperature, without top-p or top-k, so that the returned
-    log-probabilities are those of the distribution sampled from. A prompt is read once, whatever the number of its
-    responses; some `max_rows` responses are generated at a time.
+    log-probabilities are those of the distribution sampled from. At most `max_rows` responses are generated at a time:
+    as one ends, the next takes its row of the cache. A prompt is read once, whatever the number of its responses, and
+    without padding.
     """
 
     def __init__(self, policy: Policy, stop_ids: Sequence[int], *, max_rows: int = 512) -> None:
@@ -81,19 +94,12 @@ class TransformersEngine:
         generator = torch.Generator(self.model.device).manual_seed(seed)
         training = self.model.training
         self.model.eval()
-        tokens: list[list[int]] = []
-        logprobs: list[Tensor] = []
-        num_prompts = max(1, self.max_rows // num_samples)
         try:
-            for i in range(0, len(prompts), num_prompts):
-                chunk = self._generate(
-                    prompts[i : i + num_prompts], num_samples, max_new_tokens, temperature, generator
-                )
-                tokens += chunk[0].tolist()
-                logprobs += [x[:n] for x, n in zip(*chunk[1:], strict=True)]
+            tokens, rows, lengths = self._generate(prompts, num_samples, max_new_tokens, temperature, generator)
         finally:
             self.model.train(training)
-        responses = [row[: len(logprob)] for row, logprob in zip(tokens, logprobs, strict=True)]
+        responses = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        logprobs = [row[:n] for row, n in zip(rows, lengths, strict=True)]
         if not torch.cat(logprobs).isfinite().all():
             raise FloatingPointError(
                 f"sampling from {type(self.model).__name__} gave log-probabilities that are not finite"
@@ -109,47 +115,77 @@ class TransformersEngine:
         temperature: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Tokens and log-probabilities [R, max_new_tokens], and the length of each response."""
+        """Tokens and log-probabilities [A, max_new_tokens] of A answers, and their lengths."""
         device = self.model.device
-        num_rows, width = len(prompts) * num_samples, max(map(len, prompts))
-        padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, P]
-        position = torch.tensor([len(prompt) for prompt in prompts], device=device)  # of the next token, [B]
-        # A left-padded row may look back at its own tokens only: `visible` [B, P + L] says which columns those are.
-        columns = torch.arange(width + max_new_tokens, device=device)
-        visible = columns >= width - position[:, None]
-        causal = columns[:width] <= columns[:width, None]  # [P, P]
-        diagonal = torch.eye(width, dtype=torch.bool, device=device)  # a padded query sees itself, or its row is NaN
-        mask = (visible[:, None, :width] & causal | diagonal)[:, None]  # [B, 1, P, P]
-        cache = Cache(
-            layers=[RoomyLayer(len(columns)) for _ in range(self.model.config.get_text_config().num_hidden_layers)]
-        )
+        num_answers, width = len(prompts) * num_samples, max(map(len, prompts))
+        num_rows = min(num_answers, self.max_rows)
+        tokens = torch.zeros(
+            num_answers + 1, max_new_tokens, dtype=torch.int64, device=device
+        )  # the last: of no answer
+        logprobs = torch.zeros(num_answers + 1, max_new_tokens, device=device)
+        lengths = [0] * num_answers
 
-        tokens = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
-        lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        rows = torch.arange(num_rows, device=device)  # those in the cache, [R]
-        alive = torch.ones_like(rows, dtype=torch.bool)  # [R]
-        stop_ids = torch.tensor(self.stop_ids, device=device)
-        hidden = self._hidden(padded, (columns[:width] - width + position[:, None]).clamp(min=0), mask, cache)[:, -1:]
-        if num_samples > 1:
-            hidden, position, visible = (x.repeat_interleave(num_samples, 0) for x in (hidden, position, visible))
-            cache.batch_repeat_interleave(num_samples)
-        for step in range(max_new_tokens):
-            token, logprob = self._sample(hidden[:, -1], temperature, generator)  # [R], [R]
-            tokens[rows, step], logprobs[rows, step] = token, logprob
-            lengths[rows] += alive
-            alive &= ~torch.isin(token, stop_ids)
-            num_alive = int(alive.sum())
-            if num_alive == 0 or step + 1 == max_new_tokens:
-                break
-            if num_alive <= 7 / 8 * len(rows):  # dropping rows copies the cache, keeping them computes for nothing
-                kept = alive.nonzero()[:, 0]
-                rows, alive, token, position, visible = (x[kept] for x in (rows, alive, token, position, visible))
-                cache.batch_select_indices(kept)
-            mask = visible[:, None, None, : width + step + 1]  # [R, 1, 1, P + step + 1]
-            hidden = self._hidden(token[:, None], position[:, None], mask, cache)
-            position = position + 1
-        return tokens, logprobs, lengths.tolist()
+        spare = SPARE_COLUMNS if num_rows < num_answers else 0
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        cache = RowCache(num_layers, num_rows, room=width + max_new_tokens + spare, now=width)
+        idle = Row(num_answers, width, width)
+        rows = [idle] * num_rows
+        read: dict[int, Prefix] = {}  # prompts with answers that have not begun
+        begun = 0  # answers, in their order
+        hidden = self.policy.head().weight.new_zeros(num_rows, self.policy.head().weight.shape[1])
+        while True:
+            # ---- the next answers take the rows of those that have ended
+            free = [r for r, row in enumerate(rows) if row is idle][: num_answers - begun]
+            entering = list(zip(free, range(begun, num_answers), strict=False))
+            begun += len(entering)
+            new = sorted({s // num_samples for _, s in entering} - read.keys())
+            read |= zip(new, self._read([prompts[i] for i in new]), strict=True)
+            for i, group in groupby(entering, lambda pair: pair[1] // num_samples):
+                taken, answers = zip(*group, strict=True)
+                cache.enter(taken, read[i])
+                hidden[list(taken)] = read[i].hidden
+                for r, s in zip(taken, answers, strict=True):
+                    rows[r] = Row(s, cache.now - len(prompts[i]), cache.now)
+                if answers[-1] + 1 == (i + 1) * num_samples:
+                    del read[i]
+            if entering:
+                answer, start, begin = (torch.tensor(x, device=device) for x in zip(*rows, strict=True))  # [R]
+
+            # ---- a token for every row
+            token, logprob = self._sample(hidden, temperature, generator)  # [R], [R]
+            age = (cache.now - begin).clamp(max=max_new_tokens - 1)
+            tokens[answer, age], logprobs[answer, age] = token, logprob
+            ended = self._stops(token, answer, age) | (age + 1 == max_new_tokens)
+            answer = answer.masked_fill(ended, num_answers)
+            for r in ended.nonzero()[:, 0].tolist():
+                if rows[r] is not idle:
+                    lengths[rows[r].answer] = cache.now - rows[r].begin + 1
+                    rows[r] = idle
+            active = [r for r, row in enumerate(rows) if row is not idle]
+            if begun == num_answers and not active:
+                return tokens[:-1], logprobs[:-1], lengths
+            if begun == num_answers and len(active) <= 7 / 8 * len(rows):
+                # keeping rows computes for nothing, dropping them copies the cache
+                rows = [rows[r] for r in active]
+                kept = torch.tensor(active, device=device)
+                token, answer, start, begin = (x[kept] for x in (token, answer, start, begin))
+                cache.keep(kept)
+
+            # ---- its hidden state
+            cache.see_from(min((row.start for row in rows if row is not idle), default=cache.now))
+            columns = torch.arange(cache.first, cache.now + 1, device=device)
+            seen = (columns >= start[:, None])[:, None, None]  # [R, 1, 1, C]
+            hidden = self._hidden(token[:, None], (cache.now - start)[:, None], seen, cache)[:, -1]
+            cache.now += 1
+
+    def _read(self, prompts: list[list[int]]) -> list[Prefix]:
+        """One forward pass over packed prompts."""
+        if not prompts:
+            return []
+        lengths, cache = list(map(len, prompts)), DynamicCache()
+        with packed_inputs(pack(prompts, lengths, device=self.model.device)) as inputs:
+            hidden = backbone(self.model)(**inputs | dict(past_key_values=cache, use_cache=True)).last_hidden_state[0]
+        return prefixes(hidden, cache, lengths)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         return backbone(self.model)(
@@ -159,6 +195,10 @@ class TransformersEngine:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+
+    def _stops(self, token: Tensor, answer: Tensor, age: Tensor) -> Tensor:
+        """[R] bool, of the tokens of answers of which `age` were there before."""
+        return torch.isin(token, torch.tensor(self.stop_ids, device=token.device))
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         head = self.policy.head()
@@ -192,33 +232,3 @@ def check_sampling(engine: Engine, policy: Policy, num_tokens: int) -> None:
             f"{type(without_adapters(policy.model)).__name__} must be sampled from as it is trained, got "
             f"log-probabilities that differ by {distance:.2g} of their size"
         )
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values in a buffer of its final length: DynamicLayer copies all of them at every token."""
-
-    def __init__(self, max_len: int) -> None:
-        super().__init__()
-        self.max_len, self.num_tokens = max_len, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        num_rows, num_heads, _, head_dim = key_states.shape
-        self.key_room = key_states.new_empty(num_rows, num_heads, self.max_len, head_dim)
-        self.value_room = value_states.new_empty(num_rows, num_heads, self.max_len, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.num_tokens + key_states.shape[2]
-        self.key_room[:, :, self.num_tokens : end] = key_states
-        self.value_room[:, :, self.num_tokens : end] = value_states
-        self.num_tokens = end
-        self.keys, self.values = self.key_room[:, :, :end], self.value_room[:, :, :end]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.key_room, self.value_room = (x.repeat_interleave(repeats, 0) for x in (self.key_room, self.value_room))

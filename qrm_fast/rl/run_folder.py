@@ -141,7 +141,7 @@ class RunFolder:
 
 # What a resumed run may change; all else shapes the run that the state belongs to.
 RESUMABLE = {"out", "resume", "overwrite", "num_iterations", "max_tokens", "device", "tensorboard"}
-RESUMABLE |= {"save_every", "eval_every", "eval_data"}
+RESUMABLE |= {"save_every", "eval_every", "eval_data", "max_skipped", "peak_tflops"}
 
 
 def check_resumable(config: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

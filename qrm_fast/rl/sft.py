@@ -25,9 +25,9 @@ class SFTConfig(StepOptions):
     data: str
     """JSONL file of demonstrations: {"instruction", "response"}."""
     model: str = "scratch:small"
-    """Hugging Face id or directory, scratch:demo or scratch:small."""
+    """Hugging Face id, directory or GGUF file, scratch:demo or scratch:small."""
     tokenizer: str | None = None
-    """Hugging Face id or directory, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
+    """Hugging Face id, directory or GGUF file, "bpe" (trained on the data) or "arithmetic"; None: the model's own."""
     num_steps: Count = 400
     """Optimiser steps; the data are repeated in a new order as often as needed."""
     lr: NonNegative = 2e-5

@@ -17,13 +17,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .arithmetic import arithmetic_tokenizer
 from .control_tokens import chat_ids, find_control, text_ids
 from .data import Instruction, Message, Rows, at
+from .gguf import checkpoint_of
 
 BPE_VOCABULARY = 4096
 
 
 def load_tokenizer(spec: str, corpus: Iterable[str] = ()) -> PreTrainedTokenizerBase:
     """A tokenizer: "arithmetic" (the embedded task's), "bpe" (byte-level BPE of at most 4096 ids, trained on
-    `corpus`), or a Hugging Face id or directory.
+    `corpus`), or that of a Hugging Face id, a directory or a GGUF file.
 
     Raises ValueError for "bpe" without a corpus, for a scratch model and for a tokenizer without an EOS token.
     """
@@ -35,6 +36,7 @@ def load_tokenizer(spec: str, corpus: Iterable[str] = ()) -> PreTrainedTokenizer
         raise ValueError(
             f'{spec} has no tokenizer of its own, expected tokenizer "arithmetic", "bpe" or a checkpoint\'s'
         )
+    spec = checkpoint_of(spec)
     base = adapter_base(spec)
     if base is not None and not (Path(spec) / "tokenizer_config.json").is_file():
         spec = base
@@ -49,7 +51,7 @@ def adapter_base(spec: str) -> str | None:
 
     Raises ValueError for an adapter that names none.
     """
-    path = find_adapter_config_file(spec)
+    path = find_adapter_config_file(checkpoint_of(spec))
     if path is None:
         return None
     base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -59,7 +61,9 @@ def adapter_base(spec: str) -> str | None:
 
 
 def lasting(spec: str) -> str:
-    """`spec` as a checkpoint may name it: a directory by its absolute path, which does not hang on where a run was."""
+    """`spec` as a checkpoint may name it: a directory, also that of a GGUF file, by its absolute path, which does not
+    hang on where a run was."""
+    spec = checkpoint_of(spec)
     return str(Path(spec).resolve()) if Path(spec).is_dir() else spec
 
 
@@ -112,6 +116,7 @@ def load_stop_ids(spec: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`stop_ids` of the model at `spec`, as `load_policy` takes it, by its files alone."""
     if spec.startswith("scratch:"):
         return stop_ids(tokenizer)
+    spec = checkpoint_of(spec)
     base = adapter_base(spec)
     if base is not None:
         return load_stop_ids(base, tokenizer)

@@ -164,17 +164,15 @@ def learn(
         # ---- pack: answers in the order of the micro-batches, so that one's actions are neighbours among the T rows
         with phases("pack"):
             lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
-            num_tokens = sum(lengths[s] for s in kept)
-            own = [num_answers, num_actions, sum(rollout.finished), len(kept)]
-            counts = ranks.gather(torch.tensor(own))
-            num_minibatches = min(config.num_minibatches, int(counts[:, -1].max()))
+            counts = ranks.gather(torch.tensor([num_answers, num_actions, sum(rollout.finished), len(kept)]))
+            num_minibatches = min(config.num_minibatches, int(counts[:, 3].max()))
             prompt_lens = list(map(len, prompts)) if share_prompts else None
             minibatches = plan(kept, lengths, prompt_lens, num_minibatches, config, seed)
             packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
-            shared = shared_rows(minibatches, prompt_lens, config.group_size)
-            num_rows = num_tokens - sum(shared)
-            num_pairs = sum(n * (n + 1) // 2 for n in (lengths[s] for s in kept))  # of a query and a key it sees
-            num_pairs -= sum(n * (n + 1) // 2 for n in shared)
+            num_tokens = sum(lengths[s] for s in kept)
+            num_rows = sum(len(batch.input_ids) for batch in packed.batches)
+            num_pairs = sum(lengths[s] * (lengths[s] + 1) // 2 for s in kept)  # of a query and a key it sees
+            num_pairs -= sum(n * (n + 1) // 2 for n in shared_rows(minibatches, prompt_lens, config.group_size))
 
         # ---- score
         with phases("score"), torch.no_grad():
@@ -221,7 +219,9 @@ def learn(
         count, mean, squares = moments(advantages, process_group=ranks.world())[0]
         stats = {"advantage/mean": mean, "advantage/std": (squares / count).sqrt(), **means(sums, critic_norms)}
         credited = credit.metrics()
-        values = torch.stack([x.to(mean) for x in credited.values()]) if credited else mean.new_empty(0)
+        credited["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
+        credited["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
+        values = torch.stack([x.to(mean) for x in credited.values()])
         stats |= zip(credited, ranks.mean(values, num_answers), strict=True)
         row = dict(zip(stats, torch.stack([x.to(mean) for x in stats.values()]).tolist(), strict=True))
         skipped = skipped + int(row["policy/skipped"]) if row["policy/skipped"] else 0
@@ -238,8 +238,6 @@ def learn(
             "response/finished": all_finished / all_answers,
             "policy/lr": config.lr * share,
             "policy/epochs": len(sums) / len(steps),
-            "perf/microbatch_fill": num_rows / (len(packed.batches) * config.max_tokens),
-            "perf/prefix_sharing": 1 - num_rows / num_tokens,
         }
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
@@ -336,8 +334,8 @@ def plan(
 ) -> list[list[list[int]]]:
     """Answers by mini-batch and micro-batch: mini-batches of random prompts, micro-batches within max_tokens.
 
-    With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them. Every
-    process has as many micro-batches in a mini-batch as the others, the last of them empty where it needs fewer.
+    With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them.
+    Every process has as many micro-batches in a mini-batch as the others, the last of them empty where it needs fewer.
     """
     place = list(range(len(lengths)))
     if config.num_minibatches > 1:
@@ -385,7 +383,8 @@ def pack_answers(
 
     def packed(answers: list[int]) -> PackedBatch:
         if not answers:  # one token and no action: the passes that the other processes make, and no number
-            return pack([prompts[0][:1]], [1], device=device)
+            batch = pack([prompts[0][:1]], [1], device=device)
+            return batch._replace(action_cu_seqlens=batch.action_cu_seqlens[:1])
         sequences, prompt_lens = [prompts[s] + responses[s] for s in answers], [len(prompts[s]) for s in answers]
         return pack(sequences, prompt_lens, share_prompts=share_prompts, device=device)
 

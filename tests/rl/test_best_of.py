@@ -91,6 +91,8 @@ def test_the_half_that_scores_lowest_by_then_is_dropped(monkeypatch):
     shortest = partial(by_length, -1)
     assert early_reject(sampled(3, shortest), shortest, 3)[:2] == (1.0, 4 + 2 + 3)
     assert early_reject(sampled(4, judge), judge, 100).saved == 0.0
+    with pytest.raises(ValueError, match=r"scores must be finite, got nan for an answer to p.jsonl:3"):
+        early_reject(sampled(4, judge), lambda _, rows: torch.tensor([0.0] * 8 + [math.nan] * 4), 3)
 
 
 @pytest.mark.parametrize("rerank", ["qrm", "orm", "prm"])
@@ -124,6 +126,21 @@ def test_scores_are_those_of_the_models_head(tmp_path, rerank):
             Judge(rerank, str(tmp_path / "other"), TOKENIZER, aggregation=aggregation, longest=12, config=config)
         with pytest.raises(ValueError, match=f"aggregation product multiplies probabilities, which {rerank} does not"):
             Judge(rerank, str(tmp_path / "rm"), TOKENIZER, aggregation="product", longest=12, config=config)
+
+
+@pytest.mark.parametrize(("rerank", "num_labels"), [("qrm", 1), ("orm", 1), ("prm", 2)])
+def test_a_reward_model_of_another_vocabulary_or_kind_is_refused(tmp_path, rerank, num_labels):
+    other = load_tokenizer("bpe", ["1+1"])
+    how = dict(aggregation="min", longest=12, config=CONFIG)
+    save_checkpoint(load_token_model("scratch:demo", other, num_labels=num_labels), other, tmp_path / "other")
+    with pytest.raises(ValueError, match="policy and reward model must share one vocabulary, got 18 and"):
+        Judge(rerank, str(tmp_path / "other"), TOKENIZER, **how)
+    kind = load_token_model("scratch:demo", TOKENIZER, num_labels=3 - num_labels)
+    save_checkpoint(kind, TOKENIZER, tmp_path / "kind")
+    with pytest.raises(
+        ValueError, match=f"must be an? .*, a token classifier with {['one label', 'two labels'][num_labels - 1]}"
+    ):
+        Judge(rerank, str(tmp_path / "kind"), TOKENIZER, **how)
 
 
 def test_what_does_not_go_together():

@@ -4,6 +4,7 @@ import codecs
 import gzip
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -175,6 +176,31 @@ def test_messages_that_are_no_conversation(tmp_path, fields, message):
     row = Pair if "chosen" in fields else Example
     with pytest.raises(ValueError, match=rf"rows.jsonl:1: .*{message}"):
         read_rows(write(tmp_path / "rows.jsonl", fields), row)
+
+
+def test_data_sets_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        if name == "no/such":
+            raise RuntimeError("Dataset 'no/such' doesn't exist")
+        return iter([{"question": "q", "answer": "#### 1"}, {"question": "q"}][: 1 if split == "train" else 2])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    rows = read_rows("hf:openai/gsm8k/main", Example)
+    assert rows == [Example("q", "#### 1")] and rows.places == ["hf:openai/gsm8k/main:1"]
+    with pytest.raises(ValueError, match="hf:some/set:test:2: expected a string field 'label' or 'answer'"):
+        read_rows("hf:some/set:test", Example)
+    assert asked == [("openai/gsm8k", "main", "train"), ("some/set", None, "test")]
+    with pytest.raises(ValueError, match=r"hf:no/such: the hub has no such data set: Dataset 'no/such' doesn't exist"):
+        read_rows("hf:no/such", Example)
+    for spec in "hf:gsm8k", "hf:a/b/c/d", "hf:", "hf:a/b/c:":
+        with pytest.raises(ValueError, match="must be named hf:OWNER/NAME, or hf:OWNER/NAME/CONFIG:SPLIT"):
+            read_rows(spec, Example)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    with pytest.raises(ValueError, match=r"need the package datasets, pip install 'qrm_fast\[hub\]'; files"):
+        read_rows("hf:openai/gsm8k/main", Example)
 
 
 def test_parquet(tmp_path):

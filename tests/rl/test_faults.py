@@ -181,9 +181,9 @@ def poisoned(optimizer_step, optimizer, *args):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(config, tmp_path, monkeypatch):
     config = replace(config, out=str(tmp_path / "run"), max_skipped=1)
-    monkeypatch.setattr(AdamW, "step", at_call(2, AdamW.step, poisoned))
-    rows = train(config).metrics
-    assert [row["policy/skipped"] for row in rows] == [0, 1, 0, 0]
+    monkeypatch.setattr(AdamW, "step", at_call(4, at_call(2, AdamW.step, poisoned), poisoned))
+    rows = train(config).metrics  # two of them, and not in a row
+    assert [row["policy/skipped"] for row in rows] == [0, 1, 0, 1]
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["policy/grad_norm"] is None and json.loads(lines[2])["policy/grad_norm"] > 0
 

@@ -19,6 +19,7 @@ from qrm_fast.rl.checkpoint import newest_state, save_checkpoint, states
 from qrm_fast.rl.config import Config, preset
 from qrm_fast.rl.data import STEP, Pair, Solution, write_jsonl
 from qrm_fast.rl.implicit_training import DPOConfig, train_implicit
+from qrm_fast.rl.linear import use_onednn
 from qrm_fast.rl.lora import Start, adapted
 from qrm_fast.rl.merge import merge
 from qrm_fast.rl.models import load_implicit, load_policy, load_prm, load_q_rm, load_token_model, load_vocabulary_q
@@ -113,7 +114,9 @@ def test_a_run_trains_the_adapter_alone_and_plain_peft_loads_it(config, monkeypa
     assert (saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]) == (config.model, 4, 8.0)
     adapter = adapter_of(config.out)
     assert len(adapter) == 42 and all(x.abs().max() > 0 for x in adapter.values())  # B started as 0
-    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), config.out)
+    plain = AutoModelForCausalLM.from_pretrained(config.model)
+    use_onednn(plain)
+    plain = peft.PeftModel.from_pretrained(plain, config.out)
     parts.policy.model.set_attn_implementation("sdpa")
     assert torch.equal(logits(plain), logits(parts.policy.model))
     assert (logits(plain) - logits(AutoModelForCausalLM.from_pretrained(config.model))).abs().max() > 1e-3

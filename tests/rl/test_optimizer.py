@@ -1,5 +1,7 @@
 """AdamW: float32 whatever the parameters, and clipped gradients."""
 
+import copy
+
 import pytest
 import torch
 
@@ -57,3 +59,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
             q.grad = torch.tensor(gradient, dtype=dtype)
             whole.step(0.1, max_grad_norm=1.0)
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_another_optimiser_goes_on_from_its_state(dtype, num_steps):
+    """Before the first step, too, when AdamW itself has none."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3, generator=generator).to(dtype) for _ in range(4)]
+    p, q = (torch.nn.Parameter(torch.full((3,), x, dtype=dtype)) for x in (1.0, 7.0))
+    first, second = AdamW([p]), AdamW([q])
+    for gradient in gradients[:num_steps]:
+        p.grad = gradient.clone()
+        first.step(0.1, max_grad_norm=1.0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for gradient in gradients[num_steps:]:
+        p.grad, q.grad = gradient.clone(), gradient.clone()
+        first.step(0.1, max_grad_norm=1.0)
+        second.step(0.1, max_grad_norm=1.0)
+    assert torch.equal(p, q) and not torch.equal(p, torch.ones_like(p))

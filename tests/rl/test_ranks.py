@@ -138,13 +138,17 @@ def weights(config):
     return (Path(config.out) / "model.safetensors").read_bytes()
 
 
+def train_alone(config):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "TransformersEngine", GivenAnswers)
+        loop.train(config)
+
+
 @pytest.fixture(scope="module")
 def alone(config):
     """The same training in one process."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "TransformersEngine", GivenAnswers)
-        config = replace(config, out=config.out + "1")
-        loop.train(config)
+    config = replace(config, out=config.out + "1")
+    train_alone(config)
     return config
 
 
@@ -167,6 +171,20 @@ def test_two_processes_have_the_numbers_of_one(alone, pair):
     assert_same_numbers(rows_of(pair), rows_of(alone))
 
 
+@pytest.mark.parametrize("options", [
+    preset("prime") | dict(num_prompts=3, top_entropy=0.5, overlong_tokens=4),
+    {**preset("rloo"), "num_minibatches": 3, "num_prompts": 2, "max_importance": 1.5, "dtype": "bfloat16"},
+])  # fmt: skip
+def test_other_streams_and_options_run_together(config, tmp_path, options):
+    config = replace(config, **options, out=str(tmp_path / "run"), num_iterations=2)
+    train_together(2, config)
+    rows = rows_of(config)
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["policy/skipped"] == 0
+    if config.implicit_lr:
+        train_alone(replace(config, out=str(tmp_path / "alone")))
+        assert_same_numbers(rows, rows_of(replace(config, out=str(tmp_path / "alone"))))
+
+
 def resumed(config, name):
     """`config` in a copy of its folder, from the state after two of three iterations."""
     other = replace(config, out=config.out + name, resume=True)
@@ -187,10 +205,9 @@ def test_four_processes_take_up_what_two_began(pair, alone):
     assert_same_numbers(rows_of(other), rows_of(alone))
 
 
-def test_one_process_takes_up_what_two_began(pair, alone, monkeypatch):
-    monkeypatch.setattr(loop, "TransformersEngine", GivenAnswers)
+def test_one_process_takes_up_what_two_began(pair, alone):
     other = resumed(pair, "one")
-    loop.train(other)
+    train_alone(other)
     assert_same_numbers(rows_of(other), rows_of(alone))
 
 

@@ -17,7 +17,7 @@ from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.data import Pair, write_jsonl
 from qrm_fast.rl.models import load_policy, load_q_rm, load_token_model, load_vocabulary_q
 from qrm_fast.rl.optimizer import AdamW
-from qrm_fast.rl.reward_training import ORMConfig, QRMConfig, pair_loss, train_q_rm
+from qrm_fast.rl.reward_training import ORMConfig, QRMConfig, TokenPair, evaluate_pairs, pair_loss, train_q_rm
 from qrm_fast.rl.score import score
 from qrm_fast.rl.scorer import TokenScorer, VocabularyScorer
 from qrm_fast.rl.tokenizers import load_tokenizer
@@ -112,7 +112,7 @@ def test_the_other_kinds_learn_pairs_too(config, kind):
         assert AutoModelForTokenClassification.from_pretrained(result.directory).config.num_labels == 1
     else:
         assert result.train.loss < 2.1269
-        assert AutoModelForCausalLM.from_pretrained(result.directory).config.vocab_size == 17
+        assert AutoModelForCausalLM.from_pretrained(result.directory).config.vocab_size == len(tokenizer)
         load_vocabulary_q(result.directory, tokenizer)
         save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, config.out)
         with pytest.raises(ValueError, match="must be a Q-RM with a vocabulary head, got a model that was not"):
@@ -135,6 +135,18 @@ def test_an_orm_is_read_at_the_last_token_and_a_vocabulary_head_before_the_actio
         logits = [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
     expected = [logits[i][t - 1, row[t]] for i, row in enumerate(rows) for t in range(prompt_lens[i], len(row))]
     torch.testing.assert_close(q, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_what_is_measured_of_pairs():
+    """Two pairs that part at their second and first action, by scores that are the token ids; micro-batches of one."""
+    pairs = [TokenPair([2], [2, 3, 9, 1], [2, 3, 4, 5, 1]), TokenPair([2, 2], [2, 2, 5, 1], [2, 2, 7, 1])]
+    config = QRMConfig(data="d", out="o", beta=1.0, gamma=0.5, max_tokens=9)
+    measured = evaluate_pairs(lambda batch: batch.targets[batch.action_index].float(), pairs, config)
+    margins = (3 + 9 + 1) / 3 - (3 + 4 + 5 + 1) / 4, (5 + 1) / 2 - (7 + 1) / 2
+    loss = sum(math.log1p(math.exp(0.5 - margin)) for margin in margins) / 2
+    assert measured == pytest.approx((loss, 0.5, 0.5, sum(margins) / 2))
+    swapped = [TokenPair(pair.prompt, pair.rejected, pair.chosen) for pair in pairs[:1]]
+    assert evaluate_pairs(lambda batch: batch.targets[batch.action_index].float(), swapped, config)[1:3] == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])

@@ -463,7 +463,19 @@ def test_prime_steps_towards_the_verifier_and_credits_by_what_came_out(monkeypat
     torch.testing.assert_close(advantages, torch.tensor(to_come), rtol=0, atol=1e-4)
 
 
-def test_a_step_of_prime_that_is_not_taken_stops_the_loop():
+def test_prime_learns_what_is_right_and_not_what_is_short():
+    """Both answers are right, and shortened of their reward in part: the labels stay 1."""
+    config = config_of("prime", max_new_tokens=4, overlong_tokens=2)
+    verifier = Verifier(TOKENIZER, config)
+    prime = Prime(Given(torch.full((7,), 1.0)), policy(torch.zeros(7)), 0.5, config, 0.0, verifier)
+    assert tell(verifier, TWO, [1, 1]) is not None and verifier.rewards.tolist() == [0.0, 0.5]
+    with torch.no_grad():
+        prime.of_tokens(packed_of(TWO))
+    assert prime.metrics()["implicit/accuracy"].item() == 1.0
+    assert prime.loss.item() == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(-1.5))) / 2)
+
+
+def test_where_prime_takes_no_step_the_policy_takes_none():
     config = config_of("prime")
     verifier, phi = Verifier(TOKENIZER, config), Given(torch.zeros(7))
     phi.level.register_hook(lambda grad: grad * math.inf)

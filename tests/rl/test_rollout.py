@@ -134,13 +134,16 @@ def test_same_seed_same_bits_and_chunks_keep_the_order(policy):
 
 @pytest.mark.parametrize("max_rows", [512, 8, 2])
 def test_the_samples_of_a_prompt_are_neighbours_and_read_it_once(policy, max_rows, monkeypatch):
-    rows = [row for row in prompts(9) if len(row) > 1]
-    read, forward = [], TransformersEngine._hidden
-    monkeypatch.setattr(
-        TransformersEngine, "_hidden", lambda self, ids, *rest: read.append(ids) or forward(self, ids, *rest)
-    )
-    rollout = generate(policy, rows, num_samples=3, max_rows=max_rows)
-    assert sum(len(ids) for ids in read if ids.shape[1] > 1) == len(rows)  # all other calls read one new token a row
+    rows, read, steps = prompts(9), [], []
+    reading, forward = TransformersEngine._read, TransformersEngine._hidden
+    with monkeypatch.context() as patched:
+        patched.setattr(TransformersEngine, "_read", lambda self, new: read.extend(new) or reading(self, new))
+        patched.setattr(
+            TransformersEngine, "_hidden", lambda self, ids, *rest: steps.append(ids.shape) or forward(self, ids, *rest)
+        )
+        rollout = generate(policy, rows, num_samples=3, max_rows=max_rows)
+    assert read == rows  # in their order
+    assert all(num_new == 1 and num_rows <= max_rows for num_rows, num_new in steps)
     repeated = [row for row in rows for _ in range(3)]
     assert len(rollout.responses) == len(repeated)
     with torch.no_grad():
@@ -148,6 +151,34 @@ def test_the_samples_of_a_prompt_are_neighbours_and_read_it_once(policy, max_row
     torch.testing.assert_close(torch.cat(rollout.logprobs), expected, rtol=0, atol=1e-4)
     greedy = generate(policy, rows, num_samples=3, max_rows=max_rows, temperature=0)
     assert greedy.responses == generate(policy, repeated, temperature=0).responses
+
+
+@pytest.mark.parametrize(("spare", "max_rows"), [(1, 6), (5, 6), (3, 24)])
+def test_rows_that_end_are_taken_by_the_next_answers(policy, spare, max_rows, monkeypatch):
+    """Answers are those of their prompts wherever they enter, also where the cache is moved at every step."""
+    monkeypatch.setattr("qrm_fast.rl.rollout.SPARE_COLUMNS", spare)
+    rows = prompts(40)
+    steps, forward = [], TransformersEngine._hidden
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            TransformersEngine, "_hidden", lambda self, ids, *rest: steps.append(len(ids)) or forward(self, ids, *rest)
+        )
+        rollout = generate(policy, rows, num_samples=2, max_rows=max_rows)
+    lengths = list(map(len, rollout.responses))
+    assert 24 in lengths and min(lengths) < 6
+    # Between an answer and the next a row waits for one step; none waits for the longest answer of its neighbours.
+    full = [n for n in steps if n == max_rows]
+    busy = max_rows - max_rows // 8  # at least, when no answer is left to begin
+    assert len(full) <= (sum(lengths) + len(lengths)) / busy and len(steps) <= len(full) + 24
+    repeated = [row for row in rows for _ in range(2)]
+    with torch.no_grad():
+        expected = scores(policy, repeated, rollout, 1.0)
+    torch.testing.assert_close(torch.cat(rollout.logprobs), expected, rtol=0, atol=1e-4)
+    again = generate(policy, rows, num_samples=2, max_rows=max_rows)
+    assert again.responses == rollout.responses
+    assert torch.equal(torch.cat(again.logprobs), torch.cat(rollout.logprobs))
+    greedy = generate(policy, rows, max_rows=max_rows, temperature=0)
+    assert greedy.responses == generate(policy, rows, temperature=0).responses
 
 
 def test_generation_leaves_the_training_mode_alone(policy):

@@ -196,7 +196,8 @@ def test_a_plan_keeps_to_the_budget_and_a_prompts_answers_together(prompt_lens, 
     responses = data.draw(st.lists(st.integers(1, 9), min_size=len(lens), max_size=len(lens)))
     kept = sorted(data.draw(st.sets(st.sampled_from(range(len(lens))), min_size=1)))
     lengths = [p + r for p, r in zip(lens, responses, strict=True)]
-    planned = plan(kept, lengths, lens, min(num_minibatches, len(kept)), config, seed=1)
+    num_parts = min(num_minibatches, len(kept))
+    planned = plan(kept, lengths, lens, num_parts, config, seed=1)
     assert sorted(s for minibatch in planned for answers in minibatch for s in answers) == kept
     sizes = [sum(map(len, minibatch)) for minibatch in planned]
     assert len(sizes) == min(num_minibatches, len(kept)) and max(sizes) - min(sizes) <= 1
@@ -210,7 +211,7 @@ def test_a_plan_keeps_to_the_budget_and_a_prompts_answers_together(prompt_lens, 
         seen = [g for answers in planned[0] for g in {s // 3 for s in answers if lens[s] > 1}]
         assert len(seen) == len(set(seen))
     apart = replace(config, max_tokens=max_tokens)
-    for minibatch in plan(kept, lengths, None, min(num_minibatches, len(kept)), apart, seed=1):
+    for minibatch in plan(kept, lengths, None, num_parts, apart, seed=1):
         for answers in minibatch:
             assert sum(lengths[s] for s in answers) <= max_tokens
             assert [lengths[s] for s in answers] == sorted(lengths[s] for s in answers)

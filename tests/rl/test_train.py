@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM
 
 from qrm_fast import group_advantages, pack
+from qrm_fast.rl import train as loop
 from qrm_fast.rl.arithmetic import arithmetic_examples
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.checkpoint import save_checkpoint
@@ -19,7 +21,7 @@ from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.tokenizers import load_tokenizer
-from qrm_fast.rl.train import train
+from qrm_fast.rl.train import PassAt1, train
 from qrm_fast.rl.verifiers import VERIFIERS
 
 
@@ -359,6 +361,51 @@ def test_a_credit_that_is_not_finite_names_the_prompt(config, checkpoints, tmp_p
     assert not (tmp_path / "run/config.json").exists()
 
 
+def test_passes_end_where_the_policy_has_moved_far_enough(config):
+    config = replace(config, **preset("qrm-released", "ppo"), num_epochs=4, num_minibatches=2)
+    far, near = (train(replace(config, target_kl=kl)).metrics for kl in (1e-9, 1e9))
+    assert [row["policy/epochs"] for row in far] == [1, 1] and [row["policy/epochs"] for row in near] == [4, 4]
+    assert near == untimed(train(config).metrics, near)
+
+
+def untimed(rows, others):
+    """`rows` with the times of `others`."""
+    pairs = zip(rows, others, strict=True)
+    return [row | {k: x for k, x in other.items() if k.startswith(("time/", "perf/"))} for row, other in pairs]
+
+
+def test_the_best_of_the_evaluations_is_kept(config, monkeypatch):
+    scores = iter([0.9, 0.2, 0.5, 0.4, 0.5, 0.5, 0.6])
+    kept = []
+
+    def evaluated(*_):
+        return PassAt1(0.0, next(scores))
+
+    def saved(model, tokenizer, directory):
+        kept.append(Path(directory).name)
+        save_checkpoint(model, tokenizer, directory)
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    config = replace(config, reward="random", eval_data=config.data, eval_every=1, num_iterations=4, save_every=1)
+    result = train(config)
+    assert kept == ["best", "best", "run"]  # not the start, 0.2, 0.5
+    assert (result.before.sampled, result.after.sampled) == (0.9, 0.5)
+    best = weights(config.out + "/best")
+    assert not same_bits(best, weights(config.out))
+    train(replace(config, num_iterations=6, resume=True, overwrite=False))
+    assert kept[3:] == ["best", "run"] and same_bits(weights(config.out + "/best"), weights(config.out))
+    monkeypatch.undo()
+    train(replace(config, eval_data=None))  # another run, of which none was evaluated
+    assert not Path(config.out, "best").exists()
+
+
+def test_what_the_device_computes_is_reported(config):
+    [_, row] = train(replace(config, peak_tflops=0.5)).metrics
+    assert row["perf/update_mfu"] == pytest.approx(row["perf/update_tflops_per_s"] / 0.5)
+    assert 0 < row["perf/update_tflops_per_s"] < 1 and 0 < row["perf/microbatch_fill"] < 1
+
+
 def test_random_reward_needs_no_q_rm(config):
     result = train(replace(config, q_rm=None, reward="random"))
     assert result.metrics[0]["policy/grad_norm"] > 0
@@ -401,6 +448,14 @@ def test_bad_input(config, tmp_path):
         ValueError, match=r'value_coef needs the token scores of one model .* expected 0 with reward "verifier", got 0'
     ):
         train(replace(config, **{**preset("rloo"), "value_coef": 0.5}))
+    with pytest.raises(ValueError, match=r'overlong_tokens are for the reward "verifier" .* "q-rm", got 3'):
+        train(replace(config, overlong_tokens=3))
+    with pytest.raises(ValueError, match="overlong_tokens must be at most max_new_tokens, 8, got 9"):
+        train(replace(config, **preset("rloo"), overlong_tokens=9))
+    with pytest.raises(ValueError, match="top_entropy must leave some token, expected above 0, got 0"):
+        train(replace(config, top_entropy=0.0))
+    with pytest.raises(ValueError, match=r"target_kl ends passes .*, expected 0 with 1 of them, got 0\.1"):
+        train(replace(config, target_kl=0.1))
     with pytest.raises(ValueError, match="verifier must be one of arithmetic, number, math, got judge"):
         train(replace(config, **preset("rloo"), verifier="judge"))
     with pytest.raises(
@@ -434,7 +489,11 @@ def test_bad_input(config, tmp_path):
         train(replace(config, data=str(tmp_path / "prompts.jsonl")))
 
 
-@pytest.mark.parametrize(("name", "field", "num_labels"), [("qrm-paper", "q_rm", 1), ("pure-paper", "prm", 2)])
+@pytest.mark.parametrize(
+    ("name", "field", "num_labels"),
+    [("qrm-paper", "q_rm", 1), ("pure-paper", "prm", 2), ("orm", "orm", 1), ("dpo-rm", "implicit", 1),
+     ("prime", "implicit", 1)],
+)  # fmt: skip
 def test_a_reward_model_of_another_vocabulary_is_refused(config, tmp_path, name, field, num_labels):
     other = load_tokenizer("bpe", ["1+1"])
     save_checkpoint(load_token_model("scratch:demo", other, num_labels=num_labels), other, tmp_path / "other")

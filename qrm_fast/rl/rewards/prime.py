@@ -1,6 +1,7 @@
 """An implicit process reward model that learns from the verifier while the policy learns (PRIME, arXiv 2502.01456)."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,34 +30,37 @@ class Prime(Implicit):
     def __init__(
         self, scorer: Policy, reference: Policy, beta: float, config: Config, kl_coef: float, verifier: Verifier
     ) -> None:
-        if ranks.num_ranks() > 1:
-            raise ValueError(f"implicit_lr needs one process, got {ranks.num_ranks()}: without it the model is fixed")
         super().__init__(scorer, reference, beta, config, kl_coef)
         self.verifier = verifier
-        self.optimizer = AdamW(scorer.train().parameters())
+
+    @cached_property
+    def optimizer(self) -> AdamW:
+        """Made when it is first asked for: several processes have other parameters once they share them."""
+        return AdamW(self.scorer.train().parameters())
 
     def scores(self, packed: Packed) -> Tensor:
         reference = [self.reference(batch).logprobs for batch in packed.batches]
         self._learn(packed, reference)
         logprobs = [self.scorer(batch).logprobs for batch in packed.batches]
         rewards = implicit_rewards(torch.cat(logprobs), torch.cat(reference), beta=self.beta)
-        # NaN where the step was not taken, because its gradient was not finite: the loop stops there
+        # NaN where the step was not taken, because its gradient was not finite: then the policy takes none either
         return rewards + 0 * self.grad_norm
 
     @torch.enable_grad()
     def _learn(self, packed: Packed, reference: list[Tensor]) -> None:
         """One step towards the labels of all answers that have one; `reference` [T] of each batch."""
-        labels, known = self.verifier.rewards[packed.answers], self.verifier.known[packed.answers].float()  # [S]
+        labels, known = self.verifier.right[packed.answers], self.verifier.known[packed.answers].float()  # [S]
         num_answers = [len(batch.action_cu_seqlens) - 1 for batch in packed.batches]
-        columns = (x.split(num_answers) for x in (labels, known / known.sum().clamp(min=1)))
-        self.loss, self.accuracy = torch.zeros(2, device=labels.device).unbind()
+        num_known = ranks.gather(known.sum()).sum()
+        columns = (x.split(num_answers) for x in (labels, known / num_known.clamp(min=1)))
+        measured = torch.zeros(2, device=labels.device)
         for batch, start, label, weight in zip(packed.batches, reference, *columns, strict=True):
             log_ratio, lengths = self.scorer(batch).logprobs - start, batch.action_cu_seqlens.diff().long()
-            rewards = self.beta * torch.segment_reduce(log_ratio, "sum", lengths=lengths)  # [S]
+            rewards = self.beta * torch.segment_reduce(log_ratio, "sum", lengths=lengths, unsafe=True)  # [S], maybe 0
             loss = F.binary_cross_entropy_with_logits(rewards, label, weight=weight, reduction="sum")
             loss.backward()
-            self.loss = self.loss + loss.detach()
-            self.accuracy = self.accuracy + (((rewards > 0) == (label > 0)) * weight).sum()
+            measured += torch.stack([loss.detach(), (((rewards > 0) == (label > 0)) * weight).sum()])
+        self.loss, self.accuracy = ranks.gather(measured).sum(0)
         self.grad_norm = self.optimizer.step(self.config.implicit_lr, self.config.max_grad_norm)
 
     def rewards_of_tokens(self, packed: Packed) -> Tensor:

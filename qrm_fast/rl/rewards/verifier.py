@@ -32,7 +32,7 @@ class Verifier:
         self.mean_reward = rewards.sum() / max(len(known), 1)
         self.known = torch.zeros(len(examples), dtype=torch.bool).index_fill(0, torch.tensor(known).long(), True)
         self.rewards = torch.zeros(len(examples)).masked_scatter(self.known, rewards).to(device)  # [S]
-        self.known = self.known.to(device)
+        self.known, self.right = self.known.to(device), self.rewards  # [S], [S]: what was judged, and right
         if config.overlong_tokens:
             lengths = torch.tensor([float(len(response)) for response in rollout.responses], device=device)
             over = (lengths - (config.max_new_tokens - config.overlong_tokens)) / config.overlong_tokens
