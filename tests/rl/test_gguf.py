@@ -186,7 +186,7 @@ def test_commands_take_the_file(path, tmp_path, capsys):
     load_q_rm(str(tmp_path / "q_rm"), load_tokenizer(str(path)))
     # as a Q-RM the file itself has no head
     assert main(["score", "--model", str(path), "--prompt", "add 1", "--response", "1"]) == 2
-    assert "must be a Q-RM, a token classifier with one label, got LlamaForCausalLM" in capsys.readouterr().err
+    assert "a token classifier with one label, got LlamaForCausalLM" in capsys.readouterr().err
     assert main(["merge", "--model", str(path), "--out", str(tmp_path / "merged")]) == 2
     assert "must be an adapter, got a model that has none to merge" in capsys.readouterr().err
 
