@@ -90,17 +90,17 @@ def from_padded(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Padded tensors to packed rows: the positions where the mask is True, in order, sequence after sequence.
 
     `mask`: [B, L] bool, or integers of which 0 is False, as TRL and verl carry them; padding may be on either side, and
-    the mask may have holes. `tensors`: any number of
-    [B, L, ...], any dtype. Returns (cu_seqlens [B+1] int32, then each tensor's rows [T, ...]). Gradients flow.
+    the mask may have holes. `tensors`: any number of [B, L, ...], any dtype. Returns (cu_seqlens [B+1] int32, then each
+    tensor's rows [T, ...]). Gradients flow.
     Counts the mask on the host, which waits for the device on CUDA and breaks a compiled graph.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, and ValueError for 2^31 positions or more.
     """
     check = Checker()
     check("mask", mask, "B L", (*BOOL, *INTS), strided=True)
-    mask = mask != 0
     if mask.numel() >= 2**31:
         raise ValueError(f"mask must have fewer than 2^31 positions, cu_seqlens being int32, got {mask.numel()}")
+    mask = mask != 0
     for i, x in enumerate(tensors):
         name = f"tensors[{i}]"
         if not isinstance(x, Tensor):

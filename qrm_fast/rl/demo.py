@@ -78,8 +78,7 @@ RL = Config(
 
 PROCESS_RL = replace(
     RL,
-    **preset("pure-paper")
-    | dict(prm="arithmetic:noise=0.3", kl_coef=0.0, lr=1e-4, num_iterations=32, max_new_tokens=72),
+    **preset("pure-paper") | dict(prm="arithmetic:noise=0.3", kl_coef=0.0, lr=1e-4, max_new_tokens=72),
 )
 FORMS = {"min-form": replace(PROCESS_RL, operator="soft"), "sum-form": replace(PROCESS_RL, operator="sum")}
 THINKING, EMPTY = 0.1, 0.01  # of the demonstrations: steps of "?" before others, and answers without a text

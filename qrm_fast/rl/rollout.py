@@ -127,7 +127,7 @@ class TransformersEngine:
 
         spare = SPARE_COLUMNS if num_rows < num_answers else 0
         num_layers = self.model.config.get_text_config().num_hidden_layers
-        cache = RowCache(num_layers, num_rows, room=width + max_new_tokens + spare, now=width)
+        cache = RowCache(num_layers, num_rows, width=width, room=width + max_new_tokens + spare)
         idle = Row(num_answers, width, width)
         rows = [idle] * num_rows
         read: dict[int, Prefix] = {}  # prompts with answers that have not begun
@@ -142,8 +142,9 @@ class TransformersEngine:
             read |= zip(new, self._read([prompts[i] for i in new]), strict=True)
             for i, group in groupby(entering, lambda pair: pair[1] // num_samples):
                 taken, answers = zip(*group, strict=True)
-                cache.enter(taken, read[i])
-                hidden[list(taken)] = read[i].hidden
+                indices = torch.tensor(taken, device=device)
+                cache.enter(indices, read[i])
+                hidden[indices] = read[i].hidden
                 for r, s in zip(taken, answers, strict=True):
                     rows[r] = Row(s, cache.now - len(prompts[i]), cache.now)
                 if answers[-1] + 1 == (i + 1) * num_samples:
@@ -197,8 +198,8 @@ class TransformersEngine:
         ).last_hidden_state
 
     def _stops(self, token: Tensor, answer: Tensor, age: Tensor) -> Tensor:
-        """[R] bool, of the tokens of answers of which `age` were there before."""
-        return torch.isin(token, torch.tensor(self.stop_ids, device=token.device))
+        """[R] bool: whether `token` [R] ends its `answer` [R], which has `age` [R] tokens before it."""
+        return torch.stack([token == stop_id for stop_id in self.stop_ids]).any(0)
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         head = self.policy.head()

@@ -1,6 +1,5 @@
 """Keys and values of the answers that are sampled at a time, one row each: rows enter and leave, columns move on."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,23 +19,23 @@ class Prefix(NamedTuple):
 class RowCache(Cache):
     """R rows that end at one column, whatever their length: a step writes the same column of all.
 
-    A prompt is written in front of the next column, `now`, so that it may enter at any step. Columns are counted on for
-    ever; the buffer holds `room` of them, from `offset` on, and the steps see those from `first` on. It must hold the
-    longest row and should hold some more: whenever it is full, the rows are moved to its beginning.
+    A prompt, of at most `width` tokens, is written in front of the next column, `now`: it may enter at any step.
+    Columns are counted on for ever; the buffer holds `room` of them, from `offset` on, and the steps see those from
+    `first` on. It must hold the longest row and should hold some more: whenever it is full, all is moved to its
+    beginning.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, *, room: int, now: int) -> None:
+    def __init__(self, num_layers: int, num_rows: int, *, width: int, room: int) -> None:
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
-        self.num_rows, self.room = num_rows, room
-        self.offset, self.first, self.now = 0, now, now
+        self.num_rows, self.width, self.room = num_rows, width, room
+        self.offset, self.first, self.now = 0, width, width
 
-    def enter(self, rows: Sequence[int], prefix: Prefix) -> None:
+    def enter(self, rows: Tensor, prefix: Prefix) -> None:
         """Give `rows` to answers to the prompt of `prefix`, whose first column is then now - P."""
         end = self.now - self.offset
         for layer, *pair in zip(self.layers, prefix.keys, prefix.values, strict=True):
             for room, x in zip(layer.rooms(*pair), pair, strict=True):
-                for row in rows:
-                    room[row, :, end - x.shape[1] : end] = x
+                room[rows, :, end - x.shape[1] : end] = x
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -47,12 +46,12 @@ class RowCache(Cache):
     def see_from(self, first: int) -> None:
         """Forget the columns before `first`, and make room for the next one."""
         self.first = first
-        begin, end = first - self.offset, self.now - self.offset
-        if end == self.room:
+        if self.now - self.offset == self.room:
+            kept = min(first, self.now - self.width)  # a prompt that enters needs its columns
             for layer in self.layers:
                 for room in (layer.keys, layer.values):
-                    room[:, :, : end - begin] = room[:, :, begin:].clone()
-            self.offset = first
+                    room[:, :, : self.now - kept] = room[:, :, kept - self.offset :].clone()
+            self.offset = kept
 
 
 class RowLayer(DynamicLayer):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import PackedBatch, pack, plan_microbatches
-from ..ops.moments import moments
 from . import ranks
 from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
@@ -33,7 +32,7 @@ from .run_folder import RunFolder
 from .scorer import TokenScorer
 from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
-from .update import Denominators, MicroBatch, means, update, update_critic
+from .update import Denominators, MicroBatch, means, report, update, update_critic
 from .verifiers import read_examples, read_prompts
 
 
@@ -216,14 +215,10 @@ def learn(
             engine.sync(policy)
 
         # ---- report; this is where the step waits for the device
-        count, mean, squares = moments(advantages, process_group=ranks.world())[0]
-        stats = {"advantage/mean": mean, "advantage/std": (squares / count).sqrt(), **means(sums, critic_norms)}
-        credited = credit.metrics()
-        credited["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
-        credited["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
-        values = torch.stack([x.to(mean) for x in credited.values()])
-        stats |= zip(credited, ranks.mean(values, num_answers), strict=True)
-        row = dict(zip(stats, torch.stack([x.to(mean) for x in stats.values()]).tolist(), strict=True))
+        own = credit.metrics()
+        own["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
+        own["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
+        row = report(advantages, sums, critic_norms, own, num_answers)
         skipped = skipped + int(row["policy/skipped"]) if row["policy/skipped"] else 0
         if skipped > config.max_skipped:
             broken = packed.answers[packed.answer_of_token()[~advantages.isfinite()].unique()].tolist()

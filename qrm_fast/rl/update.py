@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import PackedBatch, PolicyMetrics, loss_weights, value_loss
+from ..ops.moments import moments
 from . import ranks
 from .config import Config
 from .optimizer import AdamW
@@ -122,3 +123,17 @@ def means(steps: list[Sums], critic_norms: list[Tensor]) -> dict[str, Tensor]:
         "policy/skipped": (~norms.isfinite()).sum(),
         **({"critic/grad_norm": critic_norms[-1]} if critic_norms else {}),
     }
+
+
+def report(
+    advantages: Tensor, steps: list[Sums], critic_norms: list[Tensor], own: dict[str, Tensor], num_answers: int
+) -> dict[str, float]:
+    """What an iteration measured, of all processes; `own` is averaged over them, each with its `num_answers`.
+
+    Waits for the device.
+    """
+    count, mean, squares = moments(advantages, process_group=ranks.world())[0]
+    stats = {"advantage/mean": mean, "advantage/std": (squares / count).sqrt(), **means(steps, critic_norms)}
+    values = torch.stack([x.to(mean) for x in own.values()])
+    stats |= zip(own, ranks.mean(values, num_answers), strict=True)
+    return dict(zip(stats, torch.stack([x.to(mean) for x in stats.values()]).tolist(), strict=True))

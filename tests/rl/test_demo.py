@@ -35,7 +35,8 @@ def small(monkeypatch):
     monkeypatch.setattr(demo_module, "Q_RM", replace(demo_module.Q_RM, num_epochs=1))
     monkeypatch.setattr(demo_module, "PAIR_PROMPTS", 12)
     monkeypatch.setattr(demo_module, "NUM_REPORT_PROMPTS", 8)
-    monkeypatch.setattr(demo_module, "NUM_LOCATED_PROMPTS", 8)
+    monkeypatch.setattr(demo_module, "NUM_RL_PROMPTS", 16)
+    monkeypatch.setattr(demo_module, "NUM_LOCATED_PROMPTS", 2)  # to an untrained policy every token is a choice
 
 
 def test_everything_is_written_printed_and_returned(small, tmp_path, capsys, monkeypatch):
@@ -52,7 +53,7 @@ def test_everything_is_written_printed_and_returned(small, tmp_path, capsys, mon
         AutoModelForCausalLM.from_pretrained(folder / name)
     AutoModelForTokenClassification.from_pretrained(folder / "q_rm")
     located = result.located
-    assert located.num_answers == 8 and located.prompt in {
+    assert located.num_answers == 2 and located.prompt in {
         e.instruction for e in read_rows(folder / "report.jsonl", Example)
     }
     assert len(located.right.tokens) == len(located.right.advantages) == len(located.wrong.advantages) + 1
