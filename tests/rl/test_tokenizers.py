@@ -369,7 +369,7 @@ def test_vocabularies_must_be_the_same():
     check_same_vocabulary(tokenizer, load_tokenizer("arithmetic"))
     other = load_tokenizer("bpe", ["1+1"])
     with pytest.raises(
-        ValueError, match=r"must share one vocabulary, got 17 and \d+ tokens.* token '\\n\\n' has id 16"
+        ValueError, match=r"must share one vocabulary, got 18 and \d+ tokens.* token '\\n\\n' has id 16"
     ):
         check_same_vocabulary(tokenizer, other)
     moved = load_tokenizer("arithmetic")
