@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_advantages, bench_heads, bench_models, growth, harness, pictures, render, rivals
+from bench import (
+    bench_advantages,
+    bench_heads,
+    bench_models,
+    conftest,  # which imports every suite: one imported under a test's own registry would register there alone
+    growth,
+    harness,
+    pictures,
+    render,
+    rivals,
+)
 from bench.compare import compare
 from bench.provenance import ROOT, provenance
 
@@ -22,7 +32,7 @@ CPU = torch.device("cpu")
 
 def case_of(monkeypatch, **parts) -> str:
     parts = {"providers": {"ours": lambda: None}, "gate": lambda: None, "baseline": {"copy": lambda: None}} | parts
-    monkeypatch.setitem(harness.CASES, "a case", harness.Registered("suite", "cpu", lambda: harness.Case(**parts)))
+    monkeypatch.setitem(conftest.CASES, "a case", harness.Registered("suite", "cpu", lambda: harness.Case(**parts)))
     return "a case"
 
 
