@@ -272,10 +272,16 @@ def run(reward: str, config: Config) -> Run:
     return Run(reward, config.seed, before, after, result.metrics)
 
 
+def means(runs: list[Run], reward: str) -> tuple[PassAt1, PassAt1]:
+    """Pass@1 before and after, over the seeds."""
+    chosen = [run for run in runs if run.reward == reward]
+    before, after = zip(*(run.before for run in chosen), strict=True), zip(*(run.after for run in chosen), strict=True)
+    return PassAt1(*map(mean, before)), PassAt1(*map(mean, after))
+
+
 def gains(runs: list[Run], reward: str) -> PassAt1:
     """In Pass@1, means over the seeds."""
-    columns = zip(*((run.before, run.after) for run in runs if run.reward == reward), strict=True)
-    before, after = (PassAt1(*map(mean, zip(*column, strict=True))) for column in columns)
+    before, after = means(runs, reward)
     return PassAt1(after.greedy - before.greedy, after.sampled - before.sampled)
 
 
@@ -284,15 +290,11 @@ def print_table(runs: list[Run]) -> None:
     num_problems = NUM_REPORT_PROMPTS * len({run.seed for run in runs})
     print(f"\n{'reward':16}{'sampled Pass@1':^26}{'greedy Pass@1':^18}{'gain, sampled':^15}by seed")
     for reward in dict.fromkeys(run.reward for run in runs):
-        of_reward = [run for run in runs if run.reward == reward]
-        before, after = (
-            PassAt1(*(mean(getattr(x, name) for x in column) for name in PassAt1._fields))
-            for column in zip(*((run.before, run.after) for run in of_reward), strict=True)
-        )
+        before, after = means(runs, reward)
         error = (after.sampled * (1 - after.sampled) / num_problems) ** 0.5
         sampled = f"{before.sampled:.3f} -> {after.sampled:.3f} ± {error:.3f}"
         greedy = f"{before.greedy:.3f} -> {after.greedy:.3f}"
-        each = [run.after.sampled - run.before.sampled for run in of_reward]
+        each = [run.after.sampled - run.before.sampled for run in runs if run.reward == reward]
         print(f"{reward:16}{sampled:^26}{greedy:^18}{mean(each):^+15.3f}{' '.join(f'{g:+.3f}' for g in each)}")
 
 

@@ -15,14 +15,10 @@ import torch.distributed.checkpoint as dcp
 
 from qrm_fast.rl import checkpoint
 from qrm_fast.rl import train as loop
-from qrm_fast.rl.arithmetic import arithmetic_examples
-from qrm_fast.rl.checkpoint import newest_state, save_checkpoint, states
+from qrm_fast.rl.checkpoint import newest_state, states
 from qrm_fast.rl.config import Config, preset
-from qrm_fast.rl.data import STEP, write_jsonl
-from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.rollout import Rollout, TransformersEngine
-from qrm_fast.rl.tokenizers import load_tokenizer
 from qrm_fast.rl.train import train
 
 # One process imports everything, and those that are to be killed are forks of it.
@@ -32,24 +28,15 @@ NUM_THREADS = 1
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    tokenizer = load_tokenizer("arithmetic")
-    torch.manual_seed(0)
-    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, folder / "policy")
-    save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, folder / "q_rm")
-    prm = load_token_model("scratch:demo", tokenizer, num_labels=2)
-    prm.config.step_separator = STEP
-    save_checkpoint(prm, tokenizer, folder / "prm")
-    write_jsonl(folder / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
+def config(checkpoints, tmp_path_factory):
     return Config(
         **{**preset("qrm-released"), "reward": "random"},
-        model=str(folder / "policy"),
-        q_rm=str(folder / "q_rm"),
-        prm=str(folder / "prm"),
-        orm=str(folder / "q_rm"),
-        data=str(folder / "prompts.jsonl"),
-        out=str(folder / "whole"),
+        model=str(checkpoints / "policy"),
+        q_rm=str(checkpoints / "q_rm"),
+        prm=str(checkpoints / "prm"),
+        orm=str(checkpoints / "q_rm"),
+        data=str(checkpoints / "prompts.jsonl"),
+        out=str(tmp_path_factory.mktemp("faults") / "whole"),
         verifier="arithmetic",
         num_iterations=4,
         num_prompts=4,

@@ -20,15 +20,11 @@ import torch
 from qrm_fast import pack
 from qrm_fast.rl import ranks
 from qrm_fast.rl import train as loop
-from qrm_fast.rl.arithmetic import arithmetic_examples
-from qrm_fast.rl.checkpoint import newest_state, save_checkpoint, states
+from qrm_fast.rl.checkpoint import newest_state, states
 from qrm_fast.rl.config import Config, preset
-from qrm_fast.rl.data import STEP, write_jsonl
-from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.rollout import Rollout, TransformersEngine
 from qrm_fast.rl.run_folder import Stopped
-from qrm_fast.rl.tokenizers import load_tokenizer
 
 # One process imports everything, and those that train together are forks of it.
 context = get_context("forkserver")
@@ -94,25 +90,16 @@ def train_together(num_processes, config, run=run):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(checkpoints, tmp_path_factory):
     """PPO with critic, reference, Q-RM, PRM and verifier; micro-batches that some process has fewer of."""
-    folder = tmp_path_factory.mktemp("ranks")
-    tokenizer = load_tokenizer("arithmetic")
-    torch.manual_seed(0)
-    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, folder / "policy")
-    save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, folder / "q_rm")
-    prm = load_token_model("scratch:demo", tokenizer, num_labels=2)
-    prm.config.step_separator = STEP
-    save_checkpoint(prm, tokenizer, folder / "prm")
-    write_jsonl(folder / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
     return Config(
         **{**preset("qrm-released", "ppo"), "reward": "q-rm=1.0,pure=0.5,verifier=2.0", "process": "verl"},
-        model=str(folder / "policy"),
-        q_rm=str(folder / "q_rm"),
-        prm=str(folder / "prm"),
-        data=str(folder / "prompts.jsonl"),
-        eval_data=str(folder / "prompts.jsonl"),
-        out=str(folder / "run"),
+        model=str(checkpoints / "policy"),
+        q_rm=str(checkpoints / "q_rm"),
+        prm=str(checkpoints / "prm"),
+        data=str(checkpoints / "prompts.jsonl"),
+        eval_data=str(checkpoints / "prompts.jsonl"),
+        out=str(tmp_path_factory.mktemp("ranks") / "run"),
         verifier="arithmetic",
         num_iterations=3,
         num_prompts=5,

@@ -10,11 +10,9 @@ from test_architectures import build
 from transformers import AttentionInterface
 
 from qrm_fast import pack
-from qrm_fast.rl.arithmetic import arithmetic_examples
 from qrm_fast.rl.attention import check_packing, packed_attention, shares_prompts
 from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.config import Config, preset
-from qrm_fast.rl.data import write_jsonl
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.prm import ends_a_step, find_steps
@@ -149,15 +147,11 @@ def test_the_check_takes_any_length(num_tokens, recwarn):
 
 
 @pytest.fixture
-def config(tmp_path):
-    torch.manual_seed(0)
-    save_checkpoint(load_policy("scratch:demo", TOKENIZER), TOKENIZER, tmp_path / "policy")
-    save_checkpoint(load_token_model("scratch:demo", TOKENIZER), TOKENIZER, tmp_path / "q_rm")
-    write_jsonl(tmp_path / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
+def config(checkpoints, tmp_path):
     return Config(
-        model=str(tmp_path / "policy"),
-        q_rm=str(tmp_path / "q_rm"),
-        data=str(tmp_path / "prompts.jsonl"),
+        model=str(checkpoints / "policy"),
+        q_rm=str(checkpoints / "q_rm"),
+        data=str(checkpoints / "prompts.jsonl"),
         out=str(tmp_path / "run"),
         overwrite=True,
         num_iterations=2,
