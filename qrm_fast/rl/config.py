@@ -9,6 +9,8 @@ from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_rang
 from .run_folder import RunOptions
 from .verifiers import find_verifier
 
+Importance = Literal["none", "truncate-token", "mask-token", "truncate-sequence", "mask-sequence"]
+
 # The kinds of reward that `Config.reward` names, each a class of rewards.py.
 TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
 STREAMS = (*TOKEN_SCORES, "pure", "verifier")
@@ -162,8 +164,10 @@ class Config(RunOptions):
     "clip_low,clip_high"."""
     top_entropy: Share = 1.0
     """Share of the tokens whose advantage counts, those of the highest entropy (arXiv 2506.01939)."""
-    max_importance: NonNegative = 0.0
-    """Weigh tokens by their probability over that of sampling, up to this; 0: sampling's are PPO's old ones."""
+    importance: Importance = "none"
+    """Weigh each token by its probability over that of sampling, or by its answer's, truncated at max_importance or
+    left out above it; "none": sampling's probabilities are PPO's old ones."""
+    max_importance: Positive = 2.0
     loss_mode: str = "token-mean"
     """How token losses are averaged: a mode of `loss_weights`."""
     lr: NonNegative = 1e-6

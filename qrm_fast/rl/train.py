@@ -33,7 +33,7 @@ from .run_folder import RunFolder
 from .scorer import TokenScorer
 from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
-from .update import Denominators, MicroBatch, means, report, update, update_critic
+from .update import Denominators, MicroBatch, disagreement, means, report, update, update_critic
 from .verifiers import read_examples, read_prompts
 
 
@@ -191,9 +191,10 @@ def learn(
             advantages, returns = credit.of_tokens(packed)  # [T], [T]
             if credit.models:
                 phases.count("credit", num_tokens)
-            if config.top_entropy < 1 or config.max_importance:
-                advantages, old_logprobs = weigh_tokens(policy, packed, advantages, config)
-                packed = packed._replace(logprobs=old_logprobs)
+            sampled, own = packed.logprobs, credit.metrics()
+            if config.top_entropy < 1 or config.importance != "none":
+                advantages, old_logprobs, shares = weigh_tokens(policy, packed, advantages, config)
+                packed, own = packed._replace(logprobs=old_logprobs), own | shares
 
         # ---- update: the log-probabilities of sampling are the old ones
         with phases("update"):
@@ -220,7 +221,7 @@ def learn(
             engine.sync(policy)
 
         # ---- report; this is where the step waits for the device
-        own = credit.metrics()
+        own |= disagreement(sums[0], sampled)
         own["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
         own["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
         row = report(advantages, sums, critic_norms, own, num_answers)
