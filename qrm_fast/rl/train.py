@@ -31,6 +31,7 @@ from .rewards import Credit, Packed, load_credit, verified
 from .rollout import Engine, Rollout, TransformersEngine, check_rollout, check_sampling
 from .run_folder import RunFolder
 from .scorer import TokenScorer
+from .token_rows import sharing_units
 from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
 from .update import Denominators, MicroBatch, disagreement, means, report, update, update_critic
@@ -342,21 +343,12 @@ def plan(
     place = list(range(len(lengths)))
     if config.num_minibatches > 1:
         place = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [s // config.group_size for s in range(len(lengths))]
     # by prompt, and by length, because packed attention takes equally long neighbours in one call
-    order = sorted(kept, key=lambda s: (place[s // config.group_size], lengths[s]))
+    order = sorted(kept, key=lambda s: (place[groups[s]], lengths[s]))
     minibatches = []
     for part in (x.tolist() for x in torch.tensor(order).tensor_split(num_minibatches)):
-        units: list[list[int]] = []
-        rows: list[int] = []  # of each unit
-        for s in part:
-            is_sibling = units and s // config.group_size == units[-1][0] // config.group_size
-            shared = prompt_lens[s] - 1 if prompt_lens and is_sibling else 0
-            if shared and rows[-1] + lengths[s] - shared <= config.max_tokens:
-                units[-1].append(s)
-                rows[-1] += lengths[s] - shared
-            else:
-                units.append([s])
-                rows.append(lengths[s])
+        units, rows = sharing_units(part, groups, lengths, prompt_lens, config.max_tokens)
         microbatches = plan_microbatches(rows, max_tokens=config.max_tokens)[0]
         by_length = (sorted((units[i] for i in m), key=lambda unit: lengths[unit[0]]) for m in microbatches)
         minibatches.append([[s for unit in units for s in unit] for units in by_length])
