@@ -41,7 +41,7 @@ test-trl: $(built) build/venv-trl/installed
 	build/venv-trl/bin/python -m pytest -rs tests/integrations/test_trl.py
 
 bench-trl: $(built) build/venv-trl/installed
-	build/venv-trl/bin/python -m bench trainers
+	build/venv-trl/bin/python -m bench trainers end_to_end
 
 # verl loads plugins of installed packages, so here a wheel is tested, and that it changes nothing there (before.txt).
 test-verl: $(built) build/venv-verl/installed

@@ -15,6 +15,7 @@ Importance = Literal["none", "truncate-token", "mask-token", "truncate-sequence"
 TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
 STREAMS = (*TOKEN_SCORES, "pure", "verifier")
 MIXTURE = "pure=1.0,verifier=1.0"
+ANNEALED = ("kl_coef", "entropy_coef", "clip_low", "clip_high")
 
 # What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
 # Algorithm 1 and its Proposition 3.4 (arXiv 2505.23363), orm and dpo-rm what the released code compares with. Those of
@@ -131,6 +132,9 @@ class Config(RunOptions):
     """The distance, from the two log-probabilities of a token; "abs" exists in the reward only."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Taken off the token rewards once, or added to the loss at every update."""
+    adaptive_kl: NonNegative = 0.0
+    """KL per token to the starting policy that kl_coef is steered to, a step after every iteration
+    (arXiv 1909.08593, section 2.2); 0: kl_coef stays."""
     value_coef: NonNegative = 0.0
     """Weight of a critic's value in the advantage; 0: no critic."""
     value_normalize: bool = True
@@ -159,6 +163,9 @@ class Config(RunOptions):
     """PPO keeps the probability ratio in [1 - clip_low, 1 + clip_high]."""
     entropy_coef: NonNegative = 0.0
     """Weight of the policy's entropy in the objective."""
+    anneal: str = ""
+    """Which of kl_coef, entropy_coef, clip_low and clip_high fall to 0 in a straight line over the iterations:
+    "clip_low,clip_high"."""
     top_entropy: Share = 1.0
     """Share of the tokens whose advantage counts, those of the highest entropy (arXiv 2506.01939)."""
     importance: Importance = "none"
@@ -237,6 +244,9 @@ def check(config: Config) -> None:
         raise ValueError("top_entropy must leave some token, expected above 0, got 0")
     if config.target_kl and config.num_epochs == 1:
         raise ValueError(f"target_kl ends passes before num_epochs, expected 0 with 1 of them, got {config.target_kl}")
+    parse_anneal(config)
+    if config.adaptive_kl and not config.kl_coef:
+        raise ValueError(f"adaptive_kl steers kl_coef from where it starts, expected one above 0, got {config.kl_coef}")
     returns = {"q-rm", "qrm-vocab", "random"} & streams.keys()
     if config.estimator == "gae" and returns:
         raise ValueError(f'estimator "gae" sums rewards, which {min(returns)} has none of, got "{config.reward}"')
@@ -275,3 +285,18 @@ def parse_streams(reward: str) -> dict[str, float]:
         if not 0 < streams[name] < math.inf:
             raise ValueError(f"the weight of {name} must be a positive number, got {weight} in {reward}")
     return streams
+
+
+def parse_anneal(config: Config) -> list[str]:
+    """The options that `config.anneal` names.
+
+    Raises ValueError for one that cannot be annealed, that is 0 already, and for a kl_coef that adaptive_kl steers.
+    """
+    names = [name.strip() for name in config.anneal.split(",") if name.strip()]
+    for name in names:
+        if name not in ANNEALED:
+            raise ValueError(f"anneal must name some of {', '.join(ANNEALED)}, got {config.anneal}")
+        if not getattr(config, name) or (name == "kl_coef" and config.adaptive_kl):
+            why = "which is 0" if not getattr(config, name) else "which adaptive_kl steers"
+            raise ValueError(f"anneal must name options that are above 0 and free to fall, got {name}, {why}")
+    return names

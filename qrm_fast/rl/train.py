@@ -18,6 +18,7 @@ from .. import PackedBatch, pack, plan_microbatches
 from . import ranks
 from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
+from .coefficients import Coefficients
 from .config import Config, check, check_budget, parse_streams
 from .data import Example, Prompt, Rows, read_rows
 from .flops import update_flops
@@ -113,7 +114,9 @@ def learn(
 ) -> list[dict[str, float]]:
     """The iterations. Returns the rows of metrics.jsonl."""
     policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts = parts
-    first = folder.load(parts.learning())
+    coefficients = Coefficients(config)
+    learning = parts.learning() | ({"coefficients": coefficients} if config.adaptive_kl else {})
+    first = folder.load(learning)
     if first > config.num_iterations:
         raise ValueError(f"num_iterations must be at least the {first} done, got {config.num_iterations}")
     engine.sync(policy)
@@ -135,6 +138,7 @@ def learn(
     trained = [row["eval/pass@1_sampled"] for row in log.rows if row["step"] and "eval/pass@1_sampled" in row]
     best = ranks.gather_objects(max(trained, default=-1.0))[0]  # the first process has the log
     for iteration in range(first, config.num_iterations):
+        now = coefficients.at(iteration)
         asked = ranks.share(order[iteration])  # every process has prompts of its own, and whole groups of answers
         seed = HostRandom(f"{config.seed} {iteration}").getrandbits(32) + ranks.rank()
         # ---- rollout: group_size answers to each prompt, with the log-probabilities they were sampled with
@@ -169,6 +173,7 @@ def learn(
             prompt_lens = list(map(len, prompts)) if share_prompts else None
             minibatches = plan(kept, lengths, prompt_lens, num_minibatches, config, seed)
             packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
+            packed = packed._replace(kl_share=now.kl_coef / config.kl_coef if config.kl_coef else 1.0)
             num_tokens = sum(lengths[s] for s in kept)
             num_rows = sum(len(batch.input_ids) for batch in packed.batches)
             num_pairs = sum(lengths[s] * (lengths[s] + 1) // 2 for s in kept)  # of a query and a key it sees
@@ -205,7 +210,7 @@ def learn(
             sums, critic_norms = [], []
             for epoch in range(1, config.num_epochs + 1):
                 for step in steps:
-                    sums.append(update(policy, optimizer, step, denominators, config, config.lr * share))
+                    sums.append(update(policy, optimizer, step, denominators, now, config.lr * share))
                     if critic is not None and critic_optimizer is not None:
                         lr = config.critic_lr * share
                         critic_norms.append(update_critic(critic, critic_optimizer, step, denominators, config, lr))
@@ -235,14 +240,15 @@ def learn(
             "response/finished": all_finished / all_answers,
             "policy/lr": config.lr * share,
             "policy/epochs": len(sums) / len(steps),
-        }
+        } | coefficients.metrics(iteration)
+        coefficients.observe(row["policy/ref_kl"])
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
             if row["eval/pass@1_sampled"] > best:
                 best = row["eval/pass@1_sampled"]
                 save_checkpoint(policy.model, tokenizer, folder.path / "best")
         log(iteration + 1, row | phases.report())
-        folder.keep(iteration + 1, parts.learning())
+        folder.keep(iteration + 1, learning)
     return log.rows
 
 
