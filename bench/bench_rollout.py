@@ -4,7 +4,6 @@ import math
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from .harness import Case, case, gemm
 from .qwen2 import VOCABULARY, qwen2
@@ -14,11 +13,13 @@ GROUP, ROWS, ANSWER, LONGEST = 8, 32, 96, 300
 
 def sampled_answers(device: torch.device, prompt: int, width: int, num_layers: int) -> Case:
     """8 answers to each of 8 prompts, float32. Their lengths, log-normal around 96 up to 300, are the same for all."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+    from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteriaList
 
     from qrm_fast.rl.linear import use_onednn
     from qrm_fast.rl.policy import Policy
-    from qrm_fast.rl.rollout import TransformersEngine
+    from qrm_fast.rl.rollout import TransformersEngine, check_sampling
+
+    from .forced import Ended, ForcedEngine
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.exp(torch.randn(8 * GROUP, generator=generator) * 0.6 + math.log(ANSWER)).clamp(8, LONGEST).long()
@@ -29,18 +30,10 @@ def sampled_answers(device: torch.device, prompt: int, width: int, num_layers: i
     options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=LONGEST, eos_token_id=-1)
     sampling = GenerationConfig(**options, pad_token_id=0)
 
-    class Engine(TransformersEngine):
-        def _stops(self, token: Tensor, answer: Tensor, age: Tensor) -> Tensor:
-            return age + 1 >= torch.cat([lengths, lengths[:1]])[answer]
-
-    class Ended(StoppingCriteria):
-        def __init__(self, rows: Tensor) -> None:
-            self.rows = rows
-
-        def __call__(self, input_ids: Tensor, scores: object, **options: object) -> Tensor:
-            return input_ids.shape[1] - prompt >= self.rows
-
-    engine = Engine(Policy(model), [], max_rows=ROWS)
+    answers = [[0] * n for n in lengths.tolist()]
+    of_prompts = {tuple(p): answers[i * GROUP :][:GROUP] for i, p in enumerate(prompts.tolist())}
+    policy = Policy(model)
+    engine = ForcedEngine(policy, of_prompts, max_rows=ROWS)
 
     def ours() -> list[list[int]]:
         options = dict(num_samples=GROUP, max_new_tokens=LONGEST, temperature=1.0, seed=0)
@@ -51,7 +44,7 @@ def sampled_answers(device: torch.device, prompt: int, width: int, num_layers: i
         for i in range(0, len(lengths), ROWS):
             rows = lengths[i : i + ROWS]
             ids = prompts[i // GROUP : (i + ROWS) // GROUP].repeat_interleave(GROUP, 0)
-            ended = StoppingCriteriaList([Ended(rows)])
+            ended = StoppingCriteriaList([Ended(prompt, rows)])
             options = dict(attention_mask=torch.ones_like(ids), stopping_criteria=ended)
             out = plain.generate(ids, generation_config=sampling, **options)
             answers += [row[:n] for row, n in zip(out[:, prompt:].tolist(), rows.tolist(), strict=True)]
@@ -75,7 +68,7 @@ def sampled_answers(device: torch.device, prompt: int, width: int, num_layers: i
         return [answers[name] for name in names]
 
     def gate() -> None:
-        assert list(map(len, ours())) == lengths.tolist()
+        check_sampling(TransformersEngine(policy, [1]), policy, prompt + LONGEST)
 
     num_tokens = int(lengths.sum())
     one = 2 * num_tokens * VOCABULARY * width  # the logits

@@ -35,6 +35,7 @@ class Case:
     bytes: int = 0  # the least traffic: every input read once, every output written once
     flops: int = 0  # the least arithmetic
     error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
+    details: Callable[[str], dict[str, float]] | None = None  # of a way that was timed: more columns of its row
     absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
     repeats: int = 15  # fewer where a call takes many seconds
 
@@ -130,12 +131,10 @@ def interleaved(
 ) -> tuple[dict[str, Timing], float]:
     """Time each provider `repeats` times in turn; returns the times and the share of CPU time others took meanwhile.
 
-    Every call finds the cache emptied. Rounds are kept or dropped together in windows of at least a quarter of a
-    second, the resolution of the kernel's CPU accounting; a window in which others took over a tenth is dropped unless
-    `allow_busy`. Raises Busy when `max_seconds` pass first.
+    Each has been called before. Every call finds the cache emptied. Rounds are kept or dropped together in windows of
+    at least a quarter of a second, the resolution of the kernel's CPU accounting; a window in which others took over a
+    tenth is dropped unless `allow_busy`. Raises Busy when `max_seconds` pass first.
     """
-    for provider in providers.values():
-        provider()
     timings = {name: Timing() for name in providers}
     names, flush = list(providers), torch.empty(flush_bytes(device), dtype=torch.uint8, device=device)
     other_cpu = OtherCpu() if device.type == "cpu" else lambda: 0.0
@@ -241,6 +240,8 @@ def _figures(name: str, built: Case, allow_busy: bool) -> dict:
             providers[way] = built.providers[way]
         except Exception as error:  # a rival takes no other figure with it
             absent[way] = _sentence(error)
+    for provider in built.baseline.values():
+        provider()
     ways = providers | built.baseline
     timings, other = interleaved(ways, torch.device(CASES[name].device), repeats=built.repeats, allow_busy=allow_busy)
     times = {way: timing.summary() for way, timing in timings.items()}
@@ -254,6 +255,8 @@ def _figures(name: str, built: Case, allow_busy: bool) -> dict:
             row["gflop_per_s"] = built.flops / worth / row["median_ms"] / 1e6
         if result:
             row["extra_mib"] = extra_mib(name, way, providers[way])
+            if built.details:
+                row["details"] = built.details(way)
             if built.error:
                 try:
                     row["error"] = built.error(way, providers[way]())

@@ -58,9 +58,11 @@ def _case(record: dict) -> str:
         for heading, column in COLUMNS.items()
         if heading not in unused and any(row.get(column[0]) is not None for row in rows.values())
     }
-    lines = [["", *columns, "time, ours = 1", "ms, p20 to p80"]]
+    details = list(dict.fromkeys(heading for row in rows.values() for heading in row.get("details", {})))
+    lines = [["", *columns, *details, "time, ours = 1", "ms, p20 to p80"]]
     for way, row in rows.items():
         cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in columns.values()]
+        cells += [f"{row['details'][x]:,.4g}" if x in row.get("details", {}) else "" for x in details]
         spread = f"{row['p20_ms']:,.4g} to {row['p80_ms']:,.4g}"
         lines.append([way, *cells, f"{row['median_ms'] / our_ms:.3g}", spread])
     absent = [f"{way} ({why})" for way, why in record.get("absent", {}).items()]

@@ -84,6 +84,8 @@ def lab(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--out", type=str, default="runs/lab", help="Directory; runs that are there are not run again.")
     options = parser.parse_args(arguments)
     _before_models("cpu")
+    from matplotlib import rc_context
+
     from .rl.lab import EXPERIMENTS, GREEDY, SAMPLED
     from .rl.lab import lab as run
     from .rl.plots import spreads
@@ -92,8 +94,10 @@ def lab(parser: ArgumentParser, arguments: list[str]) -> None:
         results = run(options.experiment, options.seeds, options.out)
     folder, experiment = f"{options.out}/{options.experiment}", EXPERIMENTS[options.experiment]
     keys = {SAMPLED: "sampled Pass@1", GREEDY: "greedy Pass@1", **experiment.columns}
-    spreads({arm: result.runs for arm, result in results.items()}, keys).savefig(f"{folder}/figure.png")
-    print(f"\n{experiment.claim}\ntable   {folder}/table.md\nfigure  {folder}/figure.png")
+    figure = spreads({arm: result.runs for arm, result in results.items()}, keys)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lab"}):  # words as text, the same bytes again
+        figure.savefig(f"{folder}/figure.svg", metadata={"Date": None})
+    print(f"\n{experiment.claim}\ntable   {folder}/table.md\nfigure  {folder}/figure.svg")
 
 
 def sft(parser: ArgumentParser, arguments: list[str]) -> None:

@@ -218,12 +218,18 @@ void check_panels(const char* set, const PanelKernels<S>& kernels) {
   expect(set, "panel one unmasked, weighted", stats[2 * nr + 1], 0, 0);
 }
 
+template <int Bytes, typename S>
+void check_set_of(const char* set) {
+  check(set, HeadKernels<S>::template compiled<Bytes>());
+  check_panels(set, PanelKernels<S>::template compiled<Bytes>());
+  check_panels(set, PanelKernels<S>::template compiled<Bytes, 2>());
+  check_panels(set, PanelKernels<S>::template compiled<Bytes, 4>());
+}
+
 template <int Bytes>
 void check_set(const char* set) {
-  check(set, HeadKernels<float>::compiled<Bytes>());
-  check_panels(set, PanelKernels<float>::compiled<Bytes>());
-  check(set, HeadKernels<double>::compiled<Bytes>());
-  check_panels(set, PanelKernels<double>::compiled<Bytes>());
+  check_set_of<Bytes, float>(set);
+  check_set_of<Bytes, double>(set);
 }
 
 }  // namespace
@@ -233,7 +239,10 @@ int main() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("x86-64-v3")) check_set<32>("avx2");
   if (__builtin_cpu_supports("x86-64-v4")) check_set<64>("avx512");
-  if (panel_kernels<float>().pair_tile != nullptr) check_pair_tile(panel_kernels<float>());
+  for (int64_t rows : {1, 32, 64}) {
+    const auto& kernels = panel_kernels<float>(rows);
+    if (kernels.pair_tile != nullptr) check_pair_tile(kernels);
+  }
 #endif
   return failures > 0;
 }

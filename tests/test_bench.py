@@ -8,6 +8,7 @@ import sys
 import time
 import types
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,32 @@ def test_an_error_that_cannot_be_had_leaves_the_figures(monkeypatch):
     record = harness.measure(case_of(monkeypatch, error=error))
     assert record["times"]["ours"]["extra_mib"] == 7.0 and "error" not in record["times"]["ours"]
     assert record["absent"] == {"error of ours": "TypeError: x must not be float64 on CUDA"}
+
+
+def test_what_else_a_way_measured_has_columns_of_its_own(monkeypatch):
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+    monkeypatch.setattr(harness.OtherCpu, "__call__", lambda self: 0.0)
+    providers = {"ours": lambda: None, "theirs": lambda: None}
+    details = {"ours": {"update, s": 1.5}, "theirs": {"update, s": 3.25, "wait, s": 2000.0}}
+    record = harness.measure(case_of(monkeypatch, providers=providers, details=details.get))
+    assert record["times"]["theirs"]["details"] == details["theirs"] and "details" not in record["times"]["copy"]
+    table = render.table([record | {"provenance": provenance("cpu")}])
+    assert "| update, s | wait, s | time, ours = 1 |" in table
+    assert "| 1.5 |  | 1 |" in table and "| 3.25 | 2,000 |" in table
+
+
+def test_every_way_is_warm_before_it_is_timed(monkeypatch):
+    calls = {"ours": [], "theirs": [], "copy": []}
+    ways = {name: partial(called.append, None) for name, called in calls.items()}
+    monkeypatch.setattr(harness, "extra_mib", lambda *_: 7.0)
+
+    def timed(providers, *_, **__):
+        assert providers.keys() == calls.keys() and all(calls.values())
+        return {name: harness.Timing([1.0, 2.0]) for name in providers}, 0.0
+
+    monkeypatch.setattr(harness, "interleaved", timed)
+    parts = {"providers": {name: ways[name] for name in ("ours", "theirs")}, "baseline": {"copy": ways["copy"]}}
+    assert "refused" not in harness.measure(case_of(monkeypatch, **parts))
 
 
 def test_a_tree_without_git_names_its_commit(monkeypatch, tmp_path):

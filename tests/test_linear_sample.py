@@ -166,7 +166,7 @@ def test_bits_depend_on_the_own_row_only(dtype):
         assert all(map(torch.equal, linear_sample(hidden, weight, uniforms), whole))
     finally:
         torch.set_num_threads(threads)
-    for rows in slice(0, 1), slice(5, 41), slice(69, 70):
+    for rows in slice(0, 1), slice(5, 30), slice(5, 41), slice(69, 70):
         alone = linear_sample(hidden[rows], weight, uniforms[rows])
         assert torch.equal(alone.tokens, whole.tokens[rows]) and torch.equal(alone.logprobs, whole.logprobs[rows])
 

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> linear_sample(const Tensor& hidden, const Tensor& wei
   dispatch_floating(hidden.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
     using S = acc_t<In>;
-    Head<In, S> head(hidden, weight, tokens, options);
+    Head<In, S> head(hidden, weight, tokens, options, num_rows);
     head.select_rows([](int64_t) { return true; });
     const int64_t lanes = head.lanes(), panels = ceil_div(num_rows, lanes), room = kChunk * lanes;
     const Scratch<S> memory({panels * head.x_panel(), max_workers(num_rows) * room});

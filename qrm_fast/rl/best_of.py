@@ -1,6 +1,7 @@
 """Best of N: which of the answers to a prompt a reward model would choose, and how often that one is right."""
 
 import math
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import pack, plan_microbatches, prm_rewards, unpack
-from .attention import check_packing
+from .attention import check_packing, shares_prompts
 from .config import Config, check_budget
 from .data import Example, Rows
 from .models import check_context, load_prm, load_q_rm
@@ -16,6 +17,7 @@ from .prm import ends_a_step, find_steps, separator_id, separator_of
 from .rewards import verified
 from .rollout import Engine
 from .scorer import StepScorer, TokenScorer
+from .token_rows import sharing_units
 from .tokenizers import check_same_vocabulary, encode_prompts, load_tokenizer
 
 Rerank = Literal["qrm", "prm", "orm", "verifier"]
@@ -62,6 +64,7 @@ class Judge:
             model = load_q_rm(reward_model, tokenizer, kind="orm" if rerank == "orm" else "qrm", **options)
         check_context(model, longest)
         check_packing(model, longest)
+        self.share_prompts = shares_prompts(model, longest)
         self.config, self.aggregation = config, aggregation
         self.steps = StepScorer(model) if rerank == "prm" else None
         self.tokens = TokenScorer(model, reads_action=True)
@@ -73,11 +76,22 @@ class Judge:
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """[S] float64, the score of each response to its prompt."""
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        prompt_lens = list(map(len, prompts))
+        changes = [int(a != b) for a, b in pairwise(prompts)]
+        groups = list(accumulate(changes, initial=0))[: len(prompts)]  # neighbours with one prompt
+        order = sorted(range(len(lengths)), key=lambda s: (groups[s], lengths[s]))
+        budget, shared = self.config.max_tokens, prompt_lens if self.share_prompts else None
+        units, rows = sharing_units(order, groups, lengths, shared, budget)
         scores = torch.zeros(len(lengths), dtype=torch.float64)
-        for indices in plan_microbatches(lengths, max_tokens=self.config.max_tokens)[0]:
-            indices = sorted(indices, key=lengths.__getitem__)
+        for bin in plan_microbatches(rows, max_tokens=budget)[0]:
+            indices = [s for unit in sorted((units[i] for i in bin), key=lambda u: lengths[u[0]]) for s in unit]
             sequences = [prompts[i] + responses[i] for i in indices]
-            batch = pack(sequences, [len(prompts[i]) for i in indices], device=self.config.device)
+            batch = pack(
+                sequences,
+                [prompt_lens[i] for i in indices],
+                share_prompts=self.share_prompts,
+                device=self.config.device,
+            )
             cu_seqlens = batch.action_cu_seqlens
             if self.steps is None:
                 rewards = self.tokens(batch)

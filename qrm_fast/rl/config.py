@@ -9,10 +9,13 @@ from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_rang
 from .run_folder import RunOptions
 from .verifiers import find_verifier
 
+Importance = Literal["none", "truncate-token", "mask-token", "truncate-sequence", "mask-sequence"]
+
 # The kinds of reward that `Config.reward` names, each a class of rewards.py.
 TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
 STREAMS = (*TOKEN_SCORES, "pure", "verifier")
 MIXTURE = "pure=1.0,verifier=1.0"
+ANNEALED = ("kl_coef", "entropy_coef", "clip_low", "clip_high")
 
 # What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
 # Algorithm 1 and its Proposition 3.4 (arXiv 2505.23363), orm and dpo-rm what the released code compares with. Those of
@@ -129,6 +132,9 @@ class Config(RunOptions):
     """The distance, from the two log-probabilities of a token; "abs" exists in the reward only."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Taken off the token rewards once, or added to the loss at every update."""
+    adaptive_kl: NonNegative = 0.0
+    """KL per token to the starting policy that kl_coef is steered to, a step after every iteration
+    (arXiv 1909.08593, section 2.2); 0: kl_coef stays."""
     value_coef: NonNegative = 0.0
     """Weight of a critic's value in the advantage; 0: no critic."""
     value_normalize: bool = True
@@ -142,6 +148,10 @@ class Config(RunOptions):
     max_new_tokens: Count = 512
     """Longest answer in tokens."""
     temperature: Positive = 1.0
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who samples: the policy itself, or a copy of it that vLLM runs in this process."""
+    engine_cache_gib: Positive = 4.0
+    """Memory for keys and values of the engine "vllm"."""
     num_epochs: Count = 1
     """Passes over the answers of one iteration."""
     num_minibatches: Count = 1
@@ -153,10 +163,15 @@ class Config(RunOptions):
     """PPO keeps the probability ratio in [1 - clip_low, 1 + clip_high]."""
     entropy_coef: NonNegative = 0.0
     """Weight of the policy's entropy in the objective."""
+    anneal: str = ""
+    """Which of kl_coef, entropy_coef, clip_low and clip_high fall to 0 in a straight line over the iterations:
+    "clip_low,clip_high"."""
     top_entropy: Share = 1.0
     """Share of the tokens whose advantage counts, those of the highest entropy (arXiv 2506.01939)."""
-    max_importance: NonNegative = 0.0
-    """Weigh tokens by their probability over that of sampling, up to this; 0: sampling's are PPO's old ones."""
+    importance: Importance = "none"
+    """Weigh each token by its probability over that of sampling, or by its answer's, truncated at max_importance or
+    left out above it; "none": sampling's probabilities are PPO's old ones."""
+    max_importance: Positive = 2.0
     loss_mode: str = "token-mean"
     """How token losses are averaged: a mode of `loss_weights`."""
     lr: NonNegative = 1e-6
@@ -229,6 +244,9 @@ def check(config: Config) -> None:
         raise ValueError("top_entropy must leave some token, expected above 0, got 0")
     if config.target_kl and config.num_epochs == 1:
         raise ValueError(f"target_kl ends passes before num_epochs, expected 0 with 1 of them, got {config.target_kl}")
+    parse_anneal(config)
+    if config.adaptive_kl and not config.kl_coef:
+        raise ValueError(f"adaptive_kl steers kl_coef from where it starts, expected one above 0, got {config.kl_coef}")
     returns = {"q-rm", "qrm-vocab", "random"} & streams.keys()
     if config.estimator == "gae" and returns:
         raise ValueError(f'estimator "gae" sums rewards, which {min(returns)} has none of, got "{config.reward}"')
@@ -267,3 +285,18 @@ def parse_streams(reward: str) -> dict[str, float]:
         if not 0 < streams[name] < math.inf:
             raise ValueError(f"the weight of {name} must be a positive number, got {weight} in {reward}")
     return streams
+
+
+def parse_anneal(config: Config) -> list[str]:
+    """The options that `config.anneal` names.
+
+    Raises ValueError for one that cannot be annealed, that is 0 already, and for a kl_coef that adaptive_kl steers.
+    """
+    names = [name.strip() for name in config.anneal.split(",") if name.strip()]
+    for name in names:
+        if name not in ANNEALED:
+            raise ValueError(f"anneal must name some of {', '.join(ANNEALED)}, got {config.anneal}")
+        if not getattr(config, name) or (name == "kl_coef" and config.adaptive_kl):
+            why = "which is 0" if not getattr(config, name) else "which adaptive_kl steers"
+            raise ValueError(f"anneal must name options that are above 0 and free to fall, got {name}, {why}")
+    return names

@@ -34,3 +34,28 @@ def pack_rows(rows: Iterable[TokenRow], device: str) -> PackedBatch:
     """The sequences of all rows, in their order."""
     pairs = [(sequence, len(row.prompt)) for row in rows for sequence in row.sequences]
     return pack([sequence for sequence, _ in pairs], [prompt_len for _, prompt_len in pairs], device=device)
+
+
+def sharing_units(
+    order: Iterable[int],
+    groups: Sequence[int],
+    lengths: Sequence[int],
+    prompt_lens: Sequence[int] | None,
+    max_tokens: int,
+) -> tuple[list[list[int]], list[int]]:
+    """Sequences in `order`, neighbours of one of the `groups` in one unit, and the rows of every unit.
+
+    They share their prompt, and are together as far as `max_tokens` holds them; alone without `prompt_lens`.
+    """
+    units: list[list[int]] = []
+    rows: list[int] = []
+    for s in order:
+        is_sibling = units and groups[s] == groups[units[-1][0]]
+        shared = prompt_lens[s] - 1 if prompt_lens and is_sibling else 0
+        if shared and rows[-1] + lengths[s] - shared <= max_tokens:
+            units[-1].append(s)
+            rows[-1] += lengths[s] - shared
+        else:
+            units.append([s])
+            rows.append(lengths[s])
+    return units, rows

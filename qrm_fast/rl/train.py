@@ -18,6 +18,7 @@ from .. import PackedBatch, pack, plan_microbatches
 from . import ranks
 from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
+from .coefficients import Coefficients
 from .config import Config, check, check_budget, parse_streams
 from .data import Example, Prompt, Rows, read_rows
 from .flops import update_flops
@@ -30,10 +31,12 @@ from .rewards import Credit, Packed, load_credit, verified
 from .rollout import Engine, Rollout, TransformersEngine, check_rollout, check_sampling
 from .run_folder import RunFolder
 from .scorer import TokenScorer
+from .token_rows import sharing_units
 from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
-from .update import Denominators, MicroBatch, means, report, update, update_critic
+from .update import Denominators, MicroBatch, disagreement, means, report, update, update_critic
 from .verifiers import read_examples, read_prompts
+from .vllm_engine import VLLMEngine
 
 
 class PassAt1(NamedTuple):
@@ -112,7 +115,9 @@ def learn(
 ) -> list[dict[str, float]]:
     """The iterations. Returns the rows of metrics.jsonl."""
     policy, engine, optimizer, credit, reference, critic, critic_optimizer, share_prompts = parts
-    first = folder.load(parts.learning())
+    coefficients = Coefficients(config)
+    learning = parts.learning() | ({"coefficients": coefficients} if config.adaptive_kl else {})
+    first = folder.load(learning)
     if first > config.num_iterations:
         raise ValueError(f"num_iterations must be at least the {first} done, got {config.num_iterations}")
     engine.sync(policy)
@@ -134,6 +139,7 @@ def learn(
     trained = [row["eval/pass@1_sampled"] for row in log.rows if row["step"] and "eval/pass@1_sampled" in row]
     best = ranks.gather_objects(max(trained, default=-1.0))[0]  # the first process has the log
     for iteration in range(first, config.num_iterations):
+        now = coefficients.at(iteration)
         asked = ranks.share(order[iteration])  # every process has prompts of its own, and whole groups of answers
         seed = HostRandom(f"{config.seed} {iteration}").getrandbits(32) + ranks.rank()
         # ---- rollout: group_size answers to each prompt, with the log-probabilities they were sampled with
@@ -168,6 +174,7 @@ def learn(
             prompt_lens = list(map(len, prompts)) if share_prompts else None
             minibatches = plan(kept, lengths, prompt_lens, num_minibatches, config, seed)
             packed = pack_answers(minibatches, prompts, rollout, group_ids, share_prompts, seed)
+            packed = packed._replace(kl_share=now.kl_coef / config.kl_coef if config.kl_coef else 1.0)
             num_tokens = sum(lengths[s] for s in kept)
             num_rows = sum(len(batch.input_ids) for batch in packed.batches)
             num_pairs = sum(lengths[s] * (lengths[s] + 1) // 2 for s in kept)  # of a query and a key it sees
@@ -186,9 +193,10 @@ def learn(
             advantages, returns = credit.of_tokens(packed)  # [T], [T]
             if credit.models:
                 phases.count("credit", num_tokens)
-            if config.top_entropy < 1 or config.max_importance:
-                advantages, old_logprobs = weigh_tokens(policy, packed, advantages, config)
-                packed = packed._replace(logprobs=old_logprobs)
+            sampled, own = packed.logprobs, credit.metrics()
+            if config.top_entropy < 1 or config.importance != "none":
+                advantages, old_logprobs, shares = weigh_tokens(policy, packed, advantages, config)
+                packed, own = packed._replace(logprobs=old_logprobs), own | shares
 
         # ---- update: the log-probabilities of sampling are the old ones
         with phases("update"):
@@ -203,7 +211,7 @@ def learn(
             sums, critic_norms = [], []
             for epoch in range(1, config.num_epochs + 1):
                 for step in steps:
-                    sums.append(update(policy, optimizer, step, denominators, config, config.lr * share))
+                    sums.append(update(policy, optimizer, step, denominators, now, config.lr * share))
                     if critic is not None and critic_optimizer is not None:
                         lr = config.critic_lr * share
                         critic_norms.append(update_critic(critic, critic_optimizer, step, denominators, config, lr))
@@ -215,7 +223,7 @@ def learn(
             engine.sync(policy)
 
         # ---- report; this is where the step waits for the device
-        own = credit.metrics()
+        own |= disagreement(sums[0], sampled)
         own["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
         own["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
         row = report(advantages, sums, critic_norms, own, num_answers)
@@ -233,14 +241,15 @@ def learn(
             "response/finished": all_finished / all_answers,
             "policy/lr": config.lr * share,
             "policy/epochs": len(sums) / len(steps),
-        }
+        } | coefficients.metrics(iteration)
+        coefficients.observe(row["policy/ref_kl"])
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()
             if row["eval/pass@1_sampled"] > best:
                 best = row["eval/pass@1_sampled"]
                 save_checkpoint(policy.model, tokenizer, folder.path / "best")
         log(iteration + 1, row | phases.report())
-        folder.keep(iteration + 1, parts.learning())
+        folder.keep(iteration + 1, learning)
     return log.rows
 
 
@@ -270,7 +279,12 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         check_context(module.model, max(longest, longest_eval) if module is policy else longest)
         check_packing(module.model, longest)
     share_prompts = all(shares_prompts(module.model, longest) for module in modules)
-    engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))
+    ends = stop_ids(tokenizer, policy.model.generation_config)
+    engine: Engine
+    if config.engine == "vllm":
+        engine = VLLMEngine(policy, ends, max_len=max(longest, longest_eval), cache_gib=config.engine_cache_gib)
+    else:
+        engine = TransformersEngine(policy, ends)
     check_sampling(engine, policy, longest)
     for module in modules:
         ranks.shard(module)
@@ -335,21 +349,12 @@ def plan(
     place = list(range(len(lengths)))
     if config.num_minibatches > 1:
         place = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [s // config.group_size for s in range(len(lengths))]
     # by prompt, and by length, because packed attention takes equally long neighbours in one call
-    order = sorted(kept, key=lambda s: (place[s // config.group_size], lengths[s]))
+    order = sorted(kept, key=lambda s: (place[groups[s]], lengths[s]))
     minibatches = []
     for part in (x.tolist() for x in torch.tensor(order).tensor_split(num_minibatches)):
-        units: list[list[int]] = []
-        rows: list[int] = []  # of each unit
-        for s in part:
-            is_sibling = units and s // config.group_size == units[-1][0] // config.group_size
-            shared = prompt_lens[s] - 1 if prompt_lens and is_sibling else 0
-            if shared and rows[-1] + lengths[s] - shared <= config.max_tokens:
-                units[-1].append(s)
-                rows[-1] += lengths[s] - shared
-            else:
-                units.append([s])
-                rows.append(lengths[s])
+        units, rows = sharing_units(part, groups, lengths, prompt_lens, config.max_tokens)
         microbatches = plan_microbatches(rows, max_tokens=config.max_tokens)[0]
         by_length = (sorted((units[i] for i in m), key=lambda unit: lengths[unit[0]]) for m in microbatches)
         minibatches.append([[s for unit in units for s in unit] for units in by_length])

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import PackedBatch, PolicyMetrics, loss_weights, value_loss
@@ -42,6 +43,7 @@ class Sums(NamedTuple):
     weight: Tensor  # 0-d, of all tokens
     metrics: PolicyMetrics
     grad_norm: Tensor  # 0-d
+    logprobs: Tensor  # [T] of its tokens, by the policy before it moved
 
 
 def update(
@@ -54,10 +56,10 @@ def update(
 ) -> Sums:
     """Move the policy by the gradient of the mini-batch's loss."""
     in_loss = config.kl_in == "loss" and config.kl_coef > 0
-    rows = []
+    rows, all_logprobs = [], []
     for batch, advantages, _, old_logprobs, ref_logprobs in minibatch:
         weights = weights_of(batch, denominators, config)  # [T]
-        loss, _, _, metrics = policy.loss(
+        loss, logprobs, _, metrics = policy.loss(
             batch,
             advantages,
             old_logprobs=old_logprobs,
@@ -73,10 +75,11 @@ def update(
         )
         loss.backward()
         rows.append(torch.stack([loss.detach(), weights.sum(), *metrics]))
+        all_logprobs.append(logprobs.detach())
     table = torch.stack(rows)
     loss, weight, *additive = table[:, :-1].sum(0)
     metrics = PolicyMetrics._make([*additive, table[:, -1].max()])
-    return Sums(loss, weight, metrics, optimizer.step(lr, config.max_grad_norm))
+    return Sums(loss, weight, metrics, optimizer.step(lr, config.max_grad_norm), torch.cat(all_logprobs))
 
 
 def update_critic(
@@ -123,6 +126,18 @@ def means(steps: list[Sums], critic_norms: list[Tensor]) -> dict[str, Tensor]:
         "policy/skipped": (~norms.isfinite()).sum(),
         **({"critic/grad_norm": critic_norms[-1]} if critic_norms else {}),
     }
+
+
+def disagreement(first: Sums, sampled: Tensor) -> dict[str, Tensor]:
+    """How far the sampler is from the policy it stands for, over the tokens of an iteration's first step.
+
+    `sampled`: [T] float32, the log-probabilities of sampling, of which the first are those of that step.
+    """
+    distance = (first.logprobs - sampled[: len(first.logprobs)]).abs()
+    count = torch.full_like(first.weight, len(distance))
+    rows = ranks.gather(torch.stack([distance.sum(), count, F.pad(distance, (0, 1)).amax()]))
+    total, num_tokens, _ = rows.sum(0)
+    return {"rollout/logratio_mean_abs": total / num_tokens, "rollout/logratio_max_abs": rows[:, 2].amax()}
 
 
 def report(

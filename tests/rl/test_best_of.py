@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qrm_fast import pack
 from qrm_fast.rl.arithmetic import arithmetic_examples
 from qrm_fast.rl.best_of import Judge, _chosen_right, aggregate, best_of, check_choice, early_reject, sample_answers
 from qrm_fast.rl.checkpoint import save_checkpoint
@@ -96,8 +97,8 @@ def test_the_half_that_scores_lowest_by_then_is_dropped(monkeypatch):
 
 
 @pytest.mark.parametrize("rerank", ["qrm", "orm", "prm"])
-def test_scores_are_those_of_the_models_head(tmp_path, rerank):
-    """Against transformers' own forward, one answer at a time, whatever the micro-batches."""
+def test_scores_are_those_of_the_models_head(tmp_path, rerank, monkeypatch):
+    """Against transformers' own forward, one answer at a time, whatever the micro-batches and who shares a prompt."""
     torch.manual_seed(0)
     model = load_token_model("scratch:demo", TOKENIZER, num_labels=2 if rerank == "prm" else 1)
     model.config.step_separator = STEP
@@ -106,8 +107,17 @@ def test_scores_are_those_of_the_models_head(tmp_path, rerank):
     aggregation = check_choice(rerank, "rm", None)
     assert aggregation == {"qrm": "mean", "orm": "last", "prm": "soft-min"}[rerank]
     judge = Judge(rerank, str(tmp_path / "rm"), TOKENIZER, aggregation=aggregation, longest=12, config=config)
-    prompts, responses = [[2, 3], [4], [5, 6, 7], [8]], Engine.responses
+    prompts, responses = [[2, 3], [5, 6, 7], [5, 6, 7], [8]], Engine.responses
+    sizes = []
+
+    def counted(*args, **kwargs):
+        batch = pack(*args, **kwargs)
+        sizes.append(len(batch.input_ids))
+        return batch
+
+    monkeypatch.setattr("qrm_fast.rl.best_of.pack", counted)
     got = judge(prompts, responses)
+    assert len(sizes) > 1 and sum(sizes) == sum(map(len, [*prompts, *responses])) - 2
     model.set_attn_implementation("sdpa")
     for prompt, response, score in zip(prompts, responses, got, strict=True):
         seen = [*response[:-1], 16] if rerank == "prm" else response

@@ -160,7 +160,7 @@ def test_two_processes_have_the_numbers_of_one(alone, pair):
 
 @pytest.mark.parametrize("options", [
     preset("prime") | dict(num_prompts=3, top_entropy=0.5, overlong_tokens=4),
-    {**preset("rloo"), "num_minibatches": 3, "num_prompts": 2, "max_importance": 1.5, "dtype": "bfloat16"},
+    {**preset("rloo"), "num_minibatches": 3, "num_prompts": 2, "importance": "mask-sequence", "dtype": "bfloat16"},
 ])  # fmt: skip
 def test_other_streams_and_options_run_together(config, tmp_path, options):
     config = replace(config, **options, out=str(tmp_path / "run"), num_iterations=2)

@@ -20,6 +20,7 @@ from qrm_fast.rl.data import Example, Prompt, write_jsonl
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.optimizer import AdamW
 from qrm_fast.rl.policy import Policy
+from qrm_fast.rl.rollout import TransformersEngine
 from qrm_fast.rl.tokenizers import load_tokenizer
 from qrm_fast.rl.train import PassAt1, train
 from qrm_fast.rl.verifiers import VERIFIERS
@@ -54,9 +55,42 @@ def test_an_iteration_on_each_device(config, device, dtype):
     first, second = train(config).metrics
     assert first["perf/prefix_sharing"] > 0.1  # 0 where the device's attention cannot share
     assert all(math.isfinite(x) for row in (first, second) for x in row.values())
+    for row in (first, second):
+        limit = 1e-5 if dtype == "float32" else 0.1
+        assert 0 < row["rollout/logratio_mean_abs"] <= row["rollout/logratio_max_abs"] <= limit
     assert (
         abs(first["policy/approx_kl"]) <= (1e-6 if dtype == "float32" else 5e-5) < abs(second["policy/approx_kl"]) + 1
     )
+
+
+@pytest.mark.parametrize(("importance", "weight"), [("none", None), ("truncate-token", 1.05), ("mask-sequence", 0.0)])
+def test_a_sampler_that_differs_is_measured_and_weighed(config, monkeypatch, importance, weight):
+    """One that says log-probabilities a tenth too low, and of the first token of all four tenths, in each iteration."""
+
+    class Low(TransformersEngine):
+        checked = False
+
+        def generate(self, *args, **options):
+            rollout = super().generate(*args, **options)
+            if self.checked:
+                for logprobs in rollout.logprobs:
+                    logprobs -= 0.1
+                rollout.logprobs[0][0] -= 0.3
+            self.checked = True
+            return rollout
+
+    monkeypatch.setattr(loop, "TransformersEngine", Low)
+    config = replace(config, importance=importance, max_importance=1.05, algorithm="ppo", num_epochs=2)
+    first, second = train(config).metrics
+    for row in (first, second):
+        num_tokens = row["response/length"] * config.num_prompts * config.group_size
+        assert row["rollout/logratio_max_abs"] == pytest.approx(0.4, abs=1e-5)
+        assert row["rollout/logratio_mean_abs"] == pytest.approx(0.1 + 0.3 / num_tokens, abs=1e-5)
+        if weight is not None:
+            assert row["rollout/importance_above"] == 1
+            assert row["rollout/importance_mean"] == pytest.approx(weight)
+    assert (first["policy/ratio"] > 1.05) == (importance == "none")
+    assert (first["policy/grad_norm"] == 0) == (importance == "mask-sequence")
 
 
 def weights(directory):

@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "../../check.h"
@@ -29,10 +30,12 @@ struct [[gnu::visibility("hidden")]] HeadOptions {
 template <typename In, typename S>
 class Head {
  public:
-  Head(const Tensor& hidden, const Tensor& weight, const Tensor& target_ids, const HeadOptions& options)
+  // Gradients need the widest panels, which are those without `most_rows`, the most that will take part.
+  Head(const Tensor& hidden, const Tensor& weight, const Tensor& target_ids, const HeadOptions& options,
+       int64_t most_rows = std::numeric_limits<int64_t>::max())
       : dim(hidden.size(1)),
         vocab(weight.size(0)),
-        kernels(panel_kernels<S>()),
+        kernels(panel_kernels<S>(most_rows)),
         paired(std::is_same_v<In, torch::headeronly::BFloat16> && kernels.pair_tile != nullptr),
         steps(paired ? ceil_div(dim, 2) : dim),
         weight(data<In>(weight)),

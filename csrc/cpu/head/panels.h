@@ -2,6 +2,9 @@
 // batch per SIMD lane, one vocabulary entry per line, so that nothing is ever reduced across lanes and a row's bits
 // cannot depend on its neighbours.
 #pragma once
+#include <algorithm>
+#include <array>
+
 #include "gemm.h"
 #include "tiles.h"
 
@@ -123,10 +126,12 @@ struct PanelKernels {
   void (*merge)(S* stats, const S* more);
   void (*gradient)(S* z, int64_t n, const PanelGradient<S>& g);
 
-  // The tile fills the set's registers: 16 of 16 or 32 bytes, or 32 of 64.
-  template <int Bytes>
+  // The tile fills the set's registers: 16 of 16 or 32 bytes, or 32 of 64. One of a `Share` of the vectors is higher.
+  template <int Bytes, int Share = 1>
   static PanelKernels compiled() {
-    constexpr int kTileRows = Bytes == 16 ? 3 : 6, kVectors = Bytes == 32 ? 2 : 4;
+    constexpr int kMost = Bytes == 32 ? 2 : 4, kLeast = kAheadSteps * sizeof(S) / Bytes;
+    constexpr int kVectors = std::max({1, kLeast, kMost / Share});
+    constexpr int kTileRows = std::min(12, (Bytes == 16 ? 3 : 6) * kMost / kVectors);
     using Panel = PanelTile<S, Bytes, kVectors>;
     PanelKernels kernels{{kTileRows, Panel::kWidth, Compiled<Bytes, register_tile<S, Bytes, kTileRows, kVectors>>::run},
                          nullptr,
@@ -143,10 +148,19 @@ struct PanelKernels {
   }
 };
 
+// With the fewest lanes that hold all rows, for the others compute for nothing, or with the most. A row's bits are the
+// same in each.
 template <typename S>
-const PanelKernels<S>& panel_kernels() {
-  static const auto best = widest([](auto bytes) { return PanelKernels<S>::template compiled<bytes>(); });
-  return best;
+const PanelKernels<S>& panel_kernels(int64_t rows) {
+  using Kernels = PanelKernels<S>;
+  static const auto sizes = widest([](auto bytes) {
+    return std::array{Kernels::template compiled<bytes, 4>(), Kernels::template compiled<bytes, 2>(),
+                      Kernels::template compiled<bytes>()};
+  });
+  for (const Kernels& kernels : sizes) {
+    if (rows <= kernels.gemm.nr) return kernels;
+  }
+  return sizes.back();
 }
 
 }  // namespace qrm_fast

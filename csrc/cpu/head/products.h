@@ -13,7 +13,7 @@ namespace qrm_fast {
 
 inline constexpr int64_t kResident = 512;  // steps along D per pass: X^T of 256 rows and so many steps stays in L2
 inline constexpr int64_t kChunk = 96;      // columns of V at a time; a multiple of every tile's rows
-inline constexpr int64_t kMostRows = 6;    // of a tile
+inline constexpr int64_t kMostRows = 12;   // of a tile
 inline constexpr int64_t kSteps = 256;     // columns of V per step of dX
 inline constexpr int64_t kGroup = 128;     // columns of D per pass of dW, whose X is read again and again from L2
 

@@ -28,6 +28,7 @@ class Packed(NamedTuple):
     ref_logprobs: Tensor | None  # [T] float32, by the reference policy where there is a KL term
     values: Tensor | None  # [T] float32, by the critic where there is one
     seed: int  # of this iteration
+    kl_share: float = 1.0  # of kl_coef, what counts in this iteration
 
     def answer_of_token(self) -> Tensor:
         """[T] int64, the answer of every action, counted among the S."""
@@ -69,7 +70,7 @@ def penalty(packed: Packed, config: Config) -> Tensor | None:
     assert packed.ref_logprobs is not None  # there is a reference
     d = packed.logprobs - packed.ref_logprobs
     distance = {"abs": d.abs(), "k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[config.kl_estimator]
-    return config.kl_coef * distance
+    return config.kl_coef * packed.kl_share * distance
 
 
 def at_the_end(rewards: Tensor, packed: Packed) -> Tensor:

@@ -49,7 +49,7 @@ class QRM:
             value_coef=config.value_coef,
             value_normalize=config.value_normalize,
             eos_rescore=config.eos_rescore,
-            kl_coef=self.kl_coef,
+            kl_coef=self.kl_coef * packed.kl_share,
             kl_estimator=config.kl_estimator,
             logprobs=packed.logprobs if penalised else None,
             ref_logprobs=packed.ref_logprobs if penalised else None,
