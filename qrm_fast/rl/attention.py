@@ -132,7 +132,8 @@ def _attend(
     """[B, Hq, Lq, D]. No mask is the causal one. SDPA, but for the caps and sinks that it does not compute."""
     if not softcap and sinks is None:
         causal = mask is None
-        if q.shape[2] == 1 and not causal:  # a query of every head: those that share keys read them once
+        if q.shape[2] == 1 and not causal and q.shape[1] > 2 * k.shape[1]:
+            # a query of every head: those that share keys read them once, which for two of them is no faster
             together = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, Hk, Hq / Hk, D]
             attended = F.scaled_dot_product_attention(together, k, v, attn_mask=mask, scale=scaling)
             return attended.reshape(*q.shape[:3], -1)

@@ -148,6 +148,10 @@ class Config(RunOptions):
     max_new_tokens: Count = 512
     """Longest answer in tokens."""
     temperature: Positive = 1.0
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who samples: the policy itself, or a copy of it that vLLM runs in this process."""
+    engine_cache_gib: Positive = 4.0
+    """Memory for keys and values of the engine "vllm"."""
     num_epochs: Count = 1
     """Passes over the answers of one iteration."""
     num_minibatches: Count = 1

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .. import PackedBatch, TokenLogprobs
-from .attention import backbone, of_transformers
+from .attention import backbone, of_transformers, without_adapters
 from .policy import Policy
 from .run_folder import RunOptions
 from .tokenizers import adapter_base, lasting
@@ -80,6 +80,18 @@ def merged(model: PreTrainedModel, spec: str) -> PreTrainedModel:
             ) from None
         raise
     return whole.requires_grad_(True).eval()
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of `model` with its adapters merged, one by one; `model` stays as it is."""
+    plain = without_adapters(model)
+    for name, x in plain.state_dict().items():
+        path, below, end = name.partition(".base_layer.")
+        if below and end == "weight":
+            layer = plain.get_submodule(path)
+            x = (x + sum(layer.get_delta_weight(adapter).detach() for adapter in layer.active_adapters)).to(x.dtype)
+        if ".lora_" not in name:
+            yield (f"{path}.{end}" if below else name), x
 
 
 @contextmanager

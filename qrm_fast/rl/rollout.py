@@ -37,6 +37,24 @@ class Engine(Protocol):
         """Sample from the weights of `policy` from now on."""
 
 
+def check_request(prompts: list[list[int]], num_samples: int, max_new_tokens: int, temperature: float) -> None:
+    """Raise ValueError where no engine could answer."""
+    if not prompts or not all(prompts):
+        raise ValueError("prompts must be non-empty lists of token ids, got no prompt or an empty one")
+    if temperature < 0 or max_new_tokens < 1 or num_samples < 1:
+        raise ValueError(
+            "temperature must be >= 0, max_new_tokens and num_samples >= 1, got "
+            f"{temperature}, {max_new_tokens} and {num_samples}"
+        )
+
+
+def check_finite_logprobs(logprobs: Tensor, policy: Policy) -> None:
+    """Raise FloatingPointError where those of sampling are not."""
+    if not logprobs.isfinite().all():
+        name = type(without_adapters(policy.model)).__name__
+        raise FloatingPointError(f"sampling from {name} gave log-probabilities that are not finite")
+
+
 def check_rollout(rollout: Rollout, num_answers: int, max_new_tokens: int) -> None:
     """Raise ValueError where an engine gives something else than it was asked for. An empty answer is legal."""
     if not len(rollout.responses) == len(rollout.logprobs) == len(rollout.finished) == num_answers:
@@ -84,13 +102,7 @@ class TransformersEngine:
         Raises ValueError for no prompt, an empty prompt, a negative temperature, num_samples or max_new_tokens < 1,
         FloatingPointError for a model whose logits are not finite.
         """
-        if not prompts or not all(prompts):
-            raise ValueError("prompts must be non-empty lists of token ids, got no prompt or an empty one")
-        if temperature < 0 or max_new_tokens < 1 or num_samples < 1:
-            raise ValueError(
-                "temperature must be >= 0, max_new_tokens and num_samples >= 1, got "
-                f"{temperature}, {max_new_tokens} and {num_samples}"
-            )
+        check_request(prompts, num_samples, max_new_tokens, temperature)
         generator = torch.Generator(self.model.device).manual_seed(seed)
         training = self.model.training
         self.model.eval()
@@ -100,10 +112,7 @@ class TransformersEngine:
             self.model.train(training)
         responses = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(rows, lengths, strict=True)]
-        if not torch.cat(logprobs).isfinite().all():
-            raise FloatingPointError(
-                f"sampling from {type(self.model).__name__} gave log-probabilities that are not finite"
-            )
+        check_finite_logprobs(torch.cat(logprobs), self.policy)
         finished = [response[-1] in self.stop_ids for response in responses]
         return Rollout(responses, logprobs, finished)
 

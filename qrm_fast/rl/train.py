@@ -36,6 +36,7 @@ from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
 from .update import Denominators, MicroBatch, disagreement, means, report, update, update_critic
 from .verifiers import read_examples, read_prompts
+from .vllm_engine import VLLMEngine
 
 
 class PassAt1(NamedTuple):
@@ -278,7 +279,12 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
         check_context(module.model, max(longest, longest_eval) if module is policy else longest)
         check_packing(module.model, longest)
     share_prompts = all(shares_prompts(module.model, longest) for module in modules)
-    engine = TransformersEngine(policy, stop_ids(tokenizer, policy.model.generation_config))
+    ends = stop_ids(tokenizer, policy.model.generation_config)
+    engine: Engine
+    if config.engine == "vllm":
+        engine = VLLMEngine(policy, ends, max_len=max(longest, longest_eval), cache_gib=config.engine_cache_gib)
+    else:
+        engine = TransformersEngine(policy, ends)
     check_sampling(engine, policy, longest)
     for module in modules:
         ranks.shard(module)

@@ -150,3 +150,17 @@ def test_kernels_that_take_fewer_queries_than_keys_share_prompts(attention, monk
 def test_all_else_goes_by_length(attention, calls, dtype, kind):
     attend(attention, dtype, kind)
     assert [name for name, *_ in calls] == ["by length"]
+
+
+@pytest.mark.parametrize("num_keys_of", [1, 2, 4, 8])
+def test_decoding_reads_the_keys_of_several_heads_as_each_alone(num_keys_of):
+    """One query of 8 heads a row, with 3 columns in front that a row does not see, against a softmax by hand."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(5, heads, n, 4, generator=generator) for heads, n in ((8, 1), (num_keys_of, 9), (num_keys_of, 9))
+    )
+    seen = (torch.arange(9) >= torch.tensor([0, 3, 0, 1, 8])[:, None])[:, None, None]
+    got, _ = here.packed_attention(torch.nn.Identity(), q, k, v, seen, scaling=0.7)
+    keys, values = (x.repeat_interleave(8 // num_keys_of, 1) for x in (k, v))
+    weights = (0.7 * q @ keys.transpose(2, 3)).masked_fill(~seen, -torch.inf).softmax(-1)
+    torch.testing.assert_close(got, (weights @ values).transpose(1, 2))
