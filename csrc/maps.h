@@ -11,6 +11,16 @@ namespace qrm_fast {
 template <typename A>
 constexpr A kSmallest = static_cast<A>(sizeof(A) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
 
+// b + a * x. Device code of a rule stands in several places, and all must round alike.
+template <typename A>
+QRM_FAST_HOST_DEVICE inline A multiply_add(A a, A x, A b) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, x, b);
+#else
+  return b + a * x;
+#endif
+}
+
 // a * b, but zero only if a factor is zero: where the product underflows, an infinite or NaN state still comes through,
 // as in a loop over the rows.
 template <typename A>
@@ -40,9 +50,11 @@ struct Affine {
   A a, b;
 
   QRM_FAST_HOST_DEVICE static Affine identity() { return {A(1), A(0)}; }
-  QRM_FAST_HOST_DEVICE A operator()(A x) const { return b + a * x; }
+  QRM_FAST_HOST_DEVICE A operator()(A x) const { return multiply_add(a, x, b); }
   // The map of these rows followed by the later ones.
-  QRM_FAST_HOST_DEVICE Affine after(const Affine& later) const { return {decay_product(a, later.a), b + a * later.b}; }
+  QRM_FAST_HOST_DEVICE Affine after(const Affine& later) const {
+    return {decay_product(a, later.a), multiply_add(a, later.b, b)};
+  }
 };
 
 // x -> min(m, b + a x), a >= 0. A factor of zero drops its term, because x may be infinite: a row without a step
@@ -58,7 +70,7 @@ struct ClampedAffine {
   }
 
  private:
-  QRM_FAST_HOST_DEVICE A shifted(A x) const { return a == A(0) ? b : b + a * x; }
+  QRM_FAST_HOST_DEVICE A shifted(A x) const { return a == A(0) ? b : multiply_add(a, x, b); }
 };
 
 }  // namespace qrm_fast

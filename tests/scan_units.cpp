@@ -1,5 +1,6 @@
 // The CUDA scans' block logic on the CPU: every estimator over packed sequences against its recurrence in double.
 // Units run in the order of their tickets, threads one after the other. Exits with 1 where a row is wrong.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -25,10 +26,12 @@ struct Boundaries {
 struct FloatRows {
   using Bits = float;
   const float* data;
+  template <bool kAll>
   void load(int64_t t, int rest, Bits (&bits)[ROWS_PER_THREAD]) const {
-    for (int k = 0; k < ROWS_PER_THREAD && k * THREADS < rest; ++k) bits[k] = data[t + k * THREADS];
+    for (int k = 0; k < ROWS_PER_THREAD; ++k) bits[k] = kAll || k * THREADS < rest ? data[t + k * THREADS] : 0;
   }
-  float value(Bits bits) const { return bits; }
+  void widen(Bits (&)[ROWS_PER_THREAD]) const {}
+  static float value(Bits bits) { return bits; }
 };
 
 template <typename R>
@@ -48,19 +51,29 @@ struct Random {
 
 using Results = std::vector<std::vector<float>>;
 
-template <typename R>
-Results scan(const R& rows, const std::vector<std::vector<float>>& in, const std::vector<int64_t>& cu, const bool* mask,
-             const float* bootstrap) {
+template <bool kMasked, typename R>
+Results scan_as(const R& rows, const std::vector<std::vector<float>>& in, const std::vector<int64_t>& cu,
+                const bool* mask, const float* bootstrap) {
   const int64_t num_tokens = cu.back(), num_units = (num_tokens + BLOCK - 1) / BLOCK;
   Results out(R::kOutputs, std::vector<float>(num_tokens, 7e7f));
   std::vector<Published<typename R::Map>> blocks(num_units), groups(num_units);
-  UnitScan<Same<R>, FloatRows, Boundaries> unit{
+  UnitScan<Same<R>, kMasked, FloatRows, Boundaries> unit{
       {}, {}, mask, bootstrap, {rows}, {cu.data(), int64_t(cu.size())}, num_tokens, blocks.data(), groups.data()};
   for (int i = 0; i < R::kInputs; ++i) unit.in[i] = {in[i].data()};
   for (int i = 0; i < R::kOutputs; ++i) unit.out[i] = out[i].data();
   auto memory = std::make_unique<UnitMemory<R>>();
-  for (int64_t u = num_units - 1; u >= 0; --u) unit.run(*memory, u, UnitStart::of(unit.cu, u, num_tokens));
+  for (int64_t u = num_units - 1; u >= 0; --u) {
+    const int64_t low = u * BLOCK, high = std::min(low + BLOCK, num_tokens);
+    const int64_t first = first_ending_after(unit.cu, low), last = first_ending_after(unit.cu, high - 1);
+    unit.run(*memory, u, UnitRows::of(unit.cu, first, last, high));
+  }
   return out;
+}
+
+template <typename R>
+Results scan(const R& rows, const std::vector<std::vector<float>>& in, const std::vector<int64_t>& cu, const bool* mask,
+             const float* bootstrap) {
+  return mask ? scan_as<true>(rows, in, cu, mask, bootstrap) : scan_as<false>(rows, in, cu, mask, bootstrap);
 }
 
 double smaller(double a, double b) { return a < b || a != a ? a : b; }

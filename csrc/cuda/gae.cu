@@ -9,11 +9,11 @@ namespace {
 
 struct GaeRules {
   using Rows = GaeRows;
-  double gamma, lam;
+  Rows rows;
+  double gamma;
   const float* lam_per_sequence;
   __device__ Rows operator()(int64_t s) const {
-    const double own = lam_per_sequence == nullptr ? lam : lam_per_sequence[s];
-    return {static_cast<float>(gamma), static_cast<float>(gamma * own)};
+    return {rows.gamma, lam_per_sequence == nullptr ? rows.decay : static_cast<float>(gamma * lam_per_sequence[s])};
   }
 };
 
@@ -22,8 +22,10 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const std::optional<Tensor>& bootstrap, const std::optional<Tensor>& mask) {
   Tensor advantages = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
   Tensor returns = torch::stable::new_empty(rewards, {rewards.size(0)}, ScalarType::Float);
-  scan_packed({rewards, values}, {advantages, returns}, cu_seqlens, bootstrap, mask,
-              GaeRules{gamma, lam, data_or_null<float>(lam_per_sequence)});
+  scan_packed(
+      {rewards, values}, {advantages, returns}, cu_seqlens, bootstrap, mask,
+      GaeRules{
+          {static_cast<float>(gamma), static_cast<float>(gamma * lam)}, gamma, data_or_null<float>(lam_per_sequence)});
   return {advantages, returns};
 }
 

@@ -3,11 +3,17 @@
 //   Map, State, kInputs, kOutputs       results overwrite the first inputs in shared memory
 //   end(bootstrap), end()               the state after a sequence's last row
 //   step(in, state, out)                one row: writes its results, returns its state
-//   map(in)                             the map from the later state to that state, without results
+//   before(in, later)                   the map to that state: of this row, then `later` of those behind it in a piece
+//   folded(map)                         what those maps of a piece come to
 #pragma once
 #include "../maps.h"
 
 namespace qrm_fast {
+
+// The product of a piece's equal factors: zero only if they are, as in decay_product.
+QRM_FAST_HOST_DEVICE inline float decay_power_of(float product, float factor) {
+  return product == 0 && factor != 0 ? kSmallest<float> : product;
+}
 
 // A_t = r_t + u_{t+1} - V_t with u_t = gamma V_t + gamma lam A_t
 struct GaeRows {
@@ -23,9 +29,12 @@ struct GaeRows {
     const float advantage = in[0] + u - in[1];
     out[0] = advantage;
     out[1] = advantage + in[1];
-    return gamma * in[1] + decay * advantage;
+    return multiply_add(decay, advantage, gamma * in[1]);
   }
-  QRM_FAST_HOST_DEVICE Map map(const float* in) const { return {decay, gamma * in[1] + decay * (in[0] - in[1])}; }
+  QRM_FAST_HOST_DEVICE Map before(const float* in, const Map& later) const {
+    return {decay * later.a, multiply_add(decay, in[0] + later.b - in[1], gamma * in[1])};
+  }
+  QRM_FAST_HOST_DEVICE Map folded(const Map& map) const { return {decay_power_of(map.a, decay), map.b}; }
 };
 
 // R_t = r_t + gamma R_{t+1}
@@ -39,9 +48,12 @@ struct ReturnRows {
   QRM_FAST_HOST_DEVICE State end(float bootstrap) const { return bootstrap; }
   QRM_FAST_HOST_DEVICE State end() const { return 0; }
   QRM_FAST_HOST_DEVICE State step(const float* in, State later, float* out) const {
-    return out[0] = in[0] + gamma * later;
+    return out[0] = multiply_add(gamma, later, in[0]);
   }
-  QRM_FAST_HOST_DEVICE Map map(const float* in) const { return {gamma, in[0]}; }
+  QRM_FAST_HOST_DEVICE Map before(const float* in, const Map& later) const {
+    return {gamma * later.a, multiply_add(gamma, later.b, in[0])};
+  }
+  QRM_FAST_HOST_DEVICE Map folded(const Map& map) const { return {decay_power_of(map.a, gamma), map.b}; }
 };
 
 // Q_t = min(r_t, u_{t+1}) with u_t = (1 - lam) V_t + lam Q_t
@@ -60,8 +72,13 @@ struct MinRows {
     out[1] = q;
     return mixed(v, q);
   }
-  QRM_FAST_HOST_DEVICE Map map(const float* in) const { return {mixed(in[1], in[0]), lam, rest * in[1]}; }
-  QRM_FAST_HOST_DEVICE float mixed(float v, float q) const { return lam == 0 ? rest * v : rest * v + lam * q; }
+  QRM_FAST_HOST_DEVICE Map before(const float* in, const Map& later) const {
+    return Map{mixed(in[1], in[0]), lam, rest * in[1]}.after(later);
+  }
+  QRM_FAST_HOST_DEVICE Map folded(const Map& map) const { return map; }
+  QRM_FAST_HOST_DEVICE float mixed(float v, float q) const {
+    return lam == 0 ? rest * v : multiply_add(lam, q, rest * v);
+  }
 };
 
 // The state of vtrace: the successor's target and value.
@@ -77,12 +94,13 @@ struct VtraceMap {
   QRM_FAST_HOST_DEVICE static VtraceMap identity() { return {1, 0, 0, 0, false}; }
   QRM_FAST_HOST_DEVICE TargetAndValue operator()(TargetAndValue x) const {
     if (!counted) return x;
-    return {b + a * x.target + k * x.value, value};
+    return {multiply_add(k, x.value, multiply_add(a, x.target, b)), value};
   }
   QRM_FAST_HOST_DEVICE VtraceMap after(const VtraceMap& later) const {
     if (!counted) return later;
     if (!later.counted) return *this;
-    return {decay_product(a, later.a), a * later.k, b + a * later.b + k * later.value, value, true};
+    return {decay_product(a, later.a), a * later.k, multiply_add(k, later.value, multiply_add(a, later.b, b)), value,
+            true};
   }
 };
 
@@ -98,15 +116,17 @@ struct VtraceRows {
   QRM_FAST_HOST_DEVICE State end() const { return {0, 0}; }
   QRM_FAST_HOST_DEVICE State step(const float* in, State later, float* out) const {
     const float r = in[0], v = in[1], rho = minimum(in[2], rho_bar), factor = decay * minimum(in[2], c_bar);
-    const float target = v + (rho * (r + gamma * later.value - v) + factor * (later.target - later.value));
+    const float target =
+        v + multiply_add(factor, later.target - later.value, rho * (multiply_add(gamma, later.value, r) - v));
     out[0] = target;
-    out[1] = rho * (r + gamma * later.target - v);
+    out[1] = rho * (multiply_add(gamma, later.target, r) - v);
     return {target, v};
   }
-  QRM_FAST_HOST_DEVICE Map map(const float* in) const {
+  QRM_FAST_HOST_DEVICE Map before(const float* in, const Map& later) const {
     const float r = in[0], v = in[1], rho = minimum(in[2], rho_bar), factor = decay * minimum(in[2], c_bar);
-    return {factor, rho * gamma - factor, v + rho * (r - v), v, true};
+    return Map{factor, multiply_add(rho, gamma, -factor), multiply_add(rho, r - v, v), v, true}.after(later);
   }
+  QRM_FAST_HOST_DEVICE Map folded(const Map& map) const { return map; }
 };
 
 }  // namespace qrm_fast

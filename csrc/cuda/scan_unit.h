@@ -2,15 +2,18 @@
 // the CPU.
 //
 // Rows are read once and results written once, both coalesced, through shared memory. Nothing else is written to global
-// memory but one map per BLOCK rows. One read and one write per row is the least a scan can move, so memory limits it.
+// memory but one map per BLOCK rows. One read and one write per row is the least a scan can move; what is computed in
+// between must fit into that time, so a thread reads the rows of its piece from shared memory once and keeps them.
 //
 // Cuts. A sequence is cut into blocks of BLOCK rows and these into pieces of PIECE rows, both counted from the
 // sequence's *end*. The packed rows are cut into units of BLOCK rows, one per thread block. A unit computes the blocks
 // whose last row lies in it: whole short sequences, and at most one block of a longer sequence.
 //
 // Inside a unit. A thread walks a piece row by row, once for its map (maps.h) and once for its results. In between, the
-// maps of a block's pieces are composed by doubling distances. A piece reaches only towards the end of its own block,
-// so the order of every product depends on the distance to that end alone.
+// maps of each RUN pieces are composed by doubling distances; what is behind a run acts on the state run by run. A
+// piece reaches only towards the end of its own block, so the order of every product depends on the distance to that
+// end alone. A unit of one whole block, as most are inside a long sequence, has no pieces to look for: piece i is
+// thread i's, and maps are passed between the lanes of a warp. Sequences of SHORT rows are walked by one thread each.
 //
 // Between units. A block with rows in front of it publishes its map; every GROUP-th block also publishes the map of its
 // group. A block's carry is composed from the groups and then the blocks behind it, in a tree whose shape depends on
@@ -18,6 +21,7 @@
 // which take their tickets earlier.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "../maps.h"
 
@@ -30,12 +34,15 @@
 namespace qrm_fast {
 
 constexpr int THREADS = 128;
-constexpr int PIECE = 16;
+constexpr int PIECE = 8;
+constexpr int RUN = 16;  // pieces
+constexpr int SHORT = 2 * PIECE;
 constexpr int BLOCK = 1024;
 constexpr int GROUP = THREADS;
 constexpr int ROWS_PER_THREAD = BLOCK / THREADS;
 constexpr int MAX_ROWS = 2 * BLOCK;
-constexpr int MAX_PIECES = 2 * MAX_ROWS / PIECE;  // of sequences longer than a piece
+constexpr int MAX_BLOCKS = MAX_ROWS / (SHORT + 1) + 1;        // of sequences that are not short
+constexpr int MAX_PIECES = MAX_BLOCKS * (SHORT / PIECE + 1);  // theirs
 
 // Calls f(thread) on every thread, then waits for all.
 template <typename F>
@@ -57,13 +64,41 @@ QRM_FAST_HOST_DEVICE inline int add_shared(int* x, int value) {
 #endif
 }
 
-QRM_FAST_HOST_DEVICE inline void max_shared(int* x, int value) {
+// Sets the bit of `row` in words of 32 rows; on the device a warp's threads do so together, for 32 rows in turn.
+QRM_FAST_HOST_DEVICE inline void set_bit(uint32_t* words, int row, bool bit) {
 #if defined(__CUDA_ARCH__)
-  atomicMax(x, value);
+  const uint32_t word = __ballot_sync(~0u, bit);
+  if (row % 32 == 0) words[row / 32] = word;
 #else
-  *x = *x > value ? *x : value;
+  words[row / 32] = (words[row / 32] & ~(1u << row % 32)) | uint32_t(bit) << row % 32;
 #endif
 }
+
+// What each thread keeps in registers.
+template <typename T>
+struct PerThread {
+#if defined(__CUDA_ARCH__)
+  T value;
+  __device__ T& operator[](int) { return value; }
+#else
+  T values[THREADS];
+  QRM_FAST_HOST_DEVICE T& operator[](int thread) { return values[thread]; }
+#endif
+};
+
+#if defined(__CUDA_ARCH__)
+// x of the lane `distance` below, the lane's own where there is none.
+template <typename T>
+__device__ inline T from_below(const T& x, int distance) {
+  static_assert(sizeof(T) % 4 == 0, "shuffled in words");
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &x, sizeof(T));
+  for (uint32_t& word : words) word = __shfl_up_sync(~0u, word, distance);
+  T result;
+  memcpy(&result, words, sizeof(T));
+  return result;
+}
+#endif
 
 // A map that one unit publishes and others wait for.
 template <typename Map>
@@ -103,44 +138,53 @@ struct BlockRows {
   }
 };
 
+// The rows of a unit's blocks, which are those of neighbouring sequences. Only the first can have rows in front of its
+// block, and only the last rows behind.
+struct UnitRows {
+  int64_t first, last;  // sequences
+  int64_t begin, end;   // rows
+  int64_t front, back;  // index of the block with rows in front of it, of the block with rows behind it, or -1
+
+  // Sequences `first` and `last` have the first and the last of the rows [low, high) that the unit is cut from.
+  template <typename Cu>
+  QRM_FAST_HOST_DEVICE static UnitRows of(const Cu& cu, int64_t first, int64_t last, int64_t high) {
+    const int64_t bos = cu[first];
+    const BlockRows front = BlockRows::of(bos, cu[first + 1], high), back = BlockRows::of(cu[last], cu[last + 1], high);
+    return {first,
+            last,
+            front.begin,
+            back.end,
+            front.begin > bos ? front.index : -1,
+            back.index > 0 && back.begin < back.end ? back.index : -1};
+  }
+  // Whether they are one block of BLOCK rows.
+  QRM_FAST_HOST_DEVICE bool is_whole() const { return first == last && end - begin == BLOCK; }
+};
+
 template <typename Rows>
 struct UnitMemory {
   using Map = typename Rows::Map;
 
-  struct Piece {
-    int64_t sequence;
+  struct Block {
+    int sequence;       // counted from the unit's first
     int end, num_rows;  // rows [end - num_rows, end) of the unit
-    int distance;       // pieces between this one and the end of its block
-    bool has_carry;     // its block has a block behind it
+    int first_piece;    // the one at its end
   };
 
-  float columns[Rows::kInputs][MAX_ROWS + MAX_ROWS / PIECE];
-  bool kept[MAX_ROWS];  // by the mask
-  Piece pieces[MAX_PIECES];
+  float columns[Rows::kInputs][MAX_ROWS + MAX_ROWS / 32];
+  uint32_t kept[MAX_ROWS / 32 + 1];  // by the mask, a bit per row
+  Block blocks[MAX_BLOCKS];
   Map maps[2][MAX_PIECES];
+  uint8_t distances[MAX_PIECES];  // of pieces: how many lie between each and the end of its block
   Map gathered[THREADS];
   typename Rows::State carry;
-  int num_pieces, most_pieces, end;
-  int front;                          // the last piece of the block that has rows in front of it, or -1
-  int64_t front_index;                // that block's index
-  int64_t back_sequence, back_index;  // of the block that has a block behind it: its sequence, or -1, and index
+  int listed;       // blocks << 16 | pieces
+  int front_piece;  // first of the unit's first block
 };
 
-// Found by the setup for each unit: the sequence of its first row, and the first row that it reads.
-struct UnitStart {
-  int64_t sequence, row;
-
-  template <typename Cu>
-  QRM_FAST_HOST_DEVICE static UnitStart of(const Cu& cu, int64_t u, int64_t num_tokens) {
-    const int64_t low = u * BLOCK, high = low + BLOCK < num_tokens ? low + BLOCK : num_tokens;
-    const int64_t s = first_ending_after(cu, low);
-    return {s, s < cu.num_sequences() ? BlockRows::of(cu[s], cu[s + 1], high).begin : low};
-  }
-};
-
-// `Rules` gives the Rows of sequence s as rules(s), `Cu` the boundaries. A `Column` loads rows t, t + THREADS, ...
-// below t + `rest` by column.load(t, rest, bits), and column.value makes floats of them.
-template <typename Rules, typename Column, typename Cu>
+// `Rules` gives the Rows of sequence s as rules(s), `Cu` the boundaries. A `Column` loads rows t, t + THREADS, ... by
+// column.load(t, rest, bits), and column.widen(bits) and Column::value make floats of them.
+template <typename Rules, bool kMasked, typename Column, typename Cu>
 struct UnitScan {
   using Rows = typename Rules::Rows;
   using Map = typename Rows::Map;
@@ -157,69 +201,127 @@ struct UnitScan {
   Published<Map>* blocks;  // [units], the map of the block that has rows in front of it
   Published<Map>* groups;  // [units], of the GROUP blocks up to that one
 
-  // A padding word after each PIECE rows: threads that walk neighbouring pieces have no bank conflicts.
-  QRM_FAST_HOST_DEVICE static int skewed(int row) { return row + row / PIECE; }
-
   QRM_FAST_HOST_DEVICE State end(const Rows& rows, int64_t s) const {
     return bootstrap != nullptr ? rows.end(bootstrap[s]) : rows.end();
   }
 
+  // Where a row of the unit lies in shared memory. A padding word after each 32 keeps threads that read neighbouring
+  // pieces from the same bank. kWhole: the unit is one block of BLOCK rows, which lie from the last one to the first,
+  // so that no padding comes among the rows of a piece.
+  QRM_FAST_HOST_DEVICE static int skewed(int i) { return i + (i >> 5); }
+  template <bool kWhole>
+  QRM_FAST_HOST_DEVICE static int place(int row) {
+    return skewed(kWhole ? BLOCK - 1 - row : row);
+  }
+  static constexpr int COLUMN = MAX_ROWS + MAX_ROWS / 32;
+  template <bool kWhole>
+  static constexpr int STRIDE = (kWhole ? -1 : 1) * (THREADS + THREADS / 32);  // from a row to the one THREADS on
+
   // Rows [begin, begin + num_rows) to shared memory. A thread asks for all of its rows before it waits for the first.
   QRM_FAST_HOST_DEVICE void stage(Memory& m, int64_t begin, int num_rows, int thread) const {
-    for (int first = thread; first < num_rows; first += BLOCK) {
-      const int rest = num_rows - first;
-      typename Column::Bits bits[Rows::kInputs][ROWS_PER_THREAD];
+    int first = thread;
+    for (; first - thread + BLOCK <= num_rows; first += BLOCK) stage_rows<false, true>(m, begin, first, BLOCK);
+    if (first - thread < num_rows) stage_rows<false, false>(m, begin, first, num_rows - first);
+  }
+
+  // Rows first, first + THREADS, ...: ROWS_PER_THREAD if they are all there, else those below first + rest.
+  template <bool kWhole, bool kAll>
+  QRM_FAST_HOST_DEVICE void stage_rows(Memory& m, int64_t begin, int first, int rest) const {
+    typename Column::Bits bits[Rows::kInputs][ROWS_PER_THREAD];
+    for (int i = 0; i < Rows::kInputs; ++i) in[i].template load<kAll>(begin + first, rest, bits[i]);
+    if (kMasked) {
       bool kept[ROWS_PER_THREAD];
-      for (int i = 0; i < Rows::kInputs; ++i) in[i].load(begin + first, rest, bits[i]);
       QRM_FAST_UNROLL
       for (int k = 0; k < ROWS_PER_THREAD; ++k) {
-        kept[k] = true;
-        if (mask != nullptr && k * THREADS < rest) kept[k] = mask[begin + first + k * THREADS];
+        kept[k] = (kAll || k * THREADS < rest) && (mask + begin + first)[k * THREADS];
       }
       QRM_FAST_UNROLL
-      for (int k = 0; k < ROWS_PER_THREAD; ++k) {
-        const int row = first + k * THREADS;
-        if (row >= num_rows) continue;
-        for (int i = 0; i < Rows::kInputs; ++i) m.columns[i][skewed(row)] = in[i].value(bits[i][k]);
-        m.kept[row] = kept[k];
+      for (int k = 0; k < ROWS_PER_THREAD; ++k) set_bit(m.kept, first + k * THREADS, kept[k]);
+    }
+    for (int i = 0; i < Rows::kInputs; ++i) in[i].widen(bits[i]);
+    float* staged = m.columns[0] + place<kWhole>(first);
+    QRM_FAST_UNROLL
+    for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+      if (!kAll && k * THREADS >= rest) continue;
+      for (int i = 0; i < Rows::kInputs; ++i) staged[i * COLUMN + k * STRIDE<kWhole>] = Column::value(bits[i][k]);
+    }
+  }
+
+  QRM_FAST_HOST_DEVICE void unstage(const Memory& m, int64_t begin, int num_rows, int thread) const {
+    int first = thread;
+    for (; first - thread + BLOCK <= num_rows; first += BLOCK) unstage_rows<false, true>(m, begin, first, BLOCK);
+    if (first < num_rows) unstage_rows<false, false>(m, begin, first, num_rows - first);
+  }
+
+  template <bool kWhole, bool kAll>
+  QRM_FAST_HOST_DEVICE void unstage_rows(const Memory& m, int64_t begin, int first, int rest) const {
+    const float* staged = m.columns[0] + place<kWhole>(first);
+    QRM_FAST_UNROLL
+    for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+      if (!kAll && k * THREADS >= rest) continue;
+      for (int i = 0; i < Rows::kOutputs; ++i) {
+        (out[i] + begin + first)[k * THREADS] = staged[i * COLUMN + k * STRIDE<kWhole>];
       }
     }
   }
 
-  // The rows of a piece in registers, the last one first.
-  struct PieceRows {
+  // Rows [end - num_rows, end), at most PIECE, in registers: the last one first.
+  template <bool kWhole>
+  struct Piece {
+    int end, num_rows;
+    uint32_t kept;  // by the mask: the highest bit for the last row
     float values[PIECE][Rows::kInputs];
-    bool counts[PIECE];
 
-    QRM_FAST_HOST_DEVICE PieceRows(const Memory& m, int end, int num_rows) {
+    QRM_FAST_HOST_DEVICE bool has(int k) const { return kWhole || k < num_rows; }
+    QRM_FAST_HOST_DEVICE bool counts(int k) const { return kMasked ? (kept & 0x80000000u >> k) != 0 : has(k); }
+    // Calls f(k, row) with where each row lies in the first column.
+    template <typename T, typename F>
+    QRM_FAST_HOST_DEVICE void each(T* column, F f) const {
+      T* row = column + place<kWhole>(end - 1);
+      const int padding = ((end - 1) & 31) + 1;
       QRM_FAST_UNROLL
       for (int k = 0; k < PIECE; ++k) {
-        const int row = k < num_rows ? end - 1 - k : end - 1;
-        counts[k] = k < num_rows && m.kept[row];
-        for (int i = 0; i < Rows::kInputs; ++i) values[k][i] = m.columns[i][skewed(row)];
+        if (!kWhole && k == padding) --row;
+        if (has(k)) f(k, kWhole ? row + k : row - k);
       }
     }
   };
 
-  QRM_FAST_HOST_DEVICE void walk(Memory& m, const Rows& rows, int end, int num_rows, State state) const {
-    const PieceRows piece(m, end, num_rows);
-    QRM_FAST_UNROLL
-    for (int k = 0; k < PIECE; ++k) {
-      float results[Rows::kOutputs] = {};
-      if (piece.counts[k]) state = rows.step(piece.values[k], state, results);
-      if (k >= num_rows) continue;
-      for (int i = 0; i < Rows::kOutputs; ++i) m.columns[i][skewed(end - 1 - k)] = results[i];
+  template <bool kWhole>
+  QRM_FAST_HOST_DEVICE Piece<kWhole> loaded(const Memory& m, int end, int num_rows) const {
+    Piece<kWhole> piece;
+    piece.end = end;
+    piece.num_rows = num_rows;
+    if (kMasked) {
+      const int begin = end - num_rows;
+      const uint64_t kept = uint64_t(m.kept[begin / 32 + 1]) << 32 | m.kept[begin / 32];
+      piece.kept = static_cast<uint32_t>(kept >> begin % 32) << (32 - num_rows);
     }
+    piece.each(m.columns[0], [&](int k, const float* row) {
+      for (int i = 0; i < Rows::kInputs; ++i) piece.values[k][i] = row[i * COLUMN];
+    });
+    return piece;
   }
 
-  QRM_FAST_HOST_DEVICE Map folded(const Memory& m, const Rows& rows, int end, int num_rows) const {
-    const PieceRows piece(m, end, num_rows);
+  // Results take the place of the rows; returns the state in front of them.
+  template <bool kWhole>
+  QRM_FAST_HOST_DEVICE State walk(Memory& m, const Rows& rows, const Piece<kWhole>& piece, State state) const {
+    piece.each(m.columns[0], [&](int k, float* row) {
+      float results[Rows::kOutputs] = {};
+      if (piece.counts(k)) state = rows.step(piece.values[k], state, results);
+      for (int i = 0; i < Rows::kOutputs; ++i) row[i * COLUMN] = results[i];
+    });
+    return state;
+  }
+
+  template <bool kWhole>
+  QRM_FAST_HOST_DEVICE Map folded(const Rows& rows, const Piece<kWhole>& piece) const {
     Map map = Map::identity();
     QRM_FAST_UNROLL
     for (int k = 0; k < PIECE; ++k) {
-      if (piece.counts[k]) map = rows.map(piece.values[k]).after(map);
+      if (piece.counts(k)) map = rows.before(piece.values[k], map);
     }
-    return map;
+    return rows.folded(map);
   }
 
   // Composes the first `count` gathered maps into the first one. Map k covers the rows behind those of map k + 1.
@@ -249,99 +351,197 @@ struct UnitScan {
     }
   }
 
-  QRM_FAST_HOST_DEVICE void run(Memory& m, int64_t u, UnitStart start) const {
-    const int64_t high = (u + 1) * BLOCK < num_tokens ? (u + 1) * BLOCK : num_tokens;
-    const int64_t first = start.sequence, begin = start.row;
+  QRM_FAST_HOST_DEVICE void list(Memory& m, int sequence, int end, int num_rows) const {
+    const int count = (num_rows + PIECE - 1) / PIECE, listed = add_shared(&m.listed, 1 << 16 | count);
+    m.blocks[listed >> 16] = {sequence, end, num_rows, listed & 0xffff};
+    if (sequence == 0) m.front_piece = listed & 0xffff;
+  }
+
+  QRM_FAST_HOST_DEVICE const typename Memory::Block& block_of(const Memory& m, int piece) const {
+    int i = 0;
+    for (int num = m.listed >> 16; num > 1;) {
+      const int half = num / 2;
+      const bool later = m.blocks[i + half].first_piece <= piece;
+      i += later ? half : 0;
+      num = later ? num - half : half;
+    }
+    return m.blocks[i];
+  }
+
+  // What a thread works on: piece i of the unit.
+  struct Taken {
+    int64_t sequence;
+    unsigned distance;  // of pieces, to the end of its block
+    Rows rows;
+    Piece<false> piece;
+    Map map;
+  };
+
+  QRM_FAST_HOST_DEVICE Taken taken(const Memory& m, const UnitRows& unit, int i) const {
+    const auto& block = block_of(m, i);
+    const int64_t s = unit.first + block.sequence;
+    const int distance = i - block.first_piece, rest = block.num_rows - distance * PIECE;
+    const Rows rows = rules(s);
+    const Piece<false> piece = loaded<false>(m, block.end - distance * PIECE, rest < PIECE ? rest : PIECE);
+    return {s, static_cast<unsigned>(distance), rows, piece, folded(rows, piece)};
+  }
+
+  QRM_FAST_HOST_DEVICE void run(Memory& m, int64_t u, const UnitRows& unit) const {
+    if (unit.is_whole()) {
+      run_whole(m, u, unit);
+    } else {
+      run_blocks(m, u, unit);
+    }
+  }
+
+  // Piece i is thread i's.
+  QRM_FAST_HOST_DEVICE void run_whole(Memory& m, int64_t u, const UnitRows& unit) const {
+    const Rows rows = rules(unit.first);
+    PerThread<Piece<true>> pieces;
+    PerThread<Map> maps;  // of each piece, then of those behind it in its run
+    on_all_threads([&](int thread) { stage_rows<true, true>(m, unit.begin, thread, BLOCK); });
+    on_all_threads([&](int thread) {
+      pieces[thread] = loaded<true>(m, BLOCK - thread * PIECE, PIECE);
+      maps[thread] = folded(rows, pieces[thread]);
+    });
+    scan_runs(m, maps);
+    if (unit.front >= 0) publish(m, u, unit.front, m.maps[1], 1);
+    if (unit.back >= 0) find_carry(m, u, unit);
+    on_all_threads([&](int thread) {
+      State state = unit.back >= 0 ? m.carry : end(rows, unit.last);
+      for (int run = 0; run < thread / RUN; ++run) state = m.maps[1][run](state);
+      if (thread % RUN > 0) state = maps[thread](state);
+      walk(m, rows, pieces[thread], state);
+    });
+    on_all_threads([&](int thread) { unstage_rows<true, true>(m, unit.begin, thread, BLOCK); });
+  }
+
+  // Of each run of RUN threads: composes each map with those of the threads before it; then m.maps[1] has the runs'
+  // own, and each thread the one of the thread before it.
+  QRM_FAST_HOST_DEVICE static void scan_runs(Memory& m, PerThread<Map>& maps) {
+#if defined(__CUDA_ARCH__)
+    static_assert(32 % RUN == 0, "the threads of a warp");
+    const int place = threadIdx.x % RUN;
+    Map map = maps[threadIdx.x];
+    QRM_FAST_UNROLL
+    for (int step = 1; step < RUN; step *= 2) {
+      const Map behind = from_below(map, step);
+      if (place >= step) map = map.after(behind);
+    }
+    if (place == RUN - 1) m.maps[1][threadIdx.x / RUN] = map;
+    maps[threadIdx.x] = from_below(map, 1);
+    __syncthreads();
+#else
+    for (int step = 1; step < RUN; step *= 2) {
+      for (int thread = THREADS - 1; thread >= 0; --thread) {
+        if (thread % RUN >= step) maps[thread] = maps[thread].after(maps[thread - step]);
+      }
+    }
+    for (int thread = THREADS - 1; thread >= 0; --thread) {
+      if (thread % RUN == RUN - 1) m.maps[1][thread / RUN] = maps[thread];
+      if (thread % RUN > 0) maps[thread] = maps[thread - 1];
+    }
+#endif
+  }
+
+  QRM_FAST_HOST_DEVICE void run_blocks(Memory& m, int64_t u, const UnitRows& unit) const {
+    const int num_rows = static_cast<int>(unit.end - unit.begin);
+    const int last = static_cast<int>(unit.last - unit.first);
 
     on_all_threads([&](int thread) {
-      stage(m, begin, static_cast<int>(high - begin), thread);
-      if (thread == 0) {
-        m.num_pieces = m.most_pieces = m.end = 0;
-        m.front = m.back_sequence = -1;
-      }
+      stage(m, unit.begin, num_rows, thread);
+      if (thread == 0) m.listed = 0;
     });
 
-    // Sequences of one piece are finished here. The pieces of the others are listed; the order of sequences is
-    // arbitrary.
+    // Short sequences are finished here. The blocks of the others are listed; their order is arbitrary.
     on_all_threads([&](int thread) {
-      for (int64_t s = first + thread; s < cu.num_sequences() && cu[s] < high; s += THREADS) {
-        const int64_t bos = cu[s], eos = cu[s + 1];
-        const BlockRows block = BlockRows::of(bos, eos, high);
-        const int num_rows = static_cast<int>(block.end - block.begin), end = static_cast<int>(block.end - begin);
-        if (num_rows == 0) continue;
-        max_shared(&m.end, end);
-        const bool has_front = block.begin > bos, has_carry = block.index > 0;
-        if (num_rows <= PIECE && !has_carry) {
+      for (int i = thread; i <= last; i += THREADS) {
+        const int64_t s = unit.first + i, bos = cu[s], eos = cu[s + 1];
+        const int begin = static_cast<int>((bos > unit.begin ? bos : unit.begin) - unit.begin);
+        const int end = static_cast<int>((eos < unit.end ? eos : unit.end) - unit.begin);
+        if (end - begin > SHORT || (i == last && unit.back >= 0)) {
+          list(m, i, end, end - begin);
+        } else if (end > begin) {
           const Rows rows = rules(s);
-          walk(m, rows, end, num_rows, this->end(rows, s));
-          continue;
-        }
-        const int count = static_cast<int>(ceil_div(num_rows, PIECE)), base = add_shared(&m.num_pieces, count);
-        max_shared(&m.most_pieces, count);
-        for (int k = 0; k < count; ++k) {
-          const int rest = num_rows - k * PIECE;
-          m.pieces[base + k] = {s, end - k * PIECE, rest < PIECE ? rest : PIECE, k, has_carry};
-        }
-        if (has_front) {
-          m.front = base + count - 1;
-          m.front_index = block.index;
-        }
-        if (has_carry) {
-          m.back_sequence = s;
-          m.back_index = block.index;
+          State state = this->end(rows, s);
+          for (int row = end; row > begin; row -= PIECE) {
+            state = walk(m, rows, loaded<false>(m, row, row - begin < PIECE ? row - begin : PIECE), state);
+          }
         }
       }
     });
 
-    if (m.num_pieces > 0) {
+    const int num_pieces = m.listed & 0xffff;
+    if (num_pieces > 0) {
+      // A thread keeps its first piece in registers. Those beyond THREADS, which few units have, it takes twice.
+      PerThread<Taken> own;
       on_all_threads([&](int thread) {
-        for (int i = thread; i < m.num_pieces; i += THREADS) {
-          const auto& piece = m.pieces[i];
-          m.maps[0][i] = folded(m, rules(piece.sequence), piece.end, piece.num_rows);
+        if (thread < num_pieces) {
+          own[thread] = taken(m, unit, thread);
+          m.maps[0][thread] = own[thread].map;
+        }
+        for (int i = thread + THREADS; i < num_pieces; i += THREADS) {
+          const Taken x = taken(m, unit, i);
+          m.maps[0][i] = x.map;
+          m.distances[i] = static_cast<uint8_t>(x.distance);
         }
       });
       int now = 0;
-      for (int step = 1; step < m.most_pieces; step *= 2, now = 1 - now) {
+      QRM_FAST_UNROLL
+      for (unsigned step = 1; step < RUN; step *= 2, now = 1 - now) {
+        const auto join = [&](int i, unsigned distance, Map& map) {
+          if (distance % RUN >= step) map = map.after(m.maps[now][i - step]);
+          m.maps[1 - now][i] = map;
+        };
         on_all_threads([&](int thread) {
-          for (int i = thread; i < m.num_pieces; i += THREADS) {
-            const Map& map = m.maps[now][i];
-            m.maps[1 - now][i] = m.pieces[i].distance < step ? map : map.after(m.maps[now][i - step]);
+          if (thread < num_pieces) join(thread, own[thread].distance, own[thread].map);
+          for (int i = thread + THREADS; i < num_pieces; i += THREADS) {
+            Map map = m.maps[now][i];
+            join(i, m.distances[i], map);
           }
         });
       }
-      if (m.front >= 0) publish(m, u, m.maps[now][m.front]);
-      if (m.back_sequence >= 0) {
-        const int64_t j = m.back_index;
-        on_all_threads([&](int thread) {
-          if (thread == 0) m.carry = end(rules(m.back_sequence), m.back_sequence);
-        });
-        apply_published(m, 0, j / GROUP, [&](int64_t g) { return groups + u + j - (g * GROUP + GROUP - 1); });
-        apply_published(m, j / GROUP * GROUP, j, [&](int64_t i) { return blocks + u + j - i; });
-      }
+      const Map* maps = m.maps[now];  // of each piece and those behind it in its run
+      if (unit.front >= 0) publish(m, u, unit.front, maps + m.front_piece + RUN - 1, RUN);
+      if (unit.back >= 0) find_carry(m, u, unit);
+      const auto finish = [&](int i, const Taken& x) {
+        State state = x.sequence == unit.last && unit.back >= 0 ? m.carry : end(x.rows, x.sequence);
+        for (int next = i - x.distance + RUN; next <= i; next += RUN) state = maps[next - 1](state);
+        if (x.distance % RUN > 0) state = maps[i - 1](state);
+        walk(m, x.rows, x.piece, state);
+      };
       on_all_threads([&](int thread) {
-        for (int i = thread; i < m.num_pieces; i += THREADS) {
-          const auto& piece = m.pieces[i];
-          const Rows rows = rules(piece.sequence);
-          State state = piece.has_carry ? m.carry : end(rows, piece.sequence);
-          if (piece.distance > 0) state = m.maps[now][i - 1](state);
-          walk(m, rows, piece.end, piece.num_rows, state);
-        }
+        if (thread < num_pieces) finish(thread, own[thread]);
+        for (int i = thread + THREADS; i < num_pieces; i += THREADS) finish(i, taken(m, unit, i));
       });
     }
 
-    on_all_threads([&](int thread) {
-      for (int row = thread; row < m.end; row += THREADS) {
-        for (int i = 0; i < Rows::kOutputs; ++i) out[i][begin + row] = m.columns[i][skewed(row)];
-      }
-    });
+    on_all_threads([&](int thread) { unstage(m, unit.begin, num_rows, thread); });
   }
 
-  // Publishes the block's map and, if it is the last block of a group, the group's.
-  QRM_FAST_HOST_DEVICE void publish(Memory& m, int64_t u, const Map& map) const {
-    const bool completes = m.front_index % GROUP == GROUP - 1;
+  // The state behind the unit's last block, from the maps of all blocks behind it.
+  QRM_FAST_HOST_DEVICE void find_carry(Memory& m, int64_t u, const UnitRows& unit) const {
+    const int64_t j = unit.back;
     on_all_threads([&](int thread) {
-      if (thread == 0) blocks[u].publish(map);
-      if (completes) m.gathered[thread] = thread == GROUP - 1 ? map : blocks[u + GROUP - 1 - thread].wait();
+      if (thread == 0) m.carry = end(rules(unit.last), unit.last);
+    });
+    apply_published(m, 0, j / GROUP, [&](int64_t g) { return groups + u + j - (g * GROUP + GROUP - 1); });
+    apply_published(m, j / GROUP * GROUP, j, [&](int64_t i) { return blocks + u + j - i; });
+  }
+
+  // Publishes the map of the unit's first block, whose runs have these, and, if it is the last block of a group, the
+  // group's.
+  QRM_FAST_HOST_DEVICE void publish(Memory& m, int64_t u, int64_t index, const Map* runs, int stride) const {
+    const bool completes = index % GROUP == GROUP - 1;
+    on_all_threads([&](int thread) {
+      if (thread == GROUP - 1) {
+        Map map = runs[0];
+        for (int run = 1; run < BLOCK / PIECE / RUN; ++run) map = runs[run * stride].after(map);
+        blocks[u].publish(map);
+        m.gathered[thread] = map;
+      } else if (completes) {
+        m.gathered[thread] = blocks[u + GROUP - 1 - thread].wait();
+      }
     });
     if (!completes) return;
     compose_gathered(m, GROUP);

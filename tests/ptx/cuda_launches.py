@@ -1,6 +1,7 @@
 """The CUDA C++ scans on CPU tensors: the launchers of csrc/cuda as they are, the PTX that nvcc makes of their kernels.
 
 launched("gae", seed, columns, ...)  # the op's arguments
+instructions_per_row("gae", 256)     # of its scan kernel
 """
 
 import ctypes
@@ -28,6 +29,8 @@ LAUNCH = ctypes.CFUNCTYPE(
     *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)),
 )
 counts: dict[str, int] = {}  # instructions of each kernel
+COLUMNS = {"gae": 2, "discounted_returns": 1, "min_gae": 2, "vtrace": 3}
+OPTIONS = {"gae": (0.99, 0.95, None), "discounted_returns": (0.99,), "min_gae": (0.95,), "vtrace": (0.99, 0.95, 1, 1)}
 
 
 def _setup():
@@ -109,6 +112,14 @@ def launched(op: str, seed: int, *args, mutation: Callable[[str], str] = str) ->
             raise faults[0] from None
         raise
     return results if isinstance(results, tuple) else (results,)
+
+
+def instructions_per_row(op: str, num_rows: int, num_tokens: int = 1 << 14) -> float:
+    """Of a thread, without a mask, in sequences of `num_rows`; the setup, which no row needs, is left out."""
+    counts.clear()
+    columns, cu = torch.randn(COLUMNS[op], num_tokens), torch.arange(0, num_tokens + 1, num_rows)
+    launched(op, 0, *columns, cu, *OPTIONS[op], None, None)
+    return 32 * sum(n for name, n in counts.items() if "scan_units" in name) / num_tokens
 
 
 @functools.lru_cache(32)

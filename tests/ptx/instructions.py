@@ -1,8 +1,8 @@
 """Instructions that each kernel executes per row: `EMULATED=90 PYTHONPATH=tests python -m ptx.instructions`.
 
 The launches are those of tests/launches, at the sizes below and with data in the place of meta tensors; a kernel's row
-is a token of the batch. What is counted are a warp's instructions in PTX, before ptxas: to compare kernels and their
-versions with, not to predict times.
+is a token of the batch. What is counted are the instructions of a warp in PTX, before ptxas, and per row those of a
+thread, 32 for a warp's one: to compare kernels and their versions with, not to predict times.
 """
 
 import importlib
@@ -50,19 +50,14 @@ def main() -> None:
         importlib.import_module(f"launches.{file.stem}").launches(capability)
     print(f"{'Triton kernel':<32}{'launches':>9}{'instructions':>14}{'per row':>9}")
     for name, count in sorted(triton_launches.counts.items()):
-        per_row = count.instructions / count.launches / SIZES["T"]
-        print(f"{name:<32}{count.launches:>9}{count.instructions:>14}{per_row:>9.1f}")
+        per_row = 32 * count.instructions / count.launches / SIZES["T"]
+        print(f"{name:<32}{count.launches:>9}{count.instructions:>14}{per_row:>9.0f}")
     if shutil.which("nvcc"):
-        columns, cu = torch.randn(3, 1 << 14), torch.arange(0, (1 << 14) + 1, 1 << 8)
-        numbers = {"gae": (0.99, 0.95, None), "discounted_returns": (0.99,), "min_gae": (0.95,)}
-        numbers["vtrace"] = 0.99, 0.95, 1.0, 1.0
-        inputs = {"gae": 2, "discounted_returns": 1, "min_gae": 2, "vtrace": 3}
-        print(f"{'CUDA scan':<32}{'':>9}{'instructions':>14}{'per row':>9}")
-        for op, options in numbers.items():
-            cuda_launches.counts.clear()
-            cuda_launches.launched(op, 0, *columns[: inputs[op]], cu, *options, None, None)
-            instructions = sum(cuda_launches.counts.values())
-            print(f"{op:<32}{'':>9}{instructions:>14}{instructions / (1 << 14):>9.1f}")
+        lengths = 16, 40, 256, 1 << 14
+        print(f"{'CUDA scan, per row of sequences of':<36}" + "".join(f"{n:>7}" for n in lengths))
+        for op in cuda_launches.COLUMNS:
+            per_row = [cuda_launches.instructions_per_row(op, n) for n in lengths]
+            print(f"{op:<36}" + "".join(f"{n:>7.0f}" for n in per_row))
 
 
 if __name__ == "__main__":

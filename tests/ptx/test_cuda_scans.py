@@ -71,6 +71,20 @@ def test_broken_boundaries_give_nan_and_nothing_outside(name):
         assert all(x.isnan().all() for x in launched(name, broken, seed=4))
 
 
+INSTRUCTIONS = {  # most that a thread executes per row: in sequences of 256 rows, in one of 16384
+    "gae": (90, 75),
+    "discounted_returns": (75, 60),
+    "min_gae": (120, 105),
+    "vtrace": (150, 135),
+}
+
+
+@every_scan
+def test_instructions_per_row(name):
+    for num_rows, most in zip((256, 1 << 14), INSTRUCTIONS[name], strict=True):
+        assert cuda_launches.instructions_per_row(name, num_rows) <= most
+
+
 def mutated(pattern: str, replacement: str, count: int = 0):
     def mutation(text: str) -> str:
         return re.sub(pattern, replacement, text, count=count)

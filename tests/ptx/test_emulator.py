@@ -226,6 +226,30 @@ def test_lanes_meet_at_shuffles_and_threads_at_barriers():
     check(body, zeros(32), expected=expected, mutants=mutants, threads=32)
 
 
+BITS = """
+    and.b32 %r2, %r0, 1;
+    setp.eq.s32 %p0, %r2, 1;
+    vote.sync.ballot.b32 %r3, %p0, -1;      // 0xaaaaaaaa
+    bfi.b32 %r4, %r0, %r3, 4, 8;
+    popc.b32 %r5, %r4;
+    mov.b64 %a1, {%r4, %r5};
+    bfi.b64 %a2, %a1, 0, 32, 32;
+    shr.u64 %a3, %a2, 32;
+    cvt.u32.u64 %r6, %a3;
+    add.s32 %r7, %r5, %r6;
+    mul.wide.u32 %a4, %r0, 4;
+    add.s64 %a5, %a0, %a4;
+    st.global.b32 [%a5], %r7;
+"""
+
+
+def test_lanes_vote_and_bits_are_inserted_and_counted():
+    words = [0xAAAAAAAA & ~0xFF0 | lane << 4 for lane in range(32)]
+    expected = [(word.bit_count() + word) & 0xFFFFFFFF for word in words]
+    signed = [x - (1 << 32) if x >> 31 else x for x in expected]
+    check(BITS, zeros(32), expected=signed, mutants={}, threads=32)
+
+
 @pytest.mark.parametrize(
     "statement",
     [
@@ -234,6 +258,9 @@ def test_lanes_meet_at_shuffles_and_threads_at_barriers():
         "ld.global.volatile.b32 %r2, [%a0];",
         "bar.sync 1;",
         "shfl.sync.bfly.b32 %r3, %r2, 16, 31, 255;",
+        "vote.sync.ballot.b32 %r3, %p0, 255;",
+        "popc.b64 %r3, %a0;",
+        "bfi.s32 %r3, %r2, %r0, 8, 8;",
         "mov.u32 %r2, %clock;",
         "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%f0, %f1, %f2, %f3}, %a0, %a0, 1, 1, 1;",
         "call f;",

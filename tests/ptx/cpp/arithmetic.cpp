@@ -248,6 +248,12 @@ struct Not {
     return ~a;
   }
 };
+struct CountBits {
+  template <typename T>
+  T operator()(T a) const {
+    return __builtin_popcountll(a);
+  }
+};
 struct Sqrt {
   template <typename T>
   T operator()(T a) const {
@@ -329,6 +335,11 @@ void not_predicate(Step& s) {
 }
 Handler bits_not(const Instruction& i) { return i.type().kind == Kind::Predicate ? not_predicate : integer1<Not>(i); }
 
+Handler count_bits(const Instruction& i) {
+  if (i.type().bytes != 4) unknown(i);
+  return map1<uint32_t, CountBits, false>;
+}
+
 template <typename T, typename W>
 void wide_product(Step& s) {
   uint64_t *out = s.nth(0), *a = s.nth(1), *b = s.nth(2);
@@ -375,6 +386,21 @@ void extract(Step& s) {
 Handler extracts(const Instruction& i) {
   if (i.type().bytes < 4) unknown(i);
   return known(i, integers(i.type(), [](auto x) -> Handler { return extract<decltype(x)>; }));
+}
+
+void insert(Step& s) {
+  uint64_t *out = s.nth(0), *a = s.nth(1), *b = s.nth(2), *position = s.nth(3), *length = s.nth(4);
+  const int width = 8 * s.i.type().bytes;
+  s.each([=](int l) {
+    const int at = position[l] & 255, n = length[l] & 255;
+    const uint64_t field = (n < 64 ? uint64_t(1) << n : 0) - 1;
+    const uint64_t all = at < 64 ? (b[l] & ~(field << at)) | (a[l] & field) << at : b[l];
+    out[l] = width < 64 ? all & 0xffffffff : all;
+  });
+}
+Handler inserts(const Instruction& i) {
+  if (i.type().kind != Kind::Bits || i.type().bytes < 4) unknown(i);
+  return insert;
 }
 
 void permute(Step& s) {
@@ -582,9 +608,11 @@ const Decoders& arithmetic() {
       {"or", {1, bits2<Or>}},
       {"xor", {1, bits2<Xor>}},
       {"not", {1, bits_not}},
+      {"popc", {1, count_bits}},
       {"shl", {1, shifts<true>}},
       {"shr", {1, shifts<false>}},
       {"bfe", {1, extracts}},
+      {"bfi", {1, inserts}},
       {"add", {1, any2<Add>}},
       {"add.rn", {1, float2<Add>}},
       {"sub", {1, any2<Sub>}},

@@ -342,6 +342,13 @@ void reduce(Step& s) {
   std::fill_n(s.slot(0), LANES, static_cast<uint32_t>(result));
 }
 
+void ballot(Step& s) {
+  if (s.uniform(2) << 32 >> 32 != ALL_LANES) throw Fault("a ballot of some lanes is not known");
+  uint64_t word = 0;
+  for (int lane = 0; lane < LANES; ++lane) word |= (s.slot(1)[lane] & 1) << lane;
+  std::fill_n(s.slot(0), LANES, word);
+}
+
 void elect(Step& s) {
   if (s.uniform(1) << 32 >> 32 != ALL_LANES) throw Fault("an election among some lanes is not known");
   for (int lane = 0; lane < LANES; ++lane) {
@@ -388,6 +395,7 @@ const Decoders& control() {
       {"redux.sync.add", {1, signed_words<reduce<'+'>>, true}},
       {"redux.sync.max", {1, signed_words<reduce<'>'>>, true}},
       {"redux.sync.min", {1, signed_words<reduce<'<'>>, true}},
+      {"vote.sync.ballot", {1, always<ballot>, true}},
       {"elect.sync", {1, always<elect>, true}},
   };
   return table;
