@@ -264,8 +264,10 @@ def packed_update(device: torch.device, num_answers: int, prompt: int, width: in
     )
 
 
-shapes = [{"width": 256, "num_layers": 6}, {"width": 512, "num_layers": 8}]
+HEAD_HEAVY = {"width": 256, "num_layers": 6}
+WIDE = {"width": 512, "num_layers": 8}
+apart = [{"num_answers": 32, "prompt": 8} | HEAD_HEAVY, {"num_answers": 16, "prompt": 8} | WIDE]
 if find_spec("transformers"):
-    case(cpu=[{"num_answers": 32, "prompt": 8} | shape for shape in shapes])(packed_update)
+    case(cpu=apart)(packed_update)
 if find_spec("trl"):
-    case(cpu=[{"num_answers": 32, "prompt": prompt} | shape for shape in shapes for prompt in (8, 200)])(training_step)
+    case(cpu=[shape | {"prompt": prompt} for shape in apart for prompt in (8, 200)])(training_step)

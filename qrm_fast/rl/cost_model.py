@@ -181,7 +181,7 @@ class Scenario:
     reference: bool = False
     """Score with a reference policy, too."""
     sampler_gpus: Count = 1
-    """GPUs that share the sampler's weights; more than 1 need another engine than the one in this process."""
+    """GPUs that share the sampler's weights; no engine here does that for more than 1."""
     lora_rank: CountOrNone = 0
     """Rank of adapters in all linear layers, which alone are trained; 0: all weights are."""
 
