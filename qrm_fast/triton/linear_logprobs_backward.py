@@ -3,8 +3,9 @@
 ROWS rows and COLUMNS columns at a time, the logits are multiplied again, and dZ leaves the accumulators in hidden's
 dtype, divided by a power of 2 of its row so that 16 bits hold it whatever the size of the loss; `product` then adds
 dZ W and dZ^T X in float32. For 16-bit inputs tensor cores need a 16-bit dZ: its rounding, 2^-9 of each element in
-bfloat16, is about that of the gradient itself. 6 T D V FLOP. A row's dZ W runs over V in order, in blocks of fixed
-shape: its bits are its own. Rows without gradient enter dW as zeros, whatever they hold.
+bfloat16, is about that of the gradient itself. 6 T D V FLOP. A program makes one block of dZ: of 1024 rows there are
+256 in COLUMNS columns, for the 132 SMs of an H200. A row's dZ W runs over V in order, in blocks of fixed shape: its
+bits are its own. Rows without gradient enter dW as zeros, whatever they hold.
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
@@ -14,7 +15,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.linear_logprobs import _backward
-from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, target_column
+from .logits import MERGE, Head, load_temperature, logits, per_row, target_column
 from .product import GROUP, blocks, capability, describable, grouped, multiply, operand, store_block
 
 ROWS, COLUMNS = 16384, 8192  # of dZ that are held at a time: 268 MB in 16 bits
@@ -120,13 +121,12 @@ def linear_logprobs_dz(
     first_column,
     num_columns,
     DESCRIBED: tl.constexpr,
-    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    i_b, i_s = grouped(tl.program_id(0), tl.cdiv(num_rows, BT), tl.cdiv(num_columns, SPLIT), GROUP)
+    i_b, i_s = grouped(tl.program_id(0), tl.cdiv(num_rows, BT), tl.cdiv(num_columns, BV), GROUP)
     i_t = i_b * BT
     o_t = i_t + tl.arange(0, BT)
     m_t = o_t < num_rows
@@ -139,7 +139,8 @@ def linear_logprobs_dz(
     if lse_residual is not None:
         b_lse_residual = tl.load(lse_residual + o_t, m_t, 0.0)
     rows, columns = (hidden, stride_hidden, num_rows, dim), (weight, stride_weight, vocab, dim)
-    for i_c in range(i_s * SPLIT, tl.minimum(i_s * SPLIT + SPLIT, num_columns), BV):
+    # one pass; written without a loop, ptxas keeps values of the epilogue over the product, and spills on sm_90 and 100
+    for i_c in range(i_s * BV, tl.minimum(i_s * BV + BV, num_columns), BV):
         i_v = first_column + i_c
         b_z = logits(rows, columns, bias, softcap, b_temperature, i_t, i_v, DESCRIBED, BT, BV, BD)
         b_here = target_column(b_target, i_v, BV)
@@ -246,7 +247,7 @@ def gradients(
                 rows = slice(row, min(num_rows, row + ROWS))
                 part = head.rows(rows)
                 dz = dz_rows[: len(part.targets), : len(w)]
-                linear_logprobs_dz[(triton.cdiv(len(dz), height) * triton.cdiv(len(w), SPLIT),)](
+                linear_logprobs_dz[(triton.cdiv(len(dz), height) * triton.cdiv(len(w), launch["BV"]),)](
                     operand(part.hidden, described, height, launch["BD"]),
                     operand(weight, described, launch["BV"], launch["BD"]),
                     part.targets,
@@ -268,7 +269,6 @@ def gradients(
                     column,
                     len(w),
                     described,
-                    SPLIT,
                     GROUP,
                     **launch,
                 )
