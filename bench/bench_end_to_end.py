@@ -57,7 +57,6 @@ class Phases:
             "step, tokens/s": self.data.num_tokens / s["step"],
             "sampling, s": s["rollout"],
             "update, s": s["update"],
-            "rest, s": s["step"] - s["rollout"] - s["update"],
         }
 
 
