@@ -32,7 +32,7 @@ test: $(built)
 test-ptx: export PYTHONPATH := tests:.
 test-ptx: $(built)
 	$(PYTHON) -m pytest -q tests/ptx
-	EMULATED=90 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py $$(grep -l triton_device tests/*.py)
+	EMULATED=90 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/ptx/row_costs.py $$(grep -l triton_device tests/*.py)
 	EMULATED=80 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/test_linear_*.py
 	EMULATED=90 $(PYTHON) -m ptx.instructions
 

@@ -1,6 +1,7 @@
 """The Triton kernels of policy_loss behind the public function: on a GPU, or in the interpreter.
 
-The op itself is tested in test_policy_loss.py, whose problems, oracle and checks are used. Programs have 128 rows here.
+The op itself is tested in test_policy_loss.py, whose problems, oracle and checks are used. Here two programs
+at most take blocks of 128 rows.
 """
 
 import itertools
@@ -49,6 +50,7 @@ class ByTriton(torch.autograd.Function):
 def by_triton(triton_device, monkeypatch):
     for launch, size in (kernels.ROWS, 128), (kernels.SEQUENCE, 32), (kernels.SUM, 2), (kernels.SCALED, 128):
         monkeypatch.setitem(launch, "BT", size)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
     monkeypatch.setattr(
         "qrm_fast.ops.policy_loss._policy_loss",
         lambda *arguments: (*ByTriton.apply(triton_device, *arguments), None, None),

@@ -25,7 +25,7 @@ from .linear_logprobs import finished_rows, fold, fold_blocks, merge
 from .linear_logprobs import forward as linear_logprobs
 from .linear_logprobs_backward import gradient, gradients, load_factors, new_factors, scaled_hidden, store_factors
 from .logits import MERGE, Head, load_temperature, per_row
-from .policy_loss import NUM_SUMS, load_row, policy_terms, sequence_log_ratios, store_sums, totals
+from .policy_loss import NUM_SUMS, load_row, policy_terms, sequence_log_ratios, store_sums, to_sum, totals
 from .policy_loss import forward as policy_loss
 from .product import multiply
 
@@ -114,7 +114,7 @@ def linear_policy_loss_rows(
     b_terms, b_slope = policy_terms(
         b_wide, b_old, b_log_ratio, b_ref, b_advantage, ratio_low, ratio_high, dual_clip, kl_coef, KIND, KL_ESTIMATOR
     )
-    store_sums(sums, i_b, stride_sums, b_terms, b_entropy.to(tl.float64), b_weight, entropy_coef)
+    store_sums(sums, i_b, stride_sums, to_sum(b_terms, b_entropy.to(tl.float64), b_weight, entropy_coef))
 
     b_g, b_e = (b_weight * b_slope).to(tl.float32), (-entropy_coef * b_weight).to(tl.float32)
     b_temperature = load_temperature(temperatures, o_t, m_t)

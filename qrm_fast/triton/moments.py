@@ -1,10 +1,10 @@
 """Triton kernels of moments: count, mean and sum of squared deviations in one read of the rows.
 
 Reads every row once (5 bytes with a mask in fp32) and writes 24 bytes per set: memory decides the speed. A program
-takes every `num_splits`-th block of a set's rows, counted from the set's first row, in registers about the block's own
-mean; a second launch joins a set's programs, a third the sequences of each group. No atomics; the bits of a sequence's
-moments depend on its own rows alone. In float64, where the mean of equal float32 values is exact. Block sizes have been
-compiled, not yet timed on a GPU.
+takes every `num_splits`-th block of a set's rows, counted from the set's first row. Each lane adds up its rows about
+the first of them that counts; lanes are joined once, at the end. A second launch joins a set's programs, a third the
+sequences of each group. No atomics; the bits of a sequence's moments depend on its own rows alone. In float64, where
+the mean of equal float32 values is exact. Block sizes have been compiled, not yet timed on a GPU.
 """
 
 import torch
@@ -16,7 +16,7 @@ from ..ops.moments import _moments
 from .groups import LAUNCH as GROUP
 from .groups import by_group, led_group, members
 
-ROWS = {"BT": 1024, "num_warps": 4}
+ROWS = {"BT": 512, "num_warps": 2}
 BATCH_SPLITS = 1024  # programs that share one set of all rows
 SEQUENCE_SPLITS = 4  # a constant: a sequence's bits must not depend on the batch
 BATCH_JOIN = {"BP": BATCH_SPLITS, "num_warps": 8}
@@ -58,19 +58,32 @@ def moments_rows(
         # Boundaries that a CPU kernel would refuse must not be read beyond the tensors.
         bos = tl.maximum(tl.load(cu_seqlens + i_k).to(tl.int64), 0)
         eos = tl.minimum(tl.load(cu_seqlens + i_k + 1).to(tl.int64), num_rows)
-    count = tl.full([], 0.0, tl.float64)
-    mean = tl.full([], 0.0, tl.float64)
-    m2 = tl.full([], 0.0, tl.float64)
+    p_part = parts + (i_k * num_splits + i_p) * 3
+    if bos + i_p * BT >= eos:
+        store_moments(p_part, 0.0, 0.0, 0.0, True)
+        return
+    # of each lane's rows: how many count, the first that does, and sums of deviations from it and of their squares
+    b_count = tl.zeros([BT], tl.float64)
+    b_origin = tl.zeros([BT], tl.float64)
+    b_sum = tl.zeros([BT], tl.float64)
+    b_squares = tl.zeros([BT], tl.float64)
     for i_t in range(bos + i_p * BT, eos, num_splits * BT):
         o_t = i_t + tl.arange(0, BT)
         m_t = o_t < eos
+        b_x = tl.load(x + o_t, m_t, float("nan")).to(tl.float64)
+        m_finite = b_x - b_x == 0.0
         if mask is not None:
-            m_t = m_t & (tl.load(mask + o_t, m_t, 0) != 0)
-        b_x = tl.load(x + o_t, m_t, 0.0).to(tl.float64)
-        m_t = m_t & (b_x - b_x == 0.0)
-        b_n = tl.where(m_t, 1.0, 0.0).to(tl.float64)
-        count, mean, m2 = with_block(count, mean, m2, tl.where(m_t, b_x, 0.0), b_n)
-    store_moments(parts + (i_k * num_splits + i_p) * 3, count, mean, m2, True)
+            m_finite = m_finite & (tl.load(mask + o_t, m_t, 0) != 0)
+        b_origin = tl.where(m_finite & (b_count == 0.0), b_x, b_origin)
+        b_deviation = tl.where(m_finite, b_x - b_origin, 0.0)
+        b_count += tl.where(m_finite, 1.0, 0.0)
+        b_sum += b_deviation
+        b_squares = tl.fma(b_deviation, b_deviation, b_squares)
+    b_shift = b_sum / tl.maximum(b_count, 1.0)
+    zero = tl.full([], 0.0, tl.float64)
+    count, mean, m2 = with_block(zero, zero, zero, b_origin + b_shift, b_count)
+    m2 += tl.sum(tl.maximum(b_squares - b_sum * b_shift, 0.0), 0)
+    store_moments(p_part, count, mean, m2, True)
 
 
 @triton.jit(do_not_specialize=["num_splits"])

@@ -1,11 +1,12 @@
 """Triton kernels of policy_loss: the policy-gradient loss of packed rows, its metrics and gradients in one pass.
 
 Reads every [T] input once and writes the two gradients, 32 bytes per token in fp32 with every input given; nothing else
-of length T exists. A program adds up its rows and keeps eight sums; a second launch adds those in their order: no
-atomics, the same bits every time. gspo first takes a program per sequence for the mean of its log-ratios, 16 bytes more
-per token. Terms are in float64 and rounded once: exp(d) - 1 - d then keeps more digits than expm1 does in float32, and
-some 90 double operations a token take no longer than its bytes on an A100 or H200, by their peak rates.
-`policy_terms` and `store_sums` serve linear_policy_loss too. Block sizes have been compiled, not yet timed on a GPU.
+of length T exists. A program takes blocks of rows at a stride and keeps eight sums per lane until its last block is
+done; a second launch adds the programs' in their order: no atomics, the same bits every time. Rows are loaded before it
+is known which of them count, so that all loads of a block are in flight at once. gspo first takes a program per
+sequence for the mean of its log-ratios, 16 bytes more per token. Terms are in float64 and rounded once: exp(d) - 1 - d
+then keeps more digits than expm1 does in float32. `policy_terms`, `to_sum` and `store_sums` serve linear_policy_loss
+too. Block sizes have been compiled, not yet timed on a GPU.
 """
 
 import torch
@@ -17,7 +18,8 @@ from ..ops.policy_loss import SAPO_TEMPERATURE_BELOW as TEMPERATURE_BELOW
 from ..ops.policy_loss import PolicyMetrics, _policy_loss, scaled_derivative
 
 NUM_SUMS = 1 + len(PolicyMetrics._fields)  # loss and metrics; the last is a maximum
-ROWS = {"BT": 512, "num_warps": 8}  # at 4, gspo spills on sm_80
+ROWS = {"BT": 256, "num_warps": 4, "maxnreg": 128}  # without the bound, ptxas spills on sm_80 to fit in more programs
+PROGRAMS = 1024  # some eight per SM; a constant, for the loss must not depend on how many SMs there are
 SEQUENCE = {"BT": 1024, "num_warps": 4}
 SUM = {"BT": 1024, "num_warps": 4}
 SCALED = {"BT": 4096, "num_warps": 4}
@@ -28,6 +30,28 @@ SAPO_TEMPERATURE_BELOW = tl.constexpr(TEMPERATURE_BELOW)
 def bounded(b_x):
     """A log-ratio as the exponentials take it: beyond +-20 it counts as 20; NaN stays."""
     return tl.where(b_x > 20.0, 20.0, tl.where(b_x < -20.0, -20.0, b_x))
+
+
+@triton.jit
+def exp_of_bounded(b_x):
+    """e^x for |x| <= 20: 2^k times the series to r^9 at r = x - k log 2, |r| < 0.35; relative error below 1e-11.
+
+    No case of overflow to look for, as in the library's.
+    """
+    b_magic = tl.fma(b_x, 1.4426950408889634, 6755399441055744.0)  # its lowest bits are k
+    b_k = b_magic - 6755399441055744.0
+    b_r = tl.fma(b_k, -1.9082149292705877e-10, tl.fma(b_k, -0.6931471803691238, b_x))
+    b_y = tl.fma(b_r, 1 / 362880, 1 / 40320)
+    b_y = tl.fma(b_y, b_r, 1 / 5040)
+    b_y = tl.fma(b_y, b_r, 1 / 720)
+    b_y = tl.fma(b_y, b_r, 1 / 120)
+    b_y = tl.fma(b_y, b_r, 1 / 24)
+    b_y = tl.fma(b_y, b_r, 1 / 6)
+    b_y = tl.fma(b_y, b_r, 0.5)
+    b_y = tl.fma(b_y, b_r, 1.0)
+    b_y = tl.fma(b_y, b_r, 1.0)
+    b_exponent = b_magic.to(tl.int64, bitcast=True) << 52
+    return (b_y.to(tl.int64, bitcast=True) + b_exponent).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -46,10 +70,10 @@ def policy_terms(
 ):
     """Float64 terms of rows: loss and the metrics but entropy, in the order of the sums; d loss / d logp.
 
-    Comparisons are such that a NaN reaches both loss and derivative.
+    Clipped low and clipped high are masks. Comparisons are such that a NaN reaches both loss and derivative.
     """
     m_still = (b_log_ratio < -20.0) | (b_log_ratio > 20.0)
-    b_ratio = tl.exp(bounded(b_log_ratio))
+    b_ratio = exp_of_bounded(bounded(b_log_ratio))
     m_below, m_above = b_ratio < ratio_low, b_ratio > ratio_high
     if KIND == "ppo" or KIND == "gspo":
         # max(-A r, -A clip(r, 1 - low, 1 + high)); where A < 0, at most -A dual_clip. Of gspo's s exp(logp - sg logp)
@@ -74,7 +98,7 @@ def policy_terms(
             b_slope *= tl.where(m_below, ratio_low, tl.where(m_above, ratio_high, b_ratio))
         b_loss = b_slope * b_logp
     b_own = bounded(b_logp - b_old)
-    b_approx_kl = tl.exp(b_own) - 1 - b_own
+    b_approx_kl = exp_of_bounded(b_own) - 1 - b_own
     b_ref_kl = tl.zeros_like(b_logp)
     if b_ref is not None:
         b_d = b_logp - b_ref
@@ -85,17 +109,16 @@ def policy_terms(
             b_ref_kl = b_d * b_d / 2
             b_kl_slope = b_d
         else:
-            b_kl_slope = 1 - tl.exp(tl.where(b_d < -20.0, 20.0, -b_d))
+            b_kl_slope = 1 - exp_of_bounded(-bounded(b_d))  # above 20 it is 1 in float32 all the same
             b_ref_kl = b_d - b_kl_slope
             if KL_ESTIMATOR == "unbiased":
-                b_own_ratio = tl.exp(b_own)
+                b_own_ratio = exp_of_bounded(b_own)
                 b_ref_kl *= b_own_ratio
                 b_kl_slope = b_own_ratio * b_d
         b_loss += tl.where(kl_coef != 0, kl_coef * b_ref_kl, 0.0)
         b_slope += tl.where(kl_coef != 0, kl_coef * b_kl_slope, 0.0)
-    b_low = tl.where(m_below & (b_advantage < 0), 1.0, 0.0)
-    b_high = tl.where(m_above & (b_advantage > 0), 1.0, 0.0)
-    return (b_loss, b_low, b_high, b_approx_kl, b_ref_kl, b_ratio), b_slope
+    m_low, m_high = m_below & (b_advantage < 0), m_above & (b_advantage > 0)
+    return (b_loss, m_low, m_high, b_approx_kl, b_ref_kl, b_ratio), b_slope
 
 
 @triton.jit
@@ -105,19 +128,55 @@ def largest(b_x):
 
 
 @triton.jit
-def store_sums(sums, i_b, num_blocks, b_terms, b_entropy, b_weight, entropy_coef):
-    """Loss and metrics of one program's rows, weighted; terms of rows of weight 0 are finite."""
-    b_loss, b_low, b_high, b_approx_kl, b_ref_kl, b_ratio = b_terms
+def to_sum(b_terms, b_entropy, b_weight, entropy_coef):
+    """What rows add to the eight sums, the last of which is a maximum; terms of rows of weight 0 are finite."""
+    b_loss, m_low, m_high, b_approx_kl, b_ref_kl, b_ratio = b_terms
     b_loss -= tl.where(entropy_coef != 0, entropy_coef * b_entropy, 0.0)
-    b_summed = (b_loss, b_low, b_high, b_approx_kl, b_ref_kl, b_ratio, b_entropy)
+    b_largest = tl.where(b_weight == 0, 0.0, b_ratio.to(tl.float32))
+    return (
+        b_weight * b_loss,
+        tl.where(m_low, b_weight, 0.0),
+        tl.where(m_high, b_weight, 0.0),
+        b_weight * b_approx_kl,
+        b_weight * b_ref_kl,
+        b_weight * b_ratio,
+        b_weight * b_entropy,
+        b_largest,
+    )
+
+
+@triton.jit
+def store_sums(sums, i_b, num_blocks, b_sums):
     for i in tl.static_range(7):
-        tl.store(sums + i * num_blocks + i_b, tl.sum(b_weight * b_summed[i], 0))
-    tl.store(sums + 7 * num_blocks + i_b, largest(tl.where(b_weight == 0, 0.0, b_ratio)))
+        tl.store(sums + i * num_blocks + i_b, tl.sum(b_sums[i], 0))
+    tl.store(sums + 7 * num_blocks + i_b, largest(b_sums[7]))
 
 
 @triton.jit
 def load_row(x, o_t, m_t):
     return tl.load(x + o_t, m_t, 0.0).to(tl.float64)
+
+
+@triton.jit
+def load_counted(x, o_t, m_t, m_counted):
+    """0 in rows that do not count, whatever is there."""
+    return tl.where(m_counted, tl.load(x + o_t, m_t), 0.0).to(tl.float64)
+
+
+@triton.jit
+def joined_sums(b_sums, b_more):
+    a, b, c, d, e, f, g, b_top = b_sums
+    b_top = tl.maximum(b_top, b_more[7], propagate_nan=tl.PropagateNan.ALL)
+    return (
+        a + b_more[0],
+        b + b_more[1],
+        c + b_more[2],
+        d + b_more[3],
+        e + b_more[4],
+        f + b_more[5],
+        g + b_more[6],
+        b_top,
+    )
 
 
 @triton.jit
@@ -143,34 +202,48 @@ def policy_loss_rows(
     KL_ESTIMATOR: tl.constexpr,
     BT: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    o_t = i_b * BT + tl.arange(0, BT)
-    m_t = o_t < num_rows
-    b_weight = tl.where(m_t, mean_weight, 0.0).to(tl.float64)
-    if token_weights is not None:
-        b_weight = load_row(token_weights, o_t, m_t)
-    m_counted = m_t & (b_weight != 0)
-    b_logp = load_row(logprobs, o_t, m_counted)
-    b_old = b_logp
-    if old_logprobs is not None:
-        b_old = load_row(old_logprobs, o_t, m_counted)
-    b_log_ratio = b_logp - b_old
-    if log_ratios is not None:
-        b_log_ratio = load_row(log_ratios, o_t, m_counted)
-    b_ref = None
-    if ref_logprobs is not None:
-        b_ref = load_row(ref_logprobs, o_t, m_counted)
-    b_advantage = load_row(advantages, o_t, m_counted)
-    b_entropy = tl.zeros_like(b_logp)
-    if entropy is not None:
-        b_entropy = load_row(entropy, o_t, m_counted)
-    b_terms, b_slope = policy_terms(
-        b_logp, b_old, b_log_ratio, b_ref, b_advantage, ratio_low, ratio_high, dual_clip, kl_coef, KIND, KL_ESTIMATOR
-    )
-    tl.store(dlogprobs + o_t, (b_weight * b_slope).to(tl.float32), m_t)
-    if dentropy is not None:
-        tl.store(dentropy + o_t, (-entropy_coef * b_weight).to(tl.float32), m_t)
-    store_sums(sums, i_b, tl.num_programs(0), b_terms, b_entropy, b_weight, entropy_coef)
+    i_p, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    b_zero = tl.zeros([BT], tl.float64)
+    b_sums = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, tl.zeros([BT], tl.float32)
+    for i_t in range(i_p * BT, num_rows, num_programs * BT):
+        o_t = i_t + tl.arange(0, BT)
+        m_t = o_t < num_rows
+        b_weight = tl.where(m_t, mean_weight, 0.0).to(tl.float64)
+        if token_weights is not None:
+            b_weight = load_row(token_weights, o_t, m_t)
+        m_counted = b_weight != 0
+        b_logp = load_counted(logprobs, o_t, m_t, m_counted)
+        b_old = b_logp
+        if old_logprobs is not None:
+            b_old = load_counted(old_logprobs, o_t, m_t, m_counted)
+        b_log_ratio = b_logp - b_old
+        if log_ratios is not None:
+            b_log_ratio = load_counted(log_ratios, o_t, m_t, m_counted)
+        b_ref = None
+        if ref_logprobs is not None:
+            b_ref = load_counted(ref_logprobs, o_t, m_t, m_counted)
+        b_advantage = load_counted(advantages, o_t, m_t, m_counted)
+        b_entropy = tl.zeros_like(b_logp)
+        if entropy is not None:
+            b_entropy = load_counted(entropy, o_t, m_t, m_counted)
+        b_terms, b_slope = policy_terms(
+            b_logp,
+            b_old,
+            b_log_ratio,
+            b_ref,
+            b_advantage,
+            ratio_low,
+            ratio_high,
+            dual_clip,
+            kl_coef,
+            KIND,
+            KL_ESTIMATOR,
+        )
+        tl.store(dlogprobs + o_t, (b_weight * b_slope).to(tl.float32), m_t)
+        if dentropy is not None:
+            tl.store(dentropy + o_t, (-entropy_coef * b_weight).to(tl.float32), m_t)
+        b_sums = joined_sums(b_sums, to_sum(b_terms, b_entropy, b_weight, entropy_coef))
+    store_sums(sums, i_p, num_programs, b_sums)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -254,14 +327,14 @@ def forward(
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = len(logprobs)
-    num_blocks = triton.cdiv(num_rows, ROWS["BT"])
+    num_programs = min(triton.cdiv(num_rows, ROWS["BT"]), PROGRAMS)
     dlogprobs = torch.empty_like(advantages)
     dentropy = advantages.new_empty(0 if entropy is None else num_rows)
-    sums = advantages.new_empty(NUM_SUMS, num_blocks, dtype=torch.float64)
+    sums = advantages.new_empty(NUM_SUMS, num_programs, dtype=torch.float64)
     with torch.cuda.device_of(logprobs):
         log_ratios = sequence_log_ratios(logprobs, old_logprobs, token_weights, cu_seqlens)
         if num_rows:
-            policy_loss_rows[(num_blocks,)](
+            policy_loss_rows[(num_programs,)](
                 logprobs,
                 advantages,
                 entropy,

@@ -250,6 +250,24 @@ def test_lanes_vote_and_bits_are_inserted_and_counted():
     check(BITS, zeros(32), expected=signed, mutants={}, threads=32)
 
 
+def test_the_larger_of_two_is_not_a_number_where_one_is_not():
+    body = """
+        mov.b32 %f0, 0f7FC00000;
+        mov.b32 %f1, 0f3F800000;
+        max.NaN.f32 %f2, %f1, %f0;
+        max.f32 %f3, %f1, %f0;
+        setp.nan.f32 %p0, %f2, %f2;
+        selp.b32 %r2, 1, 0, %p0;
+        mov.b32 %r3, %f3;
+        shl.b32 %r3, %r3, 1;
+        add.s32 %r4, %r2, %r3;
+        mul.wide.u32 %a1, %r0, 4;
+        add.s64 %a2, %a0, %a1;
+        st.global.b32 [%a2], %r4;
+    """
+    check(body, zeros(32), expected=[(2 * 0x3F800000 | 1)] * 32, mutants={}, threads=32)
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -16,6 +16,7 @@ import qrm_fast
 ROOT = Path(__file__).parents[2]
 SAMPLE = {  # tests of each file, or the whole file
     "ptx/mutants.py": [],
+    "ptx/row_costs.py": [],
     "test_gather_logprobs.py": [
         "test_triton_bits_of_a_row_depend_on_the_row_alone",
         "test_triton_marks_targets_outside",

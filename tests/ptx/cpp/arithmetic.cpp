@@ -210,6 +210,9 @@ struct Max {
     return a > b ? a : b;
   }
 };
+struct MaxNaN {
+  float operator()(float a, float b) const { return a != a || b != b ? value_of<float>(0x7fffffff) : Max{}(a, b); }
+};
 struct Neg {
   template <typename T>
   T operator()(T a) const {
@@ -293,6 +296,11 @@ Handler float2(const Instruction& i) {
 template <typename F, bool FTZ = false>
 Handler float3(const Instruction& i) {
   return known(i, floats(i.type(), [](auto x) -> Handler { return map3<decltype(x), F, FTZ>; }));
+}
+template <typename F>
+Handler single2(const Instruction& i) {
+  if (!(i.type() == Type{Kind::Float, 4})) unknown(i);
+  return map2<float, F, false>;
 }
 template <typename F>
 Handler single1(const Instruction& i) {
@@ -634,6 +642,7 @@ const Decoders& arithmetic() {
       {"rem", {1, integer2<Rem>}},
       {"min", {1, any2<Min>}},
       {"max", {1, any2<Max>}},
+      {"max.NaN", {1, single2<MaxNaN>}},
       {"neg", {1, any1<Neg>}},
       {"abs", {1, any1<Abs>}},
       {"abs.ftz", {1, single1_flushed<Abs>}},

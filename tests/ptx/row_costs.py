@@ -1,0 +1,51 @@
+"""What a further row costs the kernels over rows of all sequences: `EMULATED=90 pytest tests/ptx/row_costs.py`.
+
+One program takes all rows, as each of a large batch takes many. Not collected by name: only a process that emulates can
+run it.
+"""
+
+import pytest
+import torch
+
+from ptx import triton_launches
+from qrm_fast.triton import moments, policy_loss
+
+NUM_ROWS = 2048
+
+
+def instructions_per_row(kernel: str, launch) -> float:
+    """Those of a thread: what a launch of twice the rows executes more."""
+    counts = []
+    for num_rows in (NUM_ROWS, 2 * NUM_ROWS):
+        triton_launches.counts.pop(kernel, None)
+        launch(num_rows)
+        counts.append(triton_launches.counts[kernel].instructions)
+    return 32 * (counts[1] - counts[0]) / NUM_ROWS
+
+
+@pytest.mark.parametrize(
+    ("kind", "estimator", "columns", "most"),
+    [("ppo", "k3", 3, 130), ("cispo", "k2", 3, 100), ("ppo", "k1", 1, 90)],
+    ids=["every input", "cispo", "old log-probabilities alone"],
+)
+def test_policy_loss(monkeypatch, triton_device, kind, estimator, columns, most):
+    monkeypatch.setattr(policy_loss, "PROGRAMS", 1)
+
+    def launch(num_rows):
+        logprobs, advantages, old, entropy, ref = torch.randn(5, num_rows)
+        entropy, ref = (entropy, ref) if columns == 3 else (None, None)
+        weights = torch.rand(num_rows)
+        options = kind, 0.2, 0.28, 3.0, 0.01, estimator, 0.01
+        policy_loss.forward(logprobs, advantages, entropy, old, ref, weights, None, *options)
+
+    assert instructions_per_row("policy_loss_rows", launch) <= most
+
+
+@pytest.mark.parametrize(("masked", "most"), [(False, 16), (True, 20)])
+def test_moments(monkeypatch, triton_device, masked, most):
+    monkeypatch.setattr(moments, "BATCH_SPLITS", 1)
+
+    def launch(num_rows):
+        moments.launch(torch.randn(num_rows), torch.rand(num_rows) < 0.8 if masked else None, None, None)
+
+    assert instructions_per_row("moments_rows", launch) <= most
