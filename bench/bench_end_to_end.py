@@ -57,7 +57,6 @@ class Phases:
             "step, tokens/s": self.data.num_tokens / s["step"],
             "sampling, s": s["rollout"],
             "update, s": s["update"],
-            "rest, s": s["step"] - s["rollout"] - s["update"],
         }
 
 
@@ -266,8 +265,9 @@ def packed_update(device: torch.device, num_answers: int, prompt: int, width: in
 
 HEAD_HEAVY = {"width": 256, "num_layers": 6}
 WIDE = {"width": 512, "num_layers": 8}
-apart = [{"num_answers": 32, "prompt": 8} | HEAD_HEAVY, {"num_answers": 16, "prompt": 8} | WIDE]
+APART = [{"num_answers": 32, "prompt": 8} | HEAD_HEAVY, {"num_answers": 16, "prompt": 8} | WIDE]
+SHARED = [{"num_answers": 16, "prompt": 200} | HEAD_HEAVY, {"num_answers": 8, "prompt": 200} | WIDE]
 if find_spec("transformers"):
-    case(cpu=apart)(packed_update)
+    case(cpu=APART)(packed_update)
 if find_spec("trl"):
-    case(cpu=[shape | {"prompt": prompt} for shape in apart for prompt in (8, 200)])(training_step)
+    case(cpu=APART + SHARED)(training_step)

@@ -57,7 +57,7 @@ class Ceilings(NamedTuple):
     head: float  # FLOP/s of a head's, with its loss
     attention: float  # FLOP/s of a query and a key that it sees
     copy: float  # bytes/s read and written
-    thin: float  # bytes/s of weights in a product of few rows
+    thin: float  # bytes/s of weights, or of the cache, in a product of few rows
     sample: float  # bytes/s of a head's weights in a token for few rows
     call: float  # seconds of an operation on next to nothing
     memory: float  # bytes
@@ -394,7 +394,7 @@ def _rollout(shape: Shape, work: Work, ceilings: Ceilings, size: int, per_sample
     parts = {
         "products": product(shape.matrices, ceilings.thin, ceilings.products),
         "head": product(shape.head, ceilings.sample, ceilings.head),
-        "attention": shape.layers * np.maximum(size * values / ceilings.copy, pairs / ceilings.attention).sum(),
+        "attention": shape.layers * np.maximum(size * values / ceilings.thin, pairs / ceilings.attention).sum(),
     }
     calls = steps * shape.layers * CALLS_PER_LAYER * ceilings.call
     if ceilings.queued:  # the host calls while the device computes

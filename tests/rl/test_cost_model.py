@@ -91,7 +91,7 @@ def test_seconds_by_hand():
     # two models read the answers, one of them has a head
     assert score["products"] == pytest.approx(2 * update["products"] / 3)
     assert score["head"] == pytest.approx(update["head"] / 3)
-    # four steps of two rows, which read the weights; the cache is computed with, and not read, for so few
+    # four steps of two rows, which read the weights; to compute with the cache takes longer than to read it
     assert rollout["products"] == pytest.approx(4 * 4 * shape.matrices / 5e10 + 2 * 10 * shape.matrices / 1e12)
     assert rollout["head"] == pytest.approx(4 * 4 * shape.head / 2e10)
     assert rollout["attention"] == pytest.approx(24 * 4 * 896 * 2 * (10 + 11 + 12 + 13) / 1e11)
