@@ -3,7 +3,6 @@
 Run where TRL is installed, `make bench-trl`; elsewhere there is only our own update, packed beside padded.
 """
 
-import math
 import tempfile
 import time
 from collections import defaultdict
@@ -12,46 +11,19 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .drawn import FIRST, GROUP, LONGEST, RIGHT, WRONG, Data, drawn
 from .harness import Case, case, gemm
 from .qwen2 import VOCABULARY, qwen2
 
-GROUP, LONGEST = 8, 526
-WRONG, RIGHT, FIRST = 2, 3, 4  # the words "0" and "1", and the first that means nothing
 LR = 1e-4
-
-
-class Data(NamedTuple):
-    """The answers that both are made to give, and how good they are."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]  # GROUP to each prompt, in this order; the word before the last says whether it is right
-
-    @property
-    def num_actions(self) -> int:
-        return sum(map(len, self.answers))
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_actions + GROUP * sum(map(len, self.prompts))
-
-
-def drawn(num_answers: int, prompt: int) -> Data:
-    """Answers of log-normal length, half of each group right."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.exp(torch.randn(num_answers, generator=generator) * 0.7 + math.log(160)).clamp(8, LONGEST).long()
-
-    def words(n: int) -> list[int]:
-        return torch.randint(FIRST, VOCABULARY, (n,), generator=generator).tolist()
-
-    prompts = [words(prompt) for _ in range(num_answers // GROUP)]
-    return Data(prompts, [[*words(n - 2), (WRONG, RIGHT)[s % 2], 1] for s, n in enumerate(lengths.tolist())])
 
 
 def words_tokenizer() -> Any:
@@ -85,7 +57,6 @@ class Phases:
             "step, tokens/s": self.data.num_tokens / s["step"],
             "sampling, s": s["rollout"],
             "update, s": s["update"],
-            "rest, s": s["step"] - s["rollout"] - s["update"],
         }
 
 
@@ -200,6 +171,8 @@ def trl_trainer(folder: str, data: Data, rows_at_a_time: int) -> Any:
 
 def training_step(device: torch.device, num_answers: int, prompt: int, width: int, num_layers: int) -> Case:
     """One iteration: the answers sampled, judged, and learned from. TRL takes a group of answers at a time."""
+    from qrm_fast.rl.cost_model import measured, shape_of_policy
+
     data = drawn(num_answers, prompt)
     folder = tempfile.TemporaryDirectory()
     model, num_parameters = qwen2(width, num_layers)
@@ -220,6 +193,13 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
         assert far <= 1e-3 * moved, f"the weights differ by {(far / moved) ** 0.5:.2g} of the way they went"
 
     one = 2 * data.num_actions * VOCABULARY * width  # the logits, once
+    policy = ours.parts.policy
+
+    def machine() -> dict[str, float]:
+        """What the cost model asks of a machine."""
+        ceilings = measured(shape_of_policy(policy), torch.float32)._asdict()
+        return {name: x for name, x in ceilings.items() if isinstance(x, float) and isfinite(x)}
+
     flops = 8 * data.num_tokens * num_parameters + 4 * one  # sampled and updated, attention's own products left out
     ways = {"qrm_fast": ours, own: trl.step}
     phases = {"qrm_fast": ours.phases, own: trl.phases}
@@ -231,6 +211,7 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
         flops=flops,
         repeats=2,
         details=lambda way: phases[way].figures(),
+        machine=machine,
     )
 
 
@@ -282,8 +263,11 @@ def packed_update(device: torch.device, num_answers: int, prompt: int, width: in
     )
 
 
-shapes = [{"width": 256, "num_layers": 6}, {"width": 512, "num_layers": 8}]
+HEAD_HEAVY = {"width": 256, "num_layers": 6}
+WIDE = {"width": 512, "num_layers": 8}
+APART = [{"num_answers": 32, "prompt": 8} | HEAD_HEAVY, {"num_answers": 16, "prompt": 8} | WIDE]
+SHARED = [{"num_answers": 16, "prompt": 200} | HEAD_HEAVY, {"num_answers": 8, "prompt": 200} | WIDE]
 if find_spec("transformers"):
-    case(cpu=[{"num_answers": 32, "prompt": 8} | shape for shape in shapes])(packed_update)
+    case(cpu=APART)(packed_update)
 if find_spec("trl"):
-    case(cpu=[{"num_answers": 32, "prompt": prompt} | shape for shape in shapes for prompt in (8, 200)])(training_step)
+    case(cpu=APART + SHARED)(training_step)

@@ -167,7 +167,11 @@ def linear_q_values_of_two_heads(
 
 
 @case(
-    cpu=[{"dtype": dtype, "num_rows": 64, "dim": 512, "vocab": 32768} for dtype in ("float32", "bfloat16")],
+    cpu=[
+        {"dtype": dtype, "num_rows": num_rows, "dim": 512, "vocab": 32768}
+        for num_rows in (64, 16)
+        for dtype in ("float32", "bfloat16")
+    ],
     cuda=[{"dtype": "bfloat16", "num_rows": 512, "dim": 3584, "vocab": 152064}],
 )
 def linear_sample_step(device: torch.device, dtype: str, num_rows: int, dim: int, vocab: int) -> Case:

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .drawn import drawn
 from .harness import Case, Provider, case, copy, gemm
 from .provenance import ROOT
+from .qwen2 import VOCABULARY
 
 INSTALLED = importlib.util.find_spec("verl") is not None
 VERL = f"verl {importlib.metadata.version('verl')}" if INSTALLED else ""
@@ -105,4 +107,56 @@ def verl_update(device: torch.device, vocab: int, dim: int, layers: int) -> Case
         baseline=gemm(rows, torch.randn(vocab, dim)),
         num_baselines=4,  # of the head alone
         flops=4 * 2 * sum(responses) * vocab * dim,
+    )
+
+
+@case(cpu=[{"num_answers": 16, "prompt": 8, "width": 256, "num_layers": 6}] if INSTALLED else [])
+def verl_loop_update(device: torch.device, num_answers: int, prompt: int, width: int, num_layers: int) -> Case:
+    """Forward and backward pass of our loop beside verl's FSDP engine: answers of log-normal length, as end to end."""
+    verl_on_cpu = on_cpu()
+    from transformers import AutoModelForCausalLM
+    from verl.workers.utils.losses import ppo_loss
+
+    from qrm_fast import pack
+    from qrm_fast.rl.linear import use_onednn
+    from qrm_fast.rl.policy import Policy
+
+    lengths = sorted(map(len, drawn(num_answers, prompt).answers))  # as the loop packs them
+    folder = tempfile.TemporaryDirectory()
+    path = verl_on_cpu.write_model(Path(folder.name), vocab=VOCABULARY, dim=width, layers=num_layers)
+    loss = partial(ppo_loss, config=verl_on_cpu.actor_config(num_answers))
+
+    policy = Policy(AutoModelForCausalLM.from_pretrained(path, attn_implementation="qrm_packed").train())
+    use_onednn(policy)
+    data = verl_on_cpu.mini_batch([prompt] * num_answers, lengths, VOCABULARY, fused=False)
+    batch = pack([row.tolist() for row in data["input_ids"].unbind()], [prompt] * num_answers)
+    advantages, old_logprobs = (torch.cat(data[name].unbind()) for name in ("advantages", "old_log_probs"))
+
+    def ours() -> list[Tensor]:
+        options = dict(old_logprobs=old_logprobs, temperature=0.9, dual_clip=3.0, entropy_coef=0.01)
+        return list(torch.autograd.grad(policy.loss(batch, advantages, **options).loss, list(policy.parameters())))
+
+    os.environ["VERL_ENGINE_VENDOR"] = ""  # no plugin
+    engine = verl_on_cpu.engine(path, fused=None)  # logits: its fused head takes longer
+
+    def theirs() -> list[Tensor]:
+        with engine.train_mode(zero_grad_on_exit=False):
+            engine.optimizer_zero_grad()
+            engine.forward_backward_batch(data.clone(), loss)
+        return [p.grad.full_tensor() for p in engine.module.parameters()]
+
+    def gate() -> None:
+        for x, y in zip(ours(), theirs(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+
+    one = 2 * sum(lengths) * VOCABULARY * width  # the logits, once
+    num_parameters = sum(p.numel() for p in policy.model.model.layers.parameters())
+    flops = 6 * len(batch.input_ids) * num_parameters + 3 * one  # attention's own products left out
+    return Case(
+        {"qrm_fast, its loop": ours, f"{VERL}, logits": theirs},
+        gate=gate,
+        baseline=gemm(torch.randn(sum(lengths), width), torch.randn(VOCABULARY, width)),
+        num_baselines=flops / one,
+        flops=flops,
+        repeats=2,
     )

@@ -36,6 +36,7 @@ class Case:
     flops: int = 0  # the least arithmetic
     error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
     details: Callable[[str], dict[str, float]] | None = None  # of a way that was timed: more columns of its row
+    machine: Callable[[], dict[str, float]] | None = None  # what the machine does at most, measured beside
     absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
     repeats: int = 15  # fewer where a call takes many seconds
 
@@ -263,6 +264,8 @@ def _figures(name: str, built: Case, allow_busy: bool) -> dict:
                 except Exception as error:  # nor does its error
                     absent[f"error of {way}"] = _sentence(error)
     figures = {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
+    if built.machine:
+        figures["machine"] = built.machine()
     return figures | ({"absent": absent} if absent else {})
 
 

@@ -2,7 +2,8 @@
 
 `<!-- bench: CASE -->` a table per case whose name begins so and per machine, with a row for every way;
 `<!-- rows: CASE; CASE -->` one table with a row per case, ours beside the fastest other way;
-`<!-- growth -->` one table of fitted exponents; `<!-- picture: KIND -->` a picture per machine (bench/pictures.py).
+`<!-- growth -->` one table of fitted exponents; `<!-- cost model -->` one of its figures beside measured ones;
+`<!-- picture: KIND -->` a picture per machine (bench/pictures.py).
 `rows` and `picture` take `on MACHINE` last, for the records of one machine alone.
 """
 
@@ -13,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .growth import shape, sweeps
+from .predicted import compared
 from .provenance import ROOT
 
 COLUMNS = {  # heading: key of a row, how it is written
@@ -110,6 +112,17 @@ def growth(records: list[dict]) -> str:
     return "\n\n".join([grid(lines), _numbered(runs)])
 
 
+def cost_model(records: list[dict]) -> str:
+    """Markdown: what the cost model says of every case that measured its machine beside it."""
+    runs: dict[str, str] = {}
+    lines = [["", "", "measured", "cost model", "ratio", "run"]]
+    for record in records:
+        run = runs.setdefault(provenance_line(record), str(len(runs) + 1))
+        for what, seen, said in compared(record):
+            lines.append([f"`{record['case']}`", what, f"{seen:,.4g}", f"{said:,.4g}", f"{said / seen:.2f}", run])
+    return "\n\n".join([grid(lines), _numbered(runs)])
+
+
 def _numbered(runs: dict[str, str]) -> str:
     return "\n".join(f"{number}. {run}" for run, number in runs.items())
 
@@ -171,12 +184,16 @@ def into_docs() -> None:
             text = "\n\n".join(parts)
         elif kind == "growth":
             text = growth(chosen) if sweeps(chosen) else ""
+        elif kind == "cost model":
+            beside = [record for record in chosen if "machine" in record]
+            text = cost_model(beside) if beside else ""
         else:
             complete = all(any(record["case"].startswith(prefix) for record in chosen) for prefix in wanted)
             text = {"bench": table, "rows": rows}[kind](chosen) if complete else ""
         return f"{match['mark']}\n{text or 'not measured'}\n<!-- end -->"
 
-    mark = r"(?P<mark><!-- (?P<kind>bench|rows|growth|picture)(?:: (?P<what>.*?))?(?:; on (?P<machine>.*?))? -->)"
+    kind = "(?P<kind>bench|rows|growth|cost model|picture)"
+    mark = rf"(?P<mark><!-- {kind}(?:: (?P<what>.*?))?(?:; on (?P<machine>.*?))? -->)"
     places = re.compile(mark + r"\n.*?<!-- end -->", re.DOTALL)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         page.write_text(places.sub(lambda match, page=page: written(match, page), page.read_text()))

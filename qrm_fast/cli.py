@@ -428,6 +428,34 @@ def plot(parser: ArgumentParser, arguments: list[str]) -> None:
     print(f"curves  {directory}/curves.png")
 
 
+def plan(parser: ArgumentParser, arguments: list[str]) -> None:
+    """What an iteration of training would cost: seconds, tokens/s and memory, on this CPU or on GPUs. An estimate."""
+    from .rl.cost_model import Scenario
+    from .rl.cost_model import plan as run
+
+    _add_options(parser, Scenario)
+    options = _options(parser, arguments, Scenario)
+    result = run(Scenario(**{field.name: options[field.name] for field in fields(Scenario)}))
+    phases = {**result.phases, "step": result.step}
+    rows = [
+        ("s", *(f"{phase.seconds:,.3g}" for phase in phases.values())),
+        ("tokens/s", *(f"{phase.num_tokens / phase.seconds:,.0f}" for phase in phases.values())),
+    ]
+    for part in result.step.parts:
+        rows.append((part, *(f"{phase.parts.get(part, 0) / phase.seconds:.0%}" for phase in phases.values())))
+    _print_table("An iteration, estimated", ("", *phases), rows)
+    memory = [(name, f"{num_bytes / 1e9:,.1f}") for name, num_bytes in result.memory.items() if num_bytes]
+    memory.append(("in all", f"{sum(result.memory.values()) / 1e9:,.1f}"))
+    _print_table("Memory of a device at its peak", ("", "GB"), memory)
+    print(f"micro-batches  {result.max_tokens:,} packed tokens fit")
+    print(f"our kernels    {result.kernels:.1%} of the step: heads and losses, the most that a faster one could save")
+    ceilings = result.ceilings
+    print(
+        f"ceilings       {ceilings.products / 1e12:,.3g} TFLOP/s of products, {ceilings.copy / 1e9:,.3g} GB/s copied, "
+        f"{1e6 * ceilings.call:.3g} us a call: {ceilings.source}"
+    )
+
+
 def doctor(parser: ArgumentParser, arguments: list[str]) -> None:
     """Versions, devices, and which file serves each op on each of them."""
     parser.parse_args(arguments)
@@ -446,6 +474,7 @@ COMMANDS: dict[str, Callable[[ArgumentParser, list[str]], None]] = {
     "merge": merge,
     "plot": plot,
     "lab": lab,
+    "plan": plan,
     "doctor": doctor,
 }
 USAGE = "\n".join(
@@ -481,7 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=f"qrm-fast {name}", description=getdoc(command), exit_on_error=False, allow_abbrev=False
     )
     try:
-        command(parser, rest)
+        command(parser, list(map(_underscored, rest)))
         sys.stdout.flush()
     except BrokenPipeError:  # who reads the output, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -506,6 +535,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # ---- options
+
+
+def _underscored(argument: str) -> str:
+    """--model-shape as --model_shape."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.match("--[a-z]", name) else argument
+
 
 Config = TypeVar("Config", bound="DataclassInstance")
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -87,7 +88,9 @@ def test_what_else_a_way_measured_has_columns_of_its_own(monkeypatch):
     monkeypatch.setattr(harness.OtherCpu, "__call__", lambda self: 0.0)
     providers = {"ours": lambda: None, "theirs": lambda: None}
     details = {"ours": {"update, s": 1.5}, "theirs": {"update, s": 3.25, "wait, s": 2000.0}}
-    record = harness.measure(case_of(monkeypatch, providers=providers, details=details.get))
+    machine = {"copy": 3e9}
+    record = harness.measure(case_of(monkeypatch, providers=providers, details=details.get, machine=lambda: machine))
+    assert record["machine"] == machine
     assert record["times"]["theirs"]["details"] == details["theirs"] and "details" not in record["times"]["copy"]
     table = render.table([record | {"provenance": provenance("cpu")}])
     assert "| update, s | wait, s | time, ours = 1 |" in table
@@ -326,6 +329,19 @@ def test_exponents_are_those_of_the_records():
     assert "| `product` | x 1 to 4 | qrm_fast | 1.50 | 0.00 | 1 |" in render.growth(records)
 
 
+def test_the_cost_model_stands_beside_what_was_measured(monkeypatch):
+    record = record_of("training_step[num_answers=8, prompt=8, width=128, num_layers=1] cpu", 2000.0, 6.0)
+    record["times"]["qrm_fast"]["details"] = {"sampling, s": 0.5, "update, s": 1.25}
+    rates = dict.fromkeys(("products", "head", "attention", "copy", "thin", "sample"), 1e10)
+    before = render.cost_model([record | {"machine": rates | {"call": 1e-6, "memory": 1e10}}])
+    after = render.cost_model([record | {"machine": dict.fromkeys(rates, 2e10) | {"call": 5e-7, "memory": 1e10}}])
+    for what, seen in (("sampling, s", "0.5"), ("update, s", "1.25"), ("step, s", "2"), ("memory, MiB", "2")):
+        said = [re.search(rf"\| {what} \| {seen} \| (\S+) \| (\S+) \|", text) for text in (before, after)]
+        ours, faster = (float(match[1].replace(",", "")) for match in said)
+        assert float(said[0][2]) == pytest.approx(ours / float(seen), rel=0.1, abs=0.005)
+        assert faster == pytest.approx(ours / (1 if what == "memory, MiB" else 2), rel=1e-2)
+
+
 def test_shapes_are_read_from_names():
     assert growth.shape("f[answers=one of half, 128 each, dim=3] cpu") == (
         "f",
@@ -377,6 +393,7 @@ def test_rows_hold_ours_beside_the_fastest_other_way(written):
         "<!-- rows: product; no such case -->",
         "<!-- rows: product; on three -->",
         "<!-- growth -->",
+        "<!-- cost model -->",
         "<!-- picture: errors -->",
     ],
 )

@@ -284,6 +284,19 @@ def test_doctor_names_the_file_of_every_op(run):
     assert "csrc/cpu/token_q.cpp" in out
 
 
+def test_plan_estimates_an_iteration(run):
+    status, out, err = run("plan", "--model-shape", "7b", "--gpus", 8)
+    assert (status, err) == (0, "")
+    assert run("plan", "--model_shape=7b", "--gpus=8", "--nodes=1") == (0, out, "")  # a dash or not
+    for row in ("rollout     score    update     step", "products", "activations", "in all"):
+        assert row in out
+    assert "data sheet of H200" in out and "not measured" in out and "of the step: heads and losses" in out
+    fewer = run("plan", "--model-shape", "7b", "--gpus", 8, "--scorers", 0)[1]
+    assert "score" not in fewer
+    status, out, err = run("plan", "--model-shape", "9b", "--gpus", 8)
+    assert (status, out) == (2, "") and err.startswith("qrm-fast plan: error: model_shape must be one of 0.5b, 1.5b")
+
+
 def test_a_terminal_sees_the_newest_row(tmp_path, monkeypatch):
     terminal, seen = StringIO(), Event()
     monkeypatch.setattr(cli, "Console", lambda: Console(file=terminal, force_terminal=True, width=200))
@@ -336,7 +349,7 @@ SCORE_MP = ["score", "--model", "./no", "--prompt", "p", "--response", "r"]
     [
         (
             ["learn"],
-            "error: command must be one of demo, sft, train-rm, train, eval, score, merge, plot, lab, doctor, "
+            "error: command must be one of demo, sft, train-rm, train, eval, score, merge, plot, lab, plan, doctor, "
             "got learn",
         ),
         (["sft"], "qrm-fast sft: error: the following arguments are required: data"),

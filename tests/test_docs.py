@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qrm_fast.cli import main
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -74,3 +75,18 @@ def test_the_site_leads_to_pages_that_are_there():
     }
     named = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert named <= made | {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+PLANS = re.findall(
+    r"^```console\n\$ qrm-fast (plan .*)\n((?:.*\n)*?)```$", (ROOT / "docs/scaling.md").read_text(), re.M
+)
+
+
+@pytest.mark.parametrize(("command", "printed"), PLANS, ids=[command for command, _ in PLANS])
+def test_an_estimate_is_what_its_command_prints(command, printed, capsys):
+    assert main(command.split()) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == printed.splitlines()
+
+
+def test_estimates_are_there():
+    assert len(PLANS) >= 3

@@ -35,8 +35,11 @@ def connect(device: str) -> None:
 
 
 def disconnect() -> None:
-    """Leave, once all processes are here: one that left before might tear down what another waits for."""
-    if dist.is_initialized():
+    """Leave, once all processes are here: one that left before might tear down what another waits for.
+
+    A group of one process is not ours: vLLM makes one, and leaves it itself.
+    """
+    if num_ranks() > 1:
         dist.barrier()
         dist.destroy_process_group()
 

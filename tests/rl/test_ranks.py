@@ -16,6 +16,7 @@ from random import Random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qrm_fast import pack
 from qrm_fast.rl import ranks
@@ -152,6 +153,13 @@ def assert_same_numbers(got, want):
         assert ours.keys() == theirs.keys()
         exact = {key: x for key, x in theirs.items() if key not in OF_STEPS_AND_TOKENS}
         assert {key: ours[key] for key in exact} == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+def test_a_group_of_one_process_is_left_to_whoever_made_it(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    ranks.disconnect()
+    assert dist.is_initialized()
+    dist.destroy_process_group()
 
 
 def test_two_processes_have_the_numbers_of_one(alone, pair):

@@ -63,6 +63,22 @@ def test_an_iteration_on_each_device(config, device, dtype):
     )
 
 
+def test_the_engine_is_the_one_that_is_asked_for(config, monkeypatch):
+    asked = []
+
+    def engine(policy, stop_ids, **options):
+        asked.append(options)
+        return TransformersEngine(policy, stop_ids)
+
+    monkeypatch.setattr(loop, "VLLMEngine", engine)
+    write_jsonl(config.data + ".long", [Example("1+" * 40 + "1:", "41")])
+    config = replace(config, eval_data=config.data + ".long", num_iterations=1, engine_cache_gib=2.0)
+    train(config)
+    assert not asked
+    train(replace(config, engine="vllm"))
+    assert asked == [{"max_len": 82 + config.max_new_tokens, "cache_gib": 2.0}]
+
+
 @pytest.mark.parametrize(("importance", "weight"), [("none", None), ("truncate-token", 1.05), ("mask-sequence", 0.0)])
 def test_a_sampler_that_differs_is_measured_and_weighed(config, monkeypatch, importance, weight):
     """One that says log-probabilities a tenth too low, and of the first token of all four tenths, in each iteration."""
