@@ -6,10 +6,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from ..packing import pack
 from .attention import TOLERANCE, backbone, packed_inputs, without_adapters
+from .decoding import FixedStep, Step, can_be_fixed
 from .policy import Policy
 from .row_cache import Prefix, RowCache, prefixes
 
@@ -83,11 +84,14 @@ class TransformersEngine:
     Samples the whole vocabulary at the given temperature, without top-p or top-k, so that the returned
     log-probabilities are those of the distribution sampled from. At most `max_rows` responses are generated at a time:
     as one ends, the next takes its row of the cache. A prompt is read once, whatever the number of its responses, and
-    without padding.
+    without padding. On CUDA steps have fixed shapes and are recorded as a graph; `fixed` says so elsewhere, too.
     """
 
-    def __init__(self, policy: Policy, stop_ids: Sequence[int], *, max_rows: int = 512) -> None:
+    def __init__(
+        self, policy: Policy, stop_ids: Sequence[int], *, max_rows: int = 512, fixed: bool | None = None
+    ) -> None:
         self.stop_ids, self.max_rows = list(stop_ids), max_rows
+        self.fixed = policy.model.device.type == "cuda" if fixed is None else fixed
         self.sync(policy)
 
     def sync(self, policy: Policy) -> None:
@@ -134,9 +138,12 @@ class TransformersEngine:
         logprobs = torch.zeros(num_answers + 1, max_new_tokens, device=device)
         lengths = [0] * num_answers
 
-        spare = SPARE_COLUMNS if num_rows < num_answers else 0
+        spare, longest = SPARE_COLUMNS if num_rows < num_answers else 0, width + max_new_tokens
         num_layers = self.model.config.get_text_config().num_hidden_layers
-        cache = RowCache(num_layers, num_rows, width=width, room=width + max_new_tokens + spare)
+        room = -(-(longest + spare) // 8) * 8  # a multiple: masks are read by vectors
+        fixed = self.fixed and can_be_fixed(self.model, room)
+        cache = RowCache(num_layers, num_rows, width=width, room=room, fixed=device if fixed else None)
+        step = (FixedStep if fixed else Step)(self.model, cache, longest)
         idle = Row(num_answers, width, width)
         rows = [idle] * num_rows
         read: dict[int, Prefix] = {}  # prompts with answers that have not begun
@@ -174,7 +181,7 @@ class TransformersEngine:
             active = [r for r, row in enumerate(rows) if row is not idle]
             if begun == num_answers and not active:
                 return tokens[:-1], logprobs[:-1], lengths
-            if begun == num_answers and len(active) <= 7 / 8 * len(rows):
+            if step.may_drop_rows and begun == num_answers and len(active) <= 7 / 8 * len(rows):
                 # keeping rows computes for nothing, dropping them copies the cache
                 rows = [rows[r] for r in active]
                 kept = torch.tensor(active, device=device)
@@ -183,9 +190,7 @@ class TransformersEngine:
 
             # ---- its hidden state
             cache.see_from(min((row.start for row in rows if row is not idle), default=cache.now))
-            columns = torch.arange(cache.first, cache.now + 1, device=device)
-            seen = (columns >= start[:, None])[:, None, None]  # [R, 1, 1, C]
-            hidden = self._hidden(token[:, None], (cache.now - start)[:, None], seen, cache)[:, -1]
+            hidden = step(token, start)  # [R, D]
             cache.now += 1
 
     def _read(self, prompts: list[list[int]]) -> list[Prefix]:
@@ -196,15 +201,6 @@ class TransformersEngine:
         with packed_inputs(pack(prompts, lengths, device=self.model.device)) as inputs:
             hidden = backbone(self.model)(**inputs | dict(past_key_values=cache, use_cache=True)).last_hidden_state[0]
         return prefixes(hidden, cache, lengths)
-
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        return backbone(self.model)(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
 
     def _stops(self, token: Tensor, answer: Tensor, age: Tensor) -> Tensor:
         """[R] bool: whether `token` [R] ends its `answer` [R], which has `age` [R] tokens before it."""

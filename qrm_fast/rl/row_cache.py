@@ -22,11 +22,14 @@ class RowCache(Cache):
     A prompt, of at most `width` tokens, is written in front of the next column, `now`: it may enter at any step.
     Columns are counted on for ever; the buffer holds `room` of them, from `offset` on, and the steps see those from
     `first` on. It must hold the longest row and should hold some more: whenever it is full, all is moved to its
-    beginning.
+    beginning. With `fixed` shapes a step sees the whole buffer, and writes the column of it that `column` [1] says.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, *, width: int, room: int) -> None:
+    def __init__(
+        self, num_layers: int, num_rows: int, *, width: int, room: int, fixed: torch.device | None = None
+    ) -> None:
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
+        self.column = None if fixed is None else torch.zeros(1, dtype=torch.int64, device=fixed)
         self.num_rows, self.width, self.room = num_rows, width, room
         self.offset, self.first, self.now = 0, width, width
 
@@ -70,6 +73,10 @@ class RowLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         cache = self.cache
+        if cache.column is not None:
+            for room, x in ((self.keys, key_states), (self.values, value_states)):
+                room.index_copy_(2, cache.column, x)
+            return self.keys, self.values
         begin, now = cache.first - cache.offset, cache.now - cache.offset
         self.keys[:, :, now : now + 1] = key_states
         self.values[:, :, now : now + 1] = value_states

@@ -23,13 +23,18 @@ SCALE = {"BT": 4, "BD": 512, "num_warps": 4}
 
 
 @triton.jit
-def gradient(b_z, b_g, b_a, b_e, b_lse, b_lse_residual, b_temperature, softcap, b_here, BV: tl.constexpr):
-    """g 1[v = target] - p (a + e log p), p = exp(z - lse), times the softcap's slope; b_here: the target's column."""
+def gradient(b_z, b_p, b_g, b_a, b_e, b_lse, b_lse_residual, b_temperature, softcap, b_here, BV: tl.constexpr):
+    """g 1[v = target] - p (a + e log p), times the softcap's slope; b_here: the target's column.
+
+    p is exp(z - lse) where it is None.
+    """
     b_logp = b_z - b_lse[:, None]
     if b_lse_residual is not None:
         b_logp -= b_lse_residual[:, None]
+    if b_p is None:
+        b_p = tl.exp2(1.4426950408889634 * b_logp)
     # where p is 0 its logarithm may be -inf
-    b_d = -tl.exp2(1.4426950408889634 * b_logp) * (b_a[:, None] + b_e[:, None] * tl.maximum(b_logp, -1000.0))
+    b_d = -b_p * (b_a[:, None] + b_e[:, None] * tl.maximum(b_logp, -1000.0))
     b_d += tl.where(tl.arange(0, BV)[None, :] == b_here[:, None], b_g[:, None], 0.0)
     if softcap is not None:
         b_y = b_z / softcap
@@ -144,7 +149,7 @@ def linear_logprobs_dz(
         i_v = first_column + i_c
         b_z = logits(rows, columns, bias, softcap, b_temperature, i_t, i_v, DESCRIBED, BT, BV, BD)
         b_here = target_column(b_target, i_v, BV)
-        b_d = gradient(b_z, b_g, b_a, b_e, b_lse, b_lse_residual, b_temperature, softcap, b_here, BV)
+        b_d = gradient(b_z, None, b_g, b_a, b_e, b_lse, b_lse_residual, b_temperature, softcap, b_here, BV)
         b_d = tl.where(m_active[:, None], b_d, 0.0)
         if bias_sums is not None:
             o_c = i_c + tl.arange(0, BV)

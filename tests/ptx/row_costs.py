@@ -1,14 +1,14 @@
 """What a further row costs the kernels over rows of all sequences: `EMULATED=90 pytest tests/ptx/row_costs.py`.
 
-One program takes all rows, as each of a large batch takes many. Not collected by name: only a process that emulates can
-run it.
+One program takes all rows, as each of a large batch takes many; a further logit for dZ of linear_policy_loss. Not
+collected by name: only a process that emulates can run it.
 """
 
 import pytest
 import torch
 
 from ptx import triton_launches
-from qrm_fast.triton import moments, policy_loss
+from qrm_fast.triton import linear_policy_loss, moments, policy_loss
 
 NUM_ROWS = 2048
 
@@ -49,3 +49,16 @@ def test_moments(monkeypatch, triton_device, masked, most):
         moments.launch(torch.randn(num_rows), torch.rand(num_rows) < 0.8 if masked else None, None, None)
 
     assert instructions_per_row("moments_rows", launch) <= most
+
+
+@pytest.mark.parametrize(("entropy_coef", "most"), [(0.0, 22), (0.01, 40)])
+def test_dz_of_kept_logits(triton_device, entropy_coef, most):
+    num_rows, vocab = 256, 1024
+    hidden, weight = torch.randn(num_rows, 64).bfloat16(), torch.randn(vocab, 64).bfloat16()
+    logprobs, advantages, weights = torch.rand(3, num_rows)
+    triton_launches.counts.pop("linear_policy_loss_dz", None)
+    linear_policy_loss.forward(
+        *(hidden, weight, torch.randint(vocab, (num_rows,)), advantages, -logprobs, None, weights, None),
+        *(None, 1.0, None, None, -100, "ppo", 0.2, 0.28, 3.0, 0.0, "k3", entropy_coef, True, True, False),
+    )
+    assert 32 * triton_launches.counts["linear_policy_loss_dz"].instructions / (num_rows * vocab) <= most

@@ -185,6 +185,10 @@ def measure(name, directory):
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(2, 17, (n,), generator=generator).tolist() for n in (20, 3)]
     rollout = engine.generate(prompts, num_samples=1, max_new_tokens=4, temperature=1.0, seed=0)
+    fixed = TransformersEngine(policy, [1], fixed=True)
+    same = fixed.generate(prompts, num_samples=1, max_new_tokens=4, temperature=1.0, seed=0)
+    assert same.responses == rollout.responses
+    torch.testing.assert_close(torch.cat(same.logprobs), torch.cat(rollout.logprobs), rtol=0, atol=1e-4)
     rows = [prompt + response for prompt, response in zip(prompts, rollout.responses, strict=True)]
     trained = policy(pack(rows, list(map(len, prompts)))).logprobs.split(list(map(len, rollout.responses)))
     model.set_attn_implementation("eager")

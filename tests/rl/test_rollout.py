@@ -1,10 +1,15 @@
 """Sampled tokens and their log-probabilities against a full forward of each sequence."""
 
+import copy
+
 import pytest
 import torch
+from test_architectures import build
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qrm_fast import linear_logprobs, pack
 from qrm_fast.rl.attention import packed_hidden
+from qrm_fast.rl.decoding import Step, can_be_fixed
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.policy import Policy, PolicyHead
 from qrm_fast.rl.rollout import TransformersEngine
@@ -28,14 +33,14 @@ def prompts(num, seed=0):
     return [torch.randint(2, 17, (n,), generator=generator).tolist() for n in lengths]
 
 
-def generate(model, rows, *, max_rows=512, **options):
-    engine = TransformersEngine(Policy(model), [EOS], max_rows=max_rows)
+def generate(model, rows, *, max_rows=512, fixed=None, **options):
+    engine = TransformersEngine(Policy(model), [EOS], max_rows=max_rows, fixed=fixed)
     return engine.generate(rows, **dict(num_samples=1, seed=0, max_new_tokens=24, temperature=1.0) | options)
 
 
 def scores(model, rows, rollout, temperature):
     sequences = [prompt + response for prompt, response in zip(rows, rollout.responses, strict=True)]
-    batch = pack(sequences, [len(row) for row in rows])
+    batch = pack(sequences, [len(row) for row in rows], device=model.device)
     hidden = packed_hidden(model, batch)[batch.action_index]
     weight = model.lm_head.weight
     return linear_logprobs(hidden, weight, batch.targets[batch.action_index], temperature=temperature).logprobs
@@ -135,12 +140,10 @@ def test_same_seed_same_bits_and_chunks_keep_the_order(policy):
 @pytest.mark.parametrize("max_rows", [512, 8, 2])
 def test_the_samples_of_a_prompt_are_neighbours_and_read_it_once(policy, max_rows, monkeypatch):
     rows, read, steps = prompts(9), [], []
-    reading, forward = TransformersEngine._read, TransformersEngine._hidden
+    reading, forward = TransformersEngine._read, Step._hidden
     with monkeypatch.context() as patched:
         patched.setattr(TransformersEngine, "_read", lambda self, new: read.extend(new) or reading(self, new))
-        patched.setattr(
-            TransformersEngine, "_hidden", lambda self, ids, *rest: steps.append(ids.shape) or forward(self, ids, *rest)
-        )
+        patched.setattr(Step, "_hidden", lambda self, ids, *rest: steps.append(ids.shape) or forward(self, ids, *rest))
         rollout = generate(policy, rows, num_samples=3, max_rows=max_rows)
     assert read == rows  # in their order
     assert all(num_new == 1 and num_rows <= max_rows for num_rows, num_new in steps)
@@ -158,11 +161,9 @@ def test_rows_that_end_are_taken_by_the_next_answers(policy, spare, max_rows, mo
     """Answers are those of their prompts wherever they enter, also where the cache is moved at every step."""
     monkeypatch.setattr("qrm_fast.rl.rollout.SPARE_COLUMNS", spare)
     rows = prompts(40)
-    steps, forward = [], TransformersEngine._hidden
+    steps, forward = [], Step._hidden
     with monkeypatch.context() as patched:
-        patched.setattr(
-            TransformersEngine, "_hidden", lambda self, ids, *rest: steps.append(len(ids)) or forward(self, ids, *rest)
-        )
+        patched.setattr(Step, "_hidden", lambda self, ids, *rest: steps.append(len(ids)) or forward(self, ids, *rest))
         rollout = generate(policy, rows, num_samples=2, max_rows=max_rows)
     lengths = list(map(len, rollout.responses))
     assert 24 in lengths and min(lengths) < 6
@@ -179,6 +180,37 @@ def test_rows_that_end_are_taken_by_the_next_answers(policy, spare, max_rows, mo
     assert torch.equal(torch.cat(again.logprobs), torch.cat(rollout.logprobs))
     greedy = generate(policy, rows, max_rows=max_rows, temperature=0)
     assert greedy.responses == generate(policy, rows, temperature=0).responses
+
+
+@pytest.mark.parametrize(("spare", "max_rows"), [(1, 6), (40, 6), (3, 80)])
+def test_steps_of_fixed_shape_are_the_same(policy, spare, max_rows, monkeypatch, device):
+    """Also where the cache is moved at almost every step, and on CUDA as a graph."""
+    monkeypatch.setattr("qrm_fast.rl.rollout.SPARE_COLUMNS", spare)
+    rows, model = prompts(40), copy.deepcopy(policy).to(device)
+    greedy = [generate(model, rows, max_rows=max_rows, fixed=x, temperature=0).responses for x in (False, True)]
+    assert greedy[0] == greedy[1]
+    rollout = generate(model, rows, num_samples=2, max_rows=max_rows, fixed=True)
+    assert 24 in map(len, rollout.responses)
+    with torch.no_grad():
+        expected = scores(model, [row for row in rows for _ in range(2)], rollout, 1.0)
+    torch.testing.assert_close(torch.cat(rollout.logprobs), expected, rtol=0, atol=1e-4)
+
+
+def test_a_window_smaller_than_the_cache_needs_its_columns_in_order(policy):
+    """The newest column is the last there; with fixed shapes it may be any."""
+    model = build("Mistral")  # of a window of 4
+    assert can_be_fixed(model, 4) and not can_be_fixed(model, 5) and can_be_fixed(policy, 1000)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_row_without_an_answer_keeps_to_the_positions_that_there_are(fixed):
+    """The last answers to begin go on long after the row beside them has ended, which began before them."""
+    torch.manual_seed(0)
+    sizes = dict(n_embd=32, n_layer=1, n_head=4, vocab_size=18)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=3 + 24)).eval()
+    model.set_attn_implementation("qrm_packed")
+    rollout = generate(model, [[5, 6, 7]] * 60, max_rows=20, fixed=fixed)
+    assert 24 in map(len, rollout.responses) and min(map(len, rollout.responses)) < 6
 
 
 def test_generation_leaves_the_training_mode_alone(policy):
