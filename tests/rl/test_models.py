@@ -20,6 +20,7 @@ from transformers import (
 from qrm_fast import pack
 from qrm_fast.rl.attention import check_packing, packed_attention, packed_hidden
 from qrm_fast.rl.checkpoint import save_checkpoint
+from qrm_fast.rl.decoding import Step
 from qrm_fast.rl.models import check_context, load_policy, load_q_rm, load_token_model
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.rollout import TransformersEngine, check_sampling
@@ -150,8 +151,8 @@ def test_sampling_from_another_distribution_is_refused(policy, monkeypatch):
     policy = Policy(policy)
     engine = TransformersEngine(policy, [1])
     check_sampling(engine, policy, 24)
-    hidden = TransformersEngine._hidden
-    monkeypatch.setattr(TransformersEngine, "_hidden", lambda self, *inputs: hidden(self, *inputs) * 1.1)
+    hidden = Step._hidden
+    monkeypatch.setattr(Step, "_hidden", lambda self, *inputs: hidden(self, *inputs) * 1.1)
     with pytest.raises(ValueError, match="LlamaForCausalLM must be sampled from as it is trained, got"):
         check_sampling(engine, policy, 24)
 
