@@ -1,4 +1,4 @@
-"""Poisoned memory, devices, threads and real data, for every test.
+"""Poisoned memory, devices, threads, real data and fresh checkpoints, for every test.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before qrm_fast is imported: without a CUDA
 device the tests run Triton kernels in the interpreter. With EMULATED=90 or 80 only the tests of Triton kernels are run,
@@ -104,4 +104,30 @@ def real_data(request):
     folder = request.config.getoption("--real-data")
     if folder is None:
         pytest.skip("no --real-data DIR given")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A fresh policy, a fresh Q-RM, a fresh PRM, two fresh models with a head of Q-values, and 16 prompts."""
+    from qrm_fast.rl.arithmetic import arithmetic_examples
+    from qrm_fast.rl.checkpoint import save_checkpoint
+    from qrm_fast.rl.data import STEP, write_jsonl
+    from qrm_fast.rl.models import load_policy, load_token_model
+    from qrm_fast.rl.tokenizers import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = load_tokenizer("arithmetic")
+    torch.manual_seed(0)
+    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, folder / "policy")
+    save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, folder / "q_rm")
+    prm = load_token_model("scratch:demo", tokenizer, num_labels=2)
+    prm.config.step_separator = STEP
+    save_checkpoint(prm, tokenizer, folder / "prm")
+    q_model = load_policy("scratch:demo", tokenizer)
+    q_model.config.reward_model = "qrm-vocab"
+    save_checkpoint(q_model, tokenizer, folder / "q_vocab")
+    q_model.config.reference_model, q_model.config.implicit_beta = str(folder / "policy"), 0.1
+    save_checkpoint(q_model, tokenizer, folder / "implicit")
+    write_jsonl(folder / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
     return folder

@@ -34,10 +34,9 @@ class Coefficients:
             error = min(MOST, max(-MOST, ref_kl / self.config.adaptive_kl - 1))
             self.kl_share *= 1 + GAIN * error
 
-    def metrics(self, iteration: int) -> dict[str, float]:
-        """Those that change."""
-        now = self.at(iteration)
-        names = [*self.names, *(["kl_coef"] if self.config.adaptive_kl else [])]
+    def metrics(self, now: Config) -> dict[str, float]:
+        """Those that change, as `now`, an iteration's configuration, has them."""
+        names = [*self.names, "kl_coef"] if self.config.adaptive_kl else self.names
         return {f"policy/{name}": getattr(now, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:

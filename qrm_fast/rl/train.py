@@ -241,7 +241,7 @@ def learn(
             "response/finished": all_finished / all_answers,
             "policy/lr": config.lr * share,
             "policy/epochs": len(sums) / len(steps),
-        } | coefficients.metrics(iteration)
+        } | coefficients.metrics(now)
         coefficients.observe(row["policy/ref_kl"])
         if eval_examples and ((iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations):
             row |= evaluation()

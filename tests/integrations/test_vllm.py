@@ -13,14 +13,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qrm_fast import pack
-from qrm_fast.rl.arithmetic import arithmetic_examples
-from qrm_fast.rl.checkpoint import save_checkpoint
 from qrm_fast.rl.config import Config, preset
-from qrm_fast.rl.data import write_jsonl
-from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.rollout import TransformersEngine, check_sampling
-from qrm_fast.rl.tokenizers import load_tokenizer
 from qrm_fast.rl.train import train
 from qrm_fast.rl.vllm_engine import VLLMEngine
 
@@ -29,19 +24,14 @@ NUM_IDS, STOPS, LONGEST = 290, [1, 7], 128
 
 
 # Before the engine below: where one of two in a process is freed, vLLM takes the other's process group along.
-def test_a_run(tmp_path):
+def test_a_run(checkpoints, tmp_path):
     """The sampler follows the policy: it is as close to it after two steps as before the first."""
-    tokenizer = load_tokenizer("arithmetic")
-    torch.manual_seed(0)
-    save_checkpoint(load_policy("scratch:demo", tokenizer), tokenizer, tmp_path / "policy")
-    save_checkpoint(load_token_model("scratch:demo", tokenizer), tokenizer, tmp_path / "q_rm")
-    write_jsonl(tmp_path / "prompts.jsonl", arithmetic_examples(16, split="train", seed=0))
     config = Config(
         **preset("qrm-released"),
-        model=str(tmp_path / "policy"),
-        q_rm=str(tmp_path / "q_rm"),
-        data=str(tmp_path / "prompts.jsonl"),
-        eval_data=str(tmp_path / "prompts.jsonl"),
+        model=str(checkpoints / "policy"),
+        q_rm=str(checkpoints / "q_rm"),
+        data=str(checkpoints / "prompts.jsonl"),
+        eval_data=str(checkpoints / "prompts.jsonl"),
         out=str(tmp_path / "run"),
         verifier="arithmetic",
         engine="vllm",

@@ -30,7 +30,7 @@ def test_a_straight_line_to_zero(config):
     assert [coefficients.at(i).clip_low for i in range(4)] == pytest.approx([0.2, 0.15, 0.1, 0.05])
     assert [coefficients.at(i).kl_coef for i in range(4)] == pytest.approx([0.5, 0.375, 0.25, 0.125])
     assert coefficients.at(3).clip_high == config.clip_high
-    assert coefficients.metrics(1) == pytest.approx({"policy/clip_low": 0.15, "policy/kl_coef": 0.375})
+    assert coefficients.metrics(coefficients.at(1)) == pytest.approx({"policy/clip_low": 0.15, "policy/kl_coef": 0.375})
 
 
 def test_the_controller_follows_the_kl_by_bounded_steps(config):
@@ -48,7 +48,7 @@ def test_the_controller_follows_the_kl_by_bounded_steps(config):
 def test_without_either_the_configuration_is_that_of_every_iteration(config):
     coefficients = Coefficients(config)
     coefficients.observe(3.0)
-    assert coefficients.at(2) == config and coefficients.metrics(2) == {}
+    assert coefficients.at(2) == config and coefficients.metrics(config) == {}
 
 
 @pytest.mark.parametrize(

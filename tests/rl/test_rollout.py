@@ -204,13 +204,19 @@ def test_a_window_smaller_than_the_cache_needs_its_columns_in_order(policy):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_row_without_an_answer_keeps_to_the_positions_that_there_are(fixed):
-    """The last answers to begin go on long after the row beside them has ended, which began before them."""
+    """Eight rows of nine go on with answers that began after the ninth row's, which has ended and has no next one."""
     torch.manual_seed(0)
-    sizes = dict(n_embd=32, n_layer=1, n_head=4, vocab_size=18)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=3 + 24)).eval()
+    lengths = torch.tensor([2, 4, *[2] * 7, *[24] * 8, 1])  # the last: of a row without an answer
+
+    class Engine(TransformersEngine):
+        def _stops(self, token, answer, age):
+            return age + 1 >= lengths[answer]
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=18, n_positions=3 + 24)).eval()
     model.set_attn_implementation("qrm_packed")
-    rollout = generate(model, [[5, 6, 7]] * 60, max_rows=20, fixed=fixed)
-    assert 24 in map(len, rollout.responses) and min(map(len, rollout.responses)) < 6
+    engine = Engine(Policy(model), [EOS], max_rows=9, fixed=fixed)
+    options = dict(num_samples=1, max_new_tokens=24, temperature=1.0, seed=0)
+    assert list(map(len, engine.generate([[5, 6, 7]] * 17, **options).responses)) == lengths[:-1].tolist()
 
 
 def test_generation_leaves_the_training_mode_alone(policy):
