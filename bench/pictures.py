@@ -22,6 +22,8 @@ WHOSE = {  # the beginning of a way's name: how its marks look
     "torchrl": {"color": "C4", "marker": "v"},
     "openrlhf": {"color": "C5", "marker": "P"},
     "cut-cross-entropy": {"color": "C6", "marker": "X"},
+    "quack-kernels": {"color": "C8", "marker": "h"},
+    "rl-triton": {"color": "C9", "marker": "<"},
     "PyTorch": {"color": "0.45", "marker": "x"},
     "copy into fresh memory": {"color": "0.45", "marker": "|"},
 }

@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 
+import qrm_fast
 from bench import __main__ as command
 from bench import (
     bench_advantages,
@@ -134,6 +135,27 @@ def test_rivals_come_from_wheels_or_are_absent(monkeypatch, tmp_path):
     )
     assert {name: head() for name, head in there.items()} == {"peer-of-ours 1.2, a head": 3}
     assert absent == {"nowhere, another": "No module named 'nowhere'"}
+
+
+def test_gae_of_a_program_per_row(monkeypatch):
+    """The signature of rl-triton 0.1.3, which runs on CUDA alone, and what its guide says it computes."""
+
+    def compute_gae(rewards, values, terminateds, *, gamma, lambda_):
+        after, carried = 1 - terminateds, torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+        advantages, next_one = rewards + gamma * after * carried - values, torch.zeros(len(values))
+        for t in reversed(range(values.shape[1])):
+            next_one = advantages[:, t] = advantages[:, t] + gamma * lambda_ * after[:, t] * next_one
+        return advantages
+
+    monkeypatch.setitem(sys.modules, "rl_triton", types.SimpleNamespace(compute_gae=compute_gae))
+    lengths = torch.tensor([5, 1, 3])
+    real = torch.arange(5) < lengths[:, None]
+    rewards, values = torch.where(real, torch.randn(2, 3, 5), 0.0)
+    got = bench_advantages.rl_triton()(rewards, values, real)()
+    cu_seqlens = torch.tensor([0, 5, 6, 9])
+    want = qrm_fast.gae(rewards[real], values[real], cu_seqlens, gamma=1.0, lam=0.95)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x[real], y)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
