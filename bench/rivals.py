@@ -22,6 +22,8 @@ if "PEERS" in os.environ:
         zipfile.ZipFile(wheel).extractall(UNPACKED.name)
     sys.path.append(UNPACKED.name)
 
+os.environ.setdefault("VERL_USE_EXTERNAL_PLUGINS", "none")  # or verl would run the ops of this package
+
 # hidden [T, D], weight [V, D], targets [T] to logprobs [T] and, of most, entropy [T]
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
