@@ -29,6 +29,11 @@ def shape(case: str) -> tuple[str, dict[str, str]]:
     return op, dict(re.findall(r"(\w+)=(.*?)(?:, (?=\w+=)|$)", inside))
 
 
+def fixed(record: dict, over: str = "") -> str:
+    """The shape, without the number that a sweep is over."""
+    return ", ".join(f"{key} {value}" for key, value in shape(record["case"])[1].items() if key != over)
+
+
 def sweeps(records: list[dict]) -> list[Sweep]:
     """Every set of three records or more, of one machine, whose shapes differ in one whole number."""
     groups: dict[tuple, list[tuple[int, dict]]] = {}
