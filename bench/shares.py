@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
-OURS = re.compile(
-    r"qrm_fast(?:::|_)_?(\w+?)(?:_default(?:Backward)?)?$"
-)  # an op, or its gradient
+OURS = re.compile(r"qrm_fast(?:::|_)_?(\w+?)(?:_default(?:Backward)?)?$")  # an op, or its gradient
 LIBRARIES = {  # what the rest of a step is made of: names of events
     "linear layers": re.compile(r"mkldnn::_linear_pointwise|aten::(addmm|mm|linear)$"),
     "attention": re.compile(r"aten::(_scaled_dot_product_\w+|bmm|baddbmm|_softmax)$"),
