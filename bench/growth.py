@@ -20,7 +20,8 @@ class Sweep(NamedTuple):
             return None
         x, y = ([math.log(v) for v in each] for each in (self.sizes, values))
         mean_x = sum(x) / len(x)
-        return sum((a - mean_x) * b for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+        slope = sum((a - mean_x) * b for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+        return round(slope, 2) + 0.0  # no -0
 
 
 def shape(case: str) -> tuple[str, dict[str, str]]:

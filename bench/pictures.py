@@ -180,6 +180,9 @@ def growth(records: list[dict]) -> Figure | None:
                     text = f"{way}: {sweep.over}^{exponent:.2f}"
                     axes.plot(sweep.sizes, values, markersize=4, linewidth=1, label=text, **WHOSE[whose(way)])
             axes.set(xscale="log", yscale="log", xlabel=sweep.over, ylabel=unit)
+            low, high = axes.get_ylim()
+            wider = max(1.0, (30 * low / high) ** 0.5)  # what does not grow is to look flat
+            axes.set_ylim(low / wider, high * wider)
             axes.set_xticks(sweep.sizes, [f"{size:,}" for size in sweep.sizes], fontsize=8)
             axes.set_xticks([], minor=True)
             axes.legend(fontsize=7, frameon=False)
