@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptx import triton_launches
-from qrm_fast.triton import linear_policy_loss, moments, policy_loss
+from qrm_fast.triton import linear_policy_loss, moments, policy_loss, step_rows
 
 NUM_ROWS = 2048
 
@@ -49,6 +49,19 @@ def test_moments(monkeypatch, triton_device, masked, most):
         moments.launch(torch.randn(num_rows), torch.rand(num_rows) < 0.8 if masked else None, None, None)
 
     assert instructions_per_row("moments_rows", launch) <= most
+
+
+@pytest.mark.parametrize(("penalised", "most"), [(False, 51), (True, 56)])
+def test_rows_of_steps(triton_device, penalised, most):
+    """Steps of 40 rows, sequences of 512, in a batch of 2^17."""
+    ends, cu = torch.arange(39, 1 << 17, 40), torch.arange(0, (1 << 17) + 1, 512)
+    values, base, stats = torch.rand(len(ends)).double(), torch.rand(len(cu) - 1).double(), torch.rand(2, 3).double()
+
+    def launch(num_rows):
+        penalty = torch.rand(num_rows) if penalised else None
+        step_rows.launch(values, base, ends, cu, penalty, stats, "nonzero", num_rows, True, False)
+
+    assert instructions_per_row("rows_of_steps", launch) <= most
 
 
 @pytest.mark.parametrize(("entropy_coef", "most"), [(0.0, 22), (0.01, 40)])
