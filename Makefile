@@ -62,8 +62,10 @@ test-openrlhf: $(built) build/openrlhf/installed
 test-vllm: $(built) build/venv-vllm/installed
 	build/venv-vllm/bin/python -m pytest -rs --durations=5 tests/integrations/test_vllm.py
 
+# The suites that need no trainer, then the whole step beside TRL's.
 bench: $(built)
 	$(PYTHON) -m bench
+	$(MAKE) --no-print-directory bench-trl
 
 gpu:
 	$(if $(DATA),PYTEST_ADDOPTS="--real-data $(abspath $(DATA))") $(if $(COMMIT),COMMIT=$(COMMIT)) \

@@ -170,15 +170,35 @@ def gae_calls(device: torch.device, num_tokens: int, calls: int) -> Case:
 Padded = Callable[[Tensor, Tensor, Tensor], Provider]
 
 
+def last(real: Tensor) -> Tensor:
+    """Whether a token [S, W] is its sequence's last."""
+    return real & ~torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1)
+
+
 def torchrl_vectorised() -> Padded:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
     def prepared(rewards: Tensor, values: Tensor, real: Tensor) -> Provider:
-        done = (real & ~torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1))[..., None]
+        done = last(real)[..., None]
         after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)[..., None]
         return partial(
             vec_generalized_advantage_estimate, 1.0, 0.95, values[..., None], after, rewards[..., None], done, done
         )
+
+    return prepared
+
+
+def rl_triton() -> Padded:
+    from rl_triton import compute_gae
+
+    def prepared(rewards: Tensor, values: Tensor, real: Tensor) -> Provider:
+        ended = last(real).float()
+
+        def both() -> tuple[Tensor, Tensor]:
+            advantages = compute_gae(rewards, values, ended, gamma=1.0, lambda_=0.95)
+            return advantages, advantages + values
+
+        return both
 
     return prepared
 
@@ -219,6 +239,7 @@ RIVALS = [
     Rival("verl", "loop, advantages whitened too", verl_loop),
     Rival("openrlhf", "loop", openrlhf_loop),
 ]
+RIVALS_FOR_CUDA = [Rival("rl-triton", "a program per row", rl_triton)]
 
 
 @case(
@@ -252,7 +273,7 @@ def gae_beside_frameworks(device: torch.device, num_sequences: int, width: int) 
         "qrm_fast": partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95),
         "padded, a step per column": loop,
     }
-    theirs, absent = available(RIVALS)
+    theirs, absent = available(RIVALS + RIVALS_FOR_CUDA if device.type == "cuda" else RIVALS)
     for way, prepare in theirs.items():
         providers[f"{way}, padded beforehand"] = prepare(*padded(), real)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .drawn import FIRST, GROUP, LONGEST, RIGHT, WRONG, Data, drawn
 from .harness import Case, case, gemm
 from .qwen2 import VOCABULARY, qwen2
+from .shares import shares
 
 LR = 1e-4
 
@@ -212,6 +213,7 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
         repeats=2,
         details=lambda way: phases[way].figures(),
         machine=machine,
+        shares=partial(shares, ours),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qrm_fast import linear_policy_loss
 
+from . import rivals
 from .bench_heads import GATED, assert_gradients_exact, inputs, of_logits
 from .harness import Case, case, gemm
 
@@ -46,16 +47,23 @@ def model_head(device: torch.device, model: str, dtype: str, **shape: int) -> Ca
         loss = -(advantages[rows] * of_logits(logits, targets[rows])[0]).mean()
         return torch.autograd.grad(loss, leaves)
 
+    ways = {"qrm_fast": ours, "logits.float(), log_softmax": theirs}
+    on_cuda = device.type == "cuda" and not softcap  # which QuACK's does not have
+    scalar, absent = rivals.available(rivals.CROSS_ENTROPIES_FOR_CUDA if on_cuda else [])
+    for name, loss in scalar.items():
+        ways[name] = lambda loss=loss: torch.autograd.grad(loss(*leaves, targets), leaves)
+
     def gate() -> None:
         first = partial(ours, rows=GATED), partial(theirs, rows=GATED)
         assert_gradients_exact(*(lambda *x, way=way: way(x) for way in first), hidden[GATED], weight)
 
     return Case(
-        {"qrm_fast": ours, "logits.float(), log_softmax": theirs},
+        ways,
         gate,
         baseline=gemm(hidden.detach(), weight.detach()),
         num_baselines=3,
         bytes=2 * (t * d + v * d) * hidden.element_size() + 16 * t,
         flops=6 * t * d * v,
         repeats=7,
+        absent=absent,
     )

@@ -20,13 +20,19 @@ class Sweep(NamedTuple):
             return None
         x, y = ([math.log(v) for v in each] for each in (self.sizes, values))
         mean_x = sum(x) / len(x)
-        return sum((a - mean_x) * b for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+        slope = sum((a - mean_x) * b for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+        return round(slope, 2) + 0.0  # no -0
 
 
 def shape(case: str) -> tuple[str, dict[str, str]]:
     """The op and the shape of a case's name: `op[key=value, key=value] device`."""
     op, inside = re.fullmatch(r"(\w+)\[(.*)\] \w+", case).groups()
     return op, dict(re.findall(r"(\w+)=(.*?)(?:, (?=\w+=)|$)", inside))
+
+
+def fixed(record: dict, over: str = "") -> str:
+    """The shape, without the number that a sweep is over."""
+    return ", ".join(f"{key} {value}" for key, value in shape(record["case"])[1].items() if key != over)
 
 
 def sweeps(records: list[dict]) -> list[Sweep]:

@@ -37,6 +37,7 @@ class Case:
     error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
     details: Callable[[str], dict[str, float]] | None = None  # of a way that was timed: more columns of its row
     machine: Callable[[], dict[str, float]] | None = None  # what the machine does at most, measured beside
+    shares: Callable[[], dict[str, float]] | None = None  # of our time: what each part takes
     absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
     repeats: int = 15  # fewer where a call takes many seconds
 
@@ -266,6 +267,8 @@ def _figures(name: str, built: Case, allow_busy: bool) -> dict:
     figures = {"bytes": built.bytes, "flops": built.flops, "other_cpu": other, "times": times}
     if built.machine:
         figures["machine"] = built.machine()
+    if built.shares:
+        figures["shares"] = built.shares()
     return figures | ({"absent": absent} if absent else {})
 
 

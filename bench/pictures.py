@@ -11,8 +11,9 @@ from matplotlib.lines import Line2D
 from docs.figure import save
 
 from .bench_heads import CONTRACT
-from .growth import shape, sweeps
+from .growth import fixed, shape, sweeps
 from .render import is_rival, summary
+from .shares import LIBRARIES, REST
 
 WHOSE = {  # the beginning of a way's name: how its marks look
     "qrm_fast": {"color": "C0", "marker": "o"},
@@ -22,6 +23,8 @@ WHOSE = {  # the beginning of a way's name: how its marks look
     "torchrl": {"color": "C4", "marker": "v"},
     "openrlhf": {"color": "C5", "marker": "P"},
     "cut-cross-entropy": {"color": "C6", "marker": "X"},
+    "quack-kernels": {"color": "C8", "marker": "h"},
+    "rl-triton": {"color": "C9", "marker": "<"},
     "PyTorch": {"color": "0.45", "marker": "x"},
     "copy into fresh memory": {"color": "0.45", "marker": "|"},
 }
@@ -177,16 +180,14 @@ def growth(records: list[dict]) -> Figure | None:
                     text = f"{way}: {sweep.over}^{exponent:.2f}"
                     axes.plot(sweep.sizes, values, markersize=4, linewidth=1, label=text, **WHOSE[whose(way)])
             axes.set(xscale="log", yscale="log", xlabel=sweep.over, ylabel=unit)
+            low, high = axes.get_ylim()
+            wider = max(1.0, (30 * low / high) ** 0.5)  # what does not grow is to look flat
+            axes.set_ylim(low / wider, high * wider)
             axes.set_xticks(sweep.sizes, [f"{size:,}" for size in sweep.sizes], fontsize=8)
             axes.set_xticks([], minor=True)
             axes.legend(fontsize=7, frameon=False)
-        row[0].set_title(fixed(sweep.records[0], sweep.over), loc="left", fontsize=9)
+        row[0].set_title(f"{sweep.op}, {fixed(sweep.records[0], sweep.over)}", loc="left", fontsize=9)
     return figure
-
-
-def fixed(record: dict, over: str) -> str:
-    op, sizes = shape(record["case"])
-    return ", ".join([op, *(f"{key} {value}" for key, value in sizes.items() if key != over)])
 
 
 def errors(records: list[dict]) -> Figure:
@@ -203,6 +204,25 @@ def errors(records: list[dict]) -> Figure:
 
 
 CONTRACT_HOLDS = r"linear_(logprobs_forward\[|q_values|sample).* cpu$"
+
+
+def steps(records: list[dict]) -> Figure:
+    """A bar per case: what its parts take of our time; the ops of this package in colour, from the left."""
+    figure = Figure(figsize=(11, 1.6 + 0.45 * len(records)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(records)
+    own = dict.fromkeys(name for record in records for name in record["shares"] if name not in (*LIBRARIES, REST))
+    shown = [name for name in own if any(record["shares"].get(name, 0) >= 1e-3 for record in records)]
+    greys = dict(zip((*LIBRARIES, REST), ("0.35", "0.5", "0.65", "0.85"), strict=True))
+    for name, colour in [*((name, f"C{i}") for i, name in enumerate(shown)), *greys.items()]:
+        widths = [100 * record["shares"].get(name, 0) for record in records]
+        axes.barh(range(len(records)), widths, 0.6, left, color=colour, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(xlim=(0, 100), ylim=(len(records) - 0.5, -0.5), yticks=range(len(records)))
+    axes.set_yticklabels(map(fixed, records), fontsize=7)
+    axes.set_title("what a step of training is made of, %", loc="left", fontsize=10)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
+    return figure
 
 
 def grows(record: dict) -> bool:
@@ -222,4 +242,5 @@ KINDS = {  # what a picture shows, and how
     "ways": (has_rival, ways),
     "growth": (grows, growth),
     "errors": (has_error, errors),
+    "steps": (lambda record: "shares" in record, steps),
 }

@@ -3,6 +3,7 @@
 `<!-- bench: CASE -->` a table per case whose name begins so and per machine, with a row for every way;
 `<!-- rows: CASE; CASE -->` one table with a row per case, ours beside the fastest other way;
 `<!-- growth -->` one table of fitted exponents; `<!-- cost model -->` one of its figures beside measured ones;
+`<!-- shares: CASE -->` one table of what the parts of our time take, a column per case;
 `<!-- picture: KIND -->` a picture per machine (bench/pictures.py).
 `rows` and `picture` take `on MACHINE` last, for the records of one machine alone.
 """
@@ -13,9 +14,10 @@ import re
 from itertools import groupby
 from pathlib import Path
 
-from .growth import shape, sweeps
+from .growth import fixed, shape, sweeps
 from .predicted import compared
 from .provenance import ROOT
+from .shares import LIBRARIES, REST
 
 COLUMNS = {  # heading: key of a row, how it is written
     "ms": ("median_ms", "{:,.4g}"),
@@ -123,6 +125,24 @@ def cost_model(records: list[dict]) -> str:
     return "\n\n".join([grid(lines), _numbered(runs)])
 
 
+def shares(records: list[dict]) -> str:
+    """Markdown: the share of our time that each part takes, a column per case, without what is nowhere a thousandth."""
+    runs: dict[str, str] = {}
+    titles = []
+    for record in records:
+        run = runs.setdefault(provenance_line(record), str(len(runs) + 1))
+        titles.append(f"{fixed(record)} ({run})")
+    columns = [record["shares"] for record in records]
+    own = [{name: x for name, x in column.items() if name not in (*LIBRARIES, REST)} for column in columns]
+    parts = dict.fromkeys(name for column in (*own, *columns) for name in column)
+    lines = [["", *titles], ["ops of qrm_fast", *(f"**{sum(column.values()):.1%}**" for column in own)]]
+    for part in parts:
+        if max(column.get(part, 0.0) for column in columns) >= 1e-3:
+            name = f"- `{part}`" if any(part in column for column in own) else part
+            lines.append([name, *(f"{column[part]:.1%}" if part in column else "" for column in columns)])
+    return "\n\n".join([grid(lines), _numbered(runs)])
+
+
 def _numbered(runs: dict[str, str]) -> str:
     return "\n".join(f"{number}. {run}" for run, number in runs.items())
 
@@ -187,12 +207,15 @@ def into_docs() -> None:
         elif kind == "cost model":
             beside = [record for record in chosen if "machine" in record]
             text = cost_model(beside) if beside else ""
+        elif kind == "shares":
+            taken = [record for record in chosen if "shares" in record]
+            text = shares(taken) if taken else ""
         else:
             complete = all(any(record["case"].startswith(prefix) for record in chosen) for prefix in wanted)
             text = {"bench": table, "rows": rows}[kind](chosen) if complete else ""
         return f"{match['mark']}\n{text or 'not measured'}\n<!-- end -->"
 
-    kind = "(?P<kind>bench|rows|growth|cost model|picture)"
+    kind = "(?P<kind>bench|rows|growth|cost model|shares|picture)"
     mark = rf"(?P<mark><!-- {kind}(?:: (?P<what>.*?))?(?:; on (?P<machine>.*?))? -->)"
     places = re.compile(mark + r"\n.*?<!-- end -->", re.DOTALL)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

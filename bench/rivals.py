@@ -8,6 +8,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,8 @@ if "PEERS" in os.environ:
     for wheel in Path(os.environ["PEERS"]).glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(UNPACKED.name)
     sys.path.append(UNPACKED.name)
+
+os.environ.setdefault("VERL_USE_EXTERNAL_PLUGINS", "none")  # or verl would run the ops of this package
 
 # hidden [T, D], weight [V, D], targets [T] to logprobs [T] and, of most, entropy [T]
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -97,6 +100,22 @@ def liger_grpo() -> Callable[..., Tensor]:
     return loss
 
 
+# hidden [T, D], weight [V, D], targets [T] to the sum of -logp: what REINFORCE is where every advantage is 1
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def quack() -> CrossEntropy:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return partial(chunked_linear_cross_entropy, reduction="sum")
+
+
+def liger_cross_entropy() -> CrossEntropy:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return partial(liger_fused_linear_cross_entropy, reduction="sum")
+
+
 HEADS = [
     Rival("trl", "chunked log-prob", trl_chunked),
     Rival("verl", "fused linear", verl_chunked),
@@ -104,6 +123,10 @@ HEADS = [
 ]
 HEADS_FOR_CUDA = [Rival("verl", "Triton kernel", verl_triton)]
 WITHOUT_ENTROPY_FOR_CUDA = [Rival("cut-cross-entropy", "no entropy", cut_cross_entropy)]
+CROSS_ENTROPIES_FOR_CUDA = [
+    Rival("quack-kernels", "cross entropy: every advantage is 1", quack),
+    Rival("liger-kernel", "cross entropy: every advantage is 1", liger_cross_entropy),
+]
 LOSSES_WITHOUT_ENTROPY = [Rival("liger-kernel", "fused linear GRPO, no entropy", liger_grpo)]
 
 

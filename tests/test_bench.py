@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 
+import qrm_fast
 from bench import __main__ as command
 from bench import (
     bench_advantages,
@@ -28,6 +29,7 @@ from bench import (
 )
 from bench.compare import compare
 from bench.provenance import ROOT, provenance
+from bench.shares import LIBRARIES, REST, shares
 
 CPU = torch.device("cpu")
 
@@ -134,6 +136,52 @@ def test_rivals_come_from_wheels_or_are_absent(monkeypatch, tmp_path):
     )
     assert {name: head() for name, head in there.items()} == {"peer-of-ours 1.2, a head": 3}
     assert absent == {"nowhere, another": "No module named 'nowhere'"}
+
+
+def test_shares_of_a_step():
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(5000, 32, requires_grad=True)
+    x, targets, cu_seqlens = torch.randn(600, 600), torch.zeros(64, dtype=torch.int64), torch.tensor([0, 600])
+
+    def step():
+        for _ in range(20):
+            qrm_fast.linear_policy_loss(hidden, weight, targets, torch.ones(64), kind="reinforce").loss.backward()
+            qrm_fast.gae(x[0], x[1], cu_seqlens)
+            x @ x
+
+    got = shares(step)
+    assert list(got)[2:] == [*LIBRARIES, REST] and sum(got.values()) == pytest.approx(1)
+    assert got["linear_policy_loss"] > got["gae"] > 0 and got["linear layers"] > 0.01 > got["attention"] == 0
+    record = {"case": "step[width=8] cpu", "device": "cpu", "shares": got, "provenance": provenance("cpu")}
+    text = render.shares(
+        [record, record | {"case": "step[width=9] cpu", "shares": {"linear_sample": 0.25, REST: 0.75}}]
+    )
+    assert "|  | width 8 (1) | width 9 (1) |" in text and "| - `linear_sample` |  | 25.0% |" in text
+    assert f"| ops of qrm_fast | **{got['linear_policy_loss'] + got['gae']:.1%}** | **25.0%** |" in text
+    assert "attention" not in text
+    (axes,) = pictures.steps([record]).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["width 8"]
+    assert sum(bar.get_width() for bar in axes.patches) == pytest.approx(100, abs=0.2)
+
+
+def test_gae_of_a_program_per_row(monkeypatch):
+    """The signature of rl-triton 0.1.3, which runs on CUDA alone, and what its guide says it computes."""
+
+    def compute_gae(rewards, values, terminateds, *, gamma, lambda_):
+        after, carried = 1 - terminateds, torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+        advantages, next_one = rewards + gamma * after * carried - values, torch.zeros(len(values))
+        for t in reversed(range(values.shape[1])):
+            next_one = advantages[:, t] = advantages[:, t] + gamma * lambda_ * after[:, t] * next_one
+        return advantages
+
+    monkeypatch.setitem(sys.modules, "rl_triton", types.SimpleNamespace(compute_gae=compute_gae))
+    lengths = torch.tensor([5, 1, 3])
+    real = torch.arange(5) < lengths[:, None]
+    rewards, values = torch.where(real, torch.randn(2, 3, 5), 0.0)
+    got = bench_advantages.rl_triton()(rewards, values, real)()
+    cu_seqlens = torch.tensor([0, 5, 6, 9])
+    want = qrm_fast.gae(rewards[real], values[real], cu_seqlens, gamma=1.0, lam=0.95)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x[real], y)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -394,6 +442,7 @@ def test_rows_hold_ours_beside_the_fastest_other_way(written):
         "<!-- rows: product; on three -->",
         "<!-- growth -->",
         "<!-- cost model -->",
+        "<!-- shares: sum -->",
         "<!-- picture: errors -->",
     ],
 )
@@ -406,7 +455,7 @@ def test_pictures_are_the_same_bytes_twice_and_name_their_source(tmp_path, kind)
     sizes = [record_of(f"many[x={x}] cpu", 3.0, 6.0, suite="growth") for x in (1, 2, 4)]
     one, two = (record_of(f"{name}[x=1] cpu", 3.0, 6.0, flops=flops) for name, flops in (("a", 0), ("b", 9)))
     one["times"]["copy of the same bytes"] = one["times"].pop("library")
-    two["times"]["qrm_fast"]["error"] = 1e-6
+    two["times"]["qrm_fast"]["error"], two["shares"] = 1e-6, {"gae": 0.25, REST: 0.75}
     drawn = [
         pictures.draw(kind, ROOT / "bench/results/cpu-one.json", [*sizes, one, two], tmp_path).read_bytes()
         for _ in range(2)

@@ -88,6 +88,16 @@ print(FusedLinearForPPO.forward.__module__.startswith("qrm_fast"))
     assert got == [str(x) for x in (False, named, named, faster, faster)]
 
 
+def test_a_benchmark_has_verl_as_it_comes():
+    code = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+from bench.rivals import verl_chunked
+print(verl_chunked().forward.__module__)
+"""
+    assert python(code) == ["verl.utils.experimental.torch_functional"]
+
+
 def test_installing_beside_verl_changed_nothing():
     before = set((Path(sys.prefix) / "before.txt").read_text().splitlines())
     now = subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True).stdout.splitlines()
