@@ -28,12 +28,14 @@ test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 as well; instructions per row.
+# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 and with the CUDA fold (90a) as well;
+# instructions per row.
 test-ptx: export PYTHONPATH := tests:.
 test-ptx: $(built)
 	$(PYTHON) -m pytest -q tests/ptx
 	EMULATED=90 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/ptx/row_costs.py $$(grep -l triton_device tests/*.py)
 	EMULATED=80 $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/ptx/mutants.py tests/test_linear_*.py
+	EMULATED=90a $(PYTHON) -m pytest -q -n auto --maxprocesses 8 tests/test_linear_*.py
 	EMULATED=90 $(PYTHON) -m ptx.instructions
 
 # Other people's trainers pin packages of their own: each has an environment, from the package index.

@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch >= 2.11
 CXX = ["-O3", "-g0", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 CXX += STABLE_ABI
-CUDA_ARCHITECTURES = ["80", "90", "100", "120"]
+CUDA_ARCHITECTURES = ["80", "90a", "100", "120"]  # a: with what only Hopper has
 NVCC = [
     *("-O3", "-std=c++17", "-DUSE_CUDA", *STABLE_ABI),
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES),

@@ -2,7 +2,7 @@
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before qrm_fast is imported: without a CUDA
 device the tests run Triton kernels in the interpreter. With EMULATED=90 or 80 only the tests of Triton kernels are run,
-on the machine code that Triton compiles for such a GPU (tests/ptx).
+on the machine code that Triton compiles for such a GPU (tests/ptx); with EMULATED=90a the CUDA kernel folds heads.
 """
 
 import json
@@ -16,11 +16,15 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
-EMULATED = int(os.environ.get("EMULATED", "0"))
+EMULATED = os.environ.get("EMULATED", "")
 if EMULATED:
     from ptx import triton_launches
 
-    triton_launches.install(EMULATED)
+    triton_launches.install(int(EMULATED.removesuffix("a")))
+    if EMULATED.endswith("a"):
+        from ptx import cuda_launches
+
+        cuda_launches.install()
 elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter

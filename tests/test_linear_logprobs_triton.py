@@ -111,6 +111,8 @@ def test_logits_up_to_30(forward, dtype, triton_device):
 def gradients(function, dtype, tensors, rest, scale):
     """Of a random combination of logprobs and entropy, `scale` times as large, and a few rows without either."""
     arguments = in_dtype(dtype, tensors, rest)
+    if function is not naive:
+        arguments |= rest  # temperatures are float32 there
     leaves = [k for k, x in tensors.items() if x is not None]
     for k in leaves:
         arguments[k] = arguments[k].detach().requires_grad_()
@@ -273,6 +275,26 @@ def test_strided_rows_are_read_in_place(forward, stride):
     strided = forward(**tensors | {"hidden": wide[::2, :16]}, **rest)
     for x, y in zip(forward(**tensors, **rest), strided, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_both_folds_agree(dtype, triton_device, monkeypatch):
+    """csrc/cuda's, where it serves, and Triton's: a target's logit to the bit, with every option."""
+    tensors, rest = make(150, 72, 2500, dtype, bias=True, temperature=True)
+    for softcap in None, 5.0:
+        arguments = tensors["hidden"], tensors["weight"], rest["targets"], tensors["bias"], rest["temperature"]
+        head = kernels.Head(*(x.to(triton_device) for x in arguments), softcap)
+        if not kernels.compiled(head):
+            pytest.skip("no compiled fold for this device")
+        results = []
+        for compiled in True, False:
+            monkeypatch.setattr(kernels, "compiled", lambda _, compiled=compiled: compiled)
+            target_logits = torch.zeros(150, device=triton_device)  # stays where a target is ignored
+            results.append((kernels.fold(head, target_logits), target_logits))
+        monkeypatch.undo()
+        (ours, ours_targets), (others, others_targets) = results
+        torch.testing.assert_close(ours, others, rtol=2e-6, atol=2e-6)
+        assert torch.equal(ours_targets, others_targets)
 
 
 @pytest.mark.gpu

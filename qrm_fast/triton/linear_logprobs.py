@@ -6,7 +6,8 @@ rounded to 16 bits and never written. V is cut into splits from V alone, their s
 second launch, 12 bytes per row and 2048 columns; a row's bits depend on that row, weight and bias. 2 T D V FLOP.
 Programs run through GROUP blocks of rows for one split before the next split: a wave of programs then reads as many
 weight tiles as hidden tiles, about 15 MB each for D = 3584, and both stay in L2, where one block of rows per wave would
-read all of weight T / BT times. The gradients are in linear_logprobs_backward.
+read all of weight T / BT times. On Hopper csrc/cuda/head_fold.cu, where it is compiled, folds 16-bit inputs instead.
+The gradients are in linear_logprobs_backward.
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
@@ -15,6 +16,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from ..ops.head_fold import has_head_fold
 from ..ops.linear_logprobs import _forward
 from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, picked, target_column
 from .product import GROUP, blocks, capability, describable, grouped, operand, store_block, vectorised
@@ -183,6 +185,9 @@ def fold(
     (num_rows, dim), vocab = hidden.shape, len(weight)
     num_splits = triton.cdiv(vocab, SPLIT)
     statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
+    if compiled(head):
+        torch.ops.qrm_fast.head_fold(*head, statistics, target_logits, kept, tops, running)
+        return statistics
     described = describable(hidden, weight)
     launch = fold_blocks(head, kept is not None)
     linear_logprobs_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
@@ -213,14 +218,22 @@ def fold(
     return statistics
 
 
+def compiled(head: Head) -> bool:
+    """Whether csrc/cuda/head_fold.cu folds it: on Hopper, matrices that the copy engine loads."""
+    hidden, weight = head.hidden, head.weight
+    return capability(hidden) == 9 and describable(hidden, weight) and has_head_fold(hidden.device)
+
+
 def fold_blocks(head: Head, kept: bool) -> dict[str, int]:
     """What is kept changes no block's columns nor depth: a log-probability has the same bits either way.
 
-    Half the columns where a softcap, or pointers with a bias or to rows that are no vectors, take the registers.
+    Half the columns where a softcap, or pointers with a bias or to rows that are no vectors, take the registers of the
+    kernel above.
     """
     hidden, weight, _, bias, _, softcap = head
     described = describable(hidden, weight)
     crowded = softcap is not None or (not described and (bias is not None or not vectorised(hidden, weight)))
+    crowded &= not compiled(head)
     launch = blocks(hidden.dtype, capability(hidden), described, halved=crowded, stored=kept and described)
     return launch if described else launch | {"BD": min(launch["BD"], 32)}
 

@@ -1,6 +1,7 @@
+from qrm_fast.triton import linear_policy_loss
 from qrm_fast.triton.linear_policy_loss import forward
 
-from . import WIDEST_V, D, S, T, V, bf16, fp32, i32, i64
+from . import WIDEST_V, D, S, T, V, bf16, compiled_fold, fp32, i32, i64
 
 
 def launches(capability):
@@ -20,3 +21,5 @@ def launches(capability):
     launch(bf16(T, D), bf16(V, D), None, fp32(T), None, 1.0, None, "sapo", 0.0)
     launch(bf16(4096, D), bf16(V, D), bf16(V), fp32(4096), i32(S + 1), 0.7, 30.0, "gspo", 0.01)  # in one block
     launch(fp32(2001, D), fp32(V, D), fp32(V), fp32(2001), i64(S + 1), 0.7, 30.0, "gspo", 0.01)
+    with compiled_fold(linear_policy_loss):
+        launch(bf16(4096, D), bf16(V, D), bf16(V), fp32(4096), i32(S + 1), 0.7, 30.0, "gspo", 0.01)

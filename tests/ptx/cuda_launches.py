@@ -1,7 +1,8 @@
-"""The CUDA C++ scans on CPU tensors: the launchers of csrc/cuda as they are, the PTX that nvcc makes of their kernels.
+"""The CUDA C++ kernels on CPU tensors: the launchers of csrc/cuda as they are, the PTX that nvcc makes of the kernels.
 
 launched("gae", seed, columns, ...)  # the op's arguments
 instructions_per_row("gae", 256)     # of its scan kernel
+install()                            # launchers of heads on CPU tensors use head_fold
 """
 
 import ctypes
@@ -19,13 +20,14 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 import qrm_fast  # noqa: F401  defines the ops
 
-from .emulator import COMMAND, Kernel, compiled
+from . import triton_launches
+from .emulator import COMMAND, Fault, Kernel, compiled
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc/cuda"
 RUNTIME = Path(__file__).parent / "cuda_runtime.cpp"
 LAUNCH = ctypes.CFUNCTYPE(
-    *(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint)),
+    *(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.POINTER(ctypes.c_uint)),
     *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)),
 )
 counts: dict[str, int] = {}  # instructions of each kernel
@@ -41,28 +43,35 @@ def _setup():
 
 
 def _compile(folder: Path) -> None:
-    """One translation unit of all scans, as PTX (scans.ptx) and with its host code in a library (scans.so)."""
+    """One translation unit of all kernels, as PTX (kernels.ptx) and with its host code in a library (kernels.so)."""
     folder.mkdir()
-    source, host, runtime = folder / "scans.cu", folder / "scans.o", folder / "runtime.o"
+    source, host, runtime = folder / "kernels.cu", folder / "kernels.o", folder / "runtime.o"
     source.write_text("".join(f'#include "{path}"\n' for path in sorted(CUDA.glob("*.cu"))))
     setup = _setup()
     includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     options = [option for option in setup.NVCC if "-gencode" not in option]
-    options += [*COMMON_NVCC_FLAGS, "-gencode=arch=compute_90,code=compute_90", *includes]
+    options += [*COMMON_NVCC_FLAGS, "-gencode=arch=compute_90a,code=compute_90a", *includes]
     command = ["nvcc", "-c", source, "-o", host, "--keep", "--keep-dir", folder, "-Xcompiler", "-fPIC", *options]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     subprocess.run([*COMMAND, "-c", RUNTIME, "-o", runtime], check=True)
     libraries = Path(torch.__file__).parent / "lib"
-    link = ["c++", "-shared", host, runtime, "-o", folder / "scans.so", "-Wl,-Bsymbolic"]
+    link = ["c++", "-shared", host, runtime, "-o", folder / "kernels.so", "-Wl,-Bsymbolic"]
     subprocess.run([*link, f"-L{libraries}", "-ltorch_cpu", "-ltorch", f"-Wl,-rpath,{libraries}"], check=True)
 
 
 @functools.cache
-def _scans() -> tuple[ctypes.CDLL, str]:
-    sources = sorted((ROOT / "csrc").rglob("*.[hc]*"))
-    folder = compiled("scans.built", [RUNTIME, *(s for s in sources if s.is_file() and "cpu" not in s.parts)], _compile)
-    library = ctypes.CDLL(str(folder / "scans.so"))
-    return library, (folder / "scans.ptx").read_text()
+def _kernels() -> tuple[ctypes.CDLL, str]:
+    sources = [s for s in sorted((ROOT / "csrc").rglob("*.[hc]*")) if s.is_file() and "cpu" not in s.parts]
+    folder = compiled("kernels.built", [RUNTIME, *sources], _compile)
+    library = ctypes.CDLL(str(folder / "kernels.so"))
+    return library, (folder / "kernels.ptx").read_text()
+
+
+def _entry(module: str, name: str) -> str:
+    """The kernel's text behind the memory that it shares with the module."""
+    text = re.search(rf"\.entry {name}\(.*?^}}", module, re.DOTALL | re.MULTILINE)[0]
+    outside = re.findall(r"^\.extern \.shared .* (\w+)\[\];", module, re.MULTILINE)
+    return "".join(f".extern .shared .align 16 .b8 {x}[];\n" for x in outside if x in text) + text
 
 
 class _Allocations(TorchDispatchMode):
@@ -80,21 +89,20 @@ class _Allocations(TorchDispatchMode):
 
 
 def launched(op: str, seed: int, *args, mutation: Callable[[str], str] = str) -> tuple[torch.Tensor, ...]:
-    """What the op's CUDA kernels return for these arguments, in the order of its schema.
+    """What the op's CUDA kernels return for these arguments, in the order of its schema; nothing where they write.
 
     `mutation` changes the text of each kernel.
     """
-    library, module = _scans()
+    library, module = _kernels()
     allocations, faults = _Allocations(), []
 
-    def launch(name, grid, block, shared_bytes, values):
+    def launch(name, grid, cluster, block, shared_bytes, values):
         try:
-            text = re.search(rf"\.entry {name.decode()}\(.*?^}}", module, re.DOTALL | re.MULTILINE)[0]
-            kernel = _kernel(mutation(text), name.decode())
+            kernel = _kernel(mutation(_entry(module, name.decode())), name.decode())
             parameters = kernel.pack(ctypes.string_at(values[i], size) for i, size in enumerate(kernel.sizes))
             tensors = [x for x in (*args, *allocations.tensors) if isinstance(x, torch.Tensor)]
             assert block[1] == block[2] == 1
-            done = kernel.run(parameters, tuple(grid[:3]), block[0], shared_bytes, tensors, seed)
+            done = kernel.run(parameters, tuple(grid[:3]), block[0], shared_bytes, tensors, seed, cluster=cluster)
             counts[name.decode()] = counts.get(name.decode(), 0) + done
             return 0
         except Exception as fault:
@@ -111,7 +119,25 @@ def launched(op: str, seed: int, *args, mutation: Callable[[str], str] = str) ->
         if faults:
             raise faults[0] from None
         raise
-    return results if isinstance(results, tuple) else (results,)
+    return results if isinstance(results, tuple) else (() if results is None else (results,))
+
+
+def install() -> None:
+    """In this process, where Triton launches are emulated, too, the heads' logits are folded by the CUDA kernel.
+
+    Under SCHEDULES schedules, which must leave the same bits.
+    """
+
+    def fold(*args):
+        seen = set()
+        for _ in range(triton_launches.SCHEDULES):
+            triton_launches.state["seed"] += 1
+            launched("head_fold", triton_launches.state["seed"], *args)
+            seen.add(b"".join(x.contiguous().numpy().tobytes() for x in args[6:] if x is not None))
+        if len(seen) > 1:
+            raise Fault(f"head_fold: other bits under another schedule (seed {triton_launches.state['seed']})")
+
+    torch.library.impl("qrm_fast::head_fold", "CPU", fold)
 
 
 def instructions_per_row(op: str, num_rows: int, num_tokens: int = 1 << 14) -> float:

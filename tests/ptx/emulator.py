@@ -56,7 +56,7 @@ def _library() -> ctypes.CDLL:
     library.ptx_num_parameters.argtypes = [pointer]
     library.ptx_parameter_offset.argtypes = library.ptx_parameter_bytes.argtypes = [pointer, ctypes.c_int]
     library.ptx_run.restype = ctypes.c_uint64
-    library.ptx_run.argtypes = [pointer, text, pointer, ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int]
+    library.ptx_run.argtypes = [pointer, text, pointer, *[ctypes.c_int] * 3, pointer, ctypes.c_int]
     library.ptx_run.argtypes += [ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, text]
     return library
 
@@ -107,13 +107,14 @@ class Kernel:
         seed: int,
         most_steps: int = 0,
         blocks_may_race: bool = False,
+        cluster: int = 1,
     ) -> int:
         """Runs a launch that may touch these tensors; returns how many instructions its warps executed."""
         extents = list(itertools.chain(*_extents(tensors)))
         regions = (ctypes.c_uint64 * max(1, len(extents)))(*extents)
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         instructions = _library().ptx_run(
-            *(self._kernel, parameters, (ctypes.c_int * 3)(*grid), threads, shared_bytes),
+            *(self._kernel, parameters, (ctypes.c_int * 3)(*grid), cluster, threads, shared_bytes),
             *(regions, len(extents) // 3, seed, MOST_BLOCKS, most_steps, blocks_may_race, message),
         )
         if message.value:

@@ -11,7 +11,7 @@ SEEDS = range(12)
 
 
 def run(
-    body: str, *tensors: torch.Tensor, grid: int = 1, threads: int = 64, shared: int = 0, seeds=SEEDS
+    body: str, *tensors: torch.Tensor, grid: int = 1, threads: int = 64, shared: int = 0, seeds=SEEDS, cluster: int = 1
 ) -> set[bytes]:
     """Runs the kernel on fresh copies under each seed; the bytes that the first tensor then holds."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(len(tensors)))
@@ -35,7 +35,8 @@ def run(
     kernel, found = Kernel(text, "kernel"), set()
     for seed in seeds:
         own = [x.clone() for x in tensors]
-        kernel.run(kernel.pack(struct.pack("<Q", x.data_ptr()) for x in own), (grid, 1, 1), threads, shared, own, seed)
+        parameters = kernel.pack(struct.pack("<Q", x.data_ptr()) for x in own)
+        kernel.run(parameters, (grid, 1, 1), threads, shared, own, seed, cluster=cluster)
         found.add(own[0].numpy().tobytes())
     return found
 
@@ -201,6 +202,78 @@ def test_asynchronous_copies_are_waited_for():
     check(COPIES, zeros(64), values, expected=expected, mutants=mutants, shared=1024)
 
 
+MEETING = """
+    mov.b32 %r2, memory;
+    mov.u32 %r3, %cluster_ctarank;
+    mov.u32 %r4, %cluster_nctarank;
+    setp.ne.s32 %p0, %r0, 0;
+    @%p0 bra ready;
+    mbarrier.init.shared::cta.b64 [%r2], 2;     // one arrival of each block
+    fence.mbarrier_init.release.cluster;
+ready:
+    barrier.cluster.arrive.release;
+    barrier.cluster.wait.acquire;
+    setp.ge.u32 %p1, %r0, %r4;
+    @%p1 bra wait;
+    mapa.shared::cluster.u32 %r5, %r2, %r0;     // thread k arrives in block k
+    mbarrier.arrive.shared::cluster.b64 _, [%r5];
+wait:
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;
+    @!%p2 bra wait;
+    shl.b32 %r6, %r4, 4;
+    add.s32 %r7, %r6, %r3;
+    mul.wide.u32 %a1, %r1, 4;
+    add.s64 %a2, %a0, %a1;
+    @!%p0 st.global.b32 [%a2], %r7;
+    barrier.cluster.arrive.release;
+    barrier.cluster.wait.acquire;
+"""
+
+
+def test_blocks_of_a_cluster_meet_at_each_others_barriers():
+    nobody_waits = MEETING[MEETING.index("wait:\n") :]
+    barrier = "barrier.cluster.arrive.release;\n    barrier.cluster.wait.acquire;\n"
+    mutants = {
+        ("[%r2], 2;", "[%r2], 1;"): "hang|more arrivals|block ends while another|has ended",
+        ("[%r2], 2;", "[%r2], 3;"): "hang",
+        ("fence.mbarrier_init.release.cluster;", ""): "not published",
+        (nobody_waits, "wait:\n"): "has ended|block ends while another",
+        (f"ready:\n    {barrier}", "ready:"): "not initialised|not published|initialised yet",
+        ("mapa.shared::cluster.u32 %r5, %r2, %r0;", "mapa.shared::cluster.u32 %r5, %r2, 2;"): "cluster does not have",
+        ("%r7;\n    barrier.cluster.arrive.release;", "%r7;"): "without having arrived",
+        (
+            f"{barrier}    setp.ge",
+            "barrier.cluster.arrive.release;\n    setp.ge",
+        ): "work between a cluster barrier's arrival",
+    }
+    options = {"grid": 4, "cluster": 2, "shared": 8}
+    check(MEETING, zeros(4), expected=[32, 33, 32, 33], mutants=mutants, **options)
+    with pytest.raises(Fault, match="no multiple of its clusters"):
+        run(MEETING, zeros(4), grid=3, cluster=2, shared=8)
+
+
+REGISTERS = """
+    setp.ge.s32 %p0, %r0, 128;
+    @%p0 bra many;
+    setmaxnreg.dec.sync.aligned.u32 24;
+    bra done;
+many:
+    setmaxnreg.inc.sync.aligned.u32 240;
+done:
+    @!%p0 st.global.b32 [%a0], 1;
+"""
+
+
+def test_registers_change_hands():
+    mutants = {
+        ("u32 240", "u32 248"): "registers that nobody gives up",
+        ("u32 24;", "u32 32;"): "registers that nobody gives up",
+        ("%r0, 128", "%r0, 64"): "warps of a group of four ask for different",
+        ("u32 240", "u32 244"): "a number of registers that is not known",
+    }
+    check(REGISTERS, zeros(1), expected=[1], mutants=mutants, threads=384)
+
+
 DIVERGED = """
     setp.lt.s32 %p0, %r0, 16;
     @%p0 bra low;
@@ -282,6 +355,11 @@ def test_the_larger_of_two_is_not_a_number_where_one_is_not():
         "mov.u32 %r2, %clock;",
         "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%f0, %f1, %f2, %f3}, %a0, %a0, 1, 1, 1;",
         "call f;",
+        "barrier.cluster.arrive.relaxed;",
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r2];",
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p0, [%r2], 0;",
+        "mapa.u64 %a1, %a0, 0;",
+        "ld.shared::cluster.b32 %r2, [%r3];",
     ],
 )
 def test_what_is_not_known_is_an_error(statement):

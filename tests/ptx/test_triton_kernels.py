@@ -7,9 +7,12 @@ Triton decides at decoration whether kernels are interpreted.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import qrm_fast
 
@@ -47,10 +50,10 @@ SAMPLE = {  # tests of each file, or the whole file
 }
 
 
-def emulated(capability: int, tests: list[str], counts: Path) -> dict[str, list[int]]:
-    """Runs tests for such a GPU; launches and instructions of each kernel."""
+def emulated(gpu: str, tests: list[str], counts: Path) -> dict[str, list[int]]:
+    """Runs tests for such a GPU; launches and instructions of each Triton kernel."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
-    environment |= {"EMULATED": str(capability), "EMULATED_COUNTS": str(counts)}
+    environment |= {"EMULATED": gpu, "EMULATED_COUNTS": str(counts)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -68,10 +71,30 @@ def test_a_sample_of_every_kernel(tmp_path):
     tests = [
         f"tests/{'::'.join(x)}" for file, names in SAMPLE.items() for x in ([(file, n) for n in names] or [(file,)])
     ]
-    counts = emulated(90, tests, tmp_path / "counts.json")
+    counts = emulated("90", tests, tmp_path / "counts.json")
     missed = launched_kernels() - counts.keys()
     assert not missed, f"the sample does not launch {sorted(missed)}"
 
 
 def test_products_of_an_older_gpu(tmp_path):
-    emulated(80, ["tests/ptx/mutants.py"], tmp_path / "counts.json")
+    emulated("80", ["tests/ptx/mutants.py"], tmp_path / "counts.json")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+def test_heads_that_the_cuda_kernel_folds(tmp_path):
+    """Forward and gradients, the loss, what is sampled, shards, beside Triton's fold."""
+    tests = {
+        "test_linear_logprobs_triton.py": ["test_both_folds_agree", "test_gradients[bfloat16-everything]"],
+        "test_linear_policy_loss_triton.py": [
+            "test_as_accurate_as_autograd[torch.bfloat16-everything]",
+            "test_same_logprobs_as_the_head_and_as_its_two_parts[described-bias]",
+        ],
+        "test_linear_sample.py": [
+            "test_the_logprob_has_the_bits_of_linear_logprobs_by_triton[torch.bfloat16-everything]"
+        ],
+        "test_linear_logprobs_partial.py": ["test_triton_four_shards_merge_to_the_whole"],
+    }
+    counts = emulated(
+        "90a", [f"tests/{f}::{name}" for f, names in tests.items() for name in names], tmp_path / "counts.json"
+    )
+    assert "linear_policy_loss_dz" in counts and "linear_sample_rows" in counts

@@ -10,7 +10,7 @@ constexpr uint64_t HUNG = 5'000'000;  // steps in which all warps together only 
 void unknown(const Instruction& i) { throw Fault("unknown instruction: " + i.text); }
 
 void decode(Instruction& i) {
-  for (const Decoders* decoders : {&arithmetic(), &control(), &transfers(), &matrices()}) {
+  for (const Decoders* decoders : {&arithmetic(), &control(), &transfers(), &messages(), &matrices()}) {
     const auto found = decoders->find(i.name);
     if (found == decoders->end()) continue;
     i.execute = found->second.choose(i);
@@ -59,7 +59,8 @@ Machine::Machine(const Kernel& kernel, const uint8_t* parameters, const int (&gr
       threads_(threads),
       shared_bytes_(shared_bytes + kernel.shared_bytes),
       options_(options),
-      order_(static_cast<size_t>(grid[0]) * grid[1] * grid[2]) {
+      order_(static_cast<size_t>(grid[0]) * grid[1] * grid[2] / options.cluster) {
+  if (grid[0] % options.cluster) throw Fault("a grid that is no multiple of its clusters");
   if (threads % LANES) throw Fault("a block of " + std::to_string(threads) + " threads has a partial warp");
   timing = static_cast<Timing>(random() % 3);
   resident_ = 1 + random() % options.most_blocks;
@@ -69,9 +70,20 @@ Machine::Machine(const Kernel& kernel, const uint8_t* parameters, const int (&gr
   for (const auto& [value, slot] : kernel.constants) std::fill_n(&initial_registers_[slot * LANES], LANES, value);
 }
 
-void Machine::start_block() {
-  const uint32_t id = order_[next_block_++];
+void Machine::start_cluster() {
+  const auto cluster = std::make_shared<Cluster>();
+  const uint32_t first = order_[next_block_++] * options_.cluster;
+  for (int rank = 0; rank < options_.cluster; ++rank) {
+    auto block = new_block(first + rank);
+    cluster->blocks.push_back(block.get());
+    block->cluster = cluster;
+    blocks_.push_back(std::move(block));
+  }
+}
+
+std::unique_ptr<Block> Machine::new_block(uint32_t id) {
   auto block = std::make_unique<Block>(id, shared_bytes_);
+  block->rank = id % options_.cluster;
   block->x = id % grid_[0];
   block->y = id / grid_[0] % grid_[1];
   block->z = id / grid_[0] / grid_[1];
@@ -84,7 +96,8 @@ void Machine::start_block() {
     warp.known.own[w] = 1;
     warp.written_later.assign(kernel.num_slots, 0);
     for (const auto& [special, slot] : kernel.specials) {
-      const int values[] = {0, threads_, block->x, block->y, block->z, grid_[0], grid_[1], grid_[2], 0, int(w), 0, 1};
+      const int values[] = {0,        threads_, block->x, block->y, block->z, grid_[0],         grid_[1],
+                            grid_[2], 0,        int(w),   0,        1,        int(block->rank), options_.cluster};
       for (int lane = 0; lane < LANES; ++lane) {
         uint64_t value = values[static_cast<int>(special)];
         if (special == Special::Thread) value = w * LANES + lane;
@@ -93,12 +106,13 @@ void Machine::start_block() {
       }
     }
   }
-  blocks_.push_back(std::move(block));
+  return block;
 }
 
 void Machine::run() {
   while (next_block_ < order_.size() || !blocks_.empty()) {
-    while (blocks_.size() < resident_ && next_block_ < order_.size()) start_block();
+    const auto fits = [&] { return blocks_.empty() || blocks_.size() + options_.cluster <= resident_; };
+    while (fits() && next_block_ < order_.size()) start_cluster();
     const size_t place = random() % blocks_.size();
     Block& block = *blocks_[place];
     if (timing == Timing::Mixed) {
@@ -124,7 +138,15 @@ void Machine::run() {
       retire(place);
       continue;
     }
-    if (num_ready == 0) throw Fault("deadlock: threads wait at a barrier that the others of their block do not reach");
+    if (num_ready == 0) {
+      const auto can_go_on = [](const Block* other) {
+        return other && std::any_of(other->warps.begin(), other->warps.end(),
+                                    [](const Warp& warp) { return (warp.alive & ~warp.blocked) != 0; });
+      };
+      const auto& others = block.cluster->blocks;
+      if (std::any_of(others.begin(), others.end(), can_go_on)) continue;
+      throw Fault("deadlock: threads wait at a barrier that the others of their block do not reach");
+    }
     Warp& warp = block.warps[ready[random() % num_ready]];
     for (int burst = 1 + random() % 40; burst > 0 && (warp.alive & ~warp.blocked) && step(block, warp); --burst) {
     }
@@ -132,13 +154,39 @@ void Machine::run() {
 }
 
 void Machine::retire(size_t place) {
-  for (const auto& copy : blocks_[place]->bulk_copies) copy();
-  for (auto& warp : blocks_[place]->warps) {
+  Block& block = *blocks_[place];
+  if (!block.bulk_copies.empty()) throw Fault("a block ends before a copy into its memory does");
+  Knowledge known;
+  for (auto& warp : block.warps) {
     if (!warp.products.groups.empty()) throw Fault("a warp ends before its products do");
-    warp.stores.wait(0);
+    if (!warp.stores.groups.empty()) throw Fault("a warp ends before its stores have read their boxes");
+    known.join(warp.known);
   }
+  for (const auto& [other, times] : block.visits) {
+    for (uint32_t w = 0; w < times.size(); ++w) {
+      if (!Accessor{block.id, 0, &known}.knows_drained(other, w, times[w])) {
+        throw Fault("race: a block ends while another one may arrive at its barriers");
+      }
+    }
+  }
+  check_registers(block);
+  block.cluster->blocks[block.rank] = nullptr;
   blocks_.erase(blocks_.begin() + place);
   quiet = 0;
+}
+
+// What warps ask for comes from what the launch gave to the block, as many as it could.
+void Machine::check_registers(const Block& block) const {
+  const int given = 65536 / threads_ / 8 * 8;
+  int asked = 0;
+  for (const auto& warp : block.warps) {
+    const Warp& leader = block.warps[warp.id / 4 * 4];
+    if (warp.most_registers != leader.most_registers) {
+      throw Fault("warps of a group of four ask for different numbers of registers");
+    }
+    asked += LANES * (warp.most_registers ? warp.most_registers : given);
+  }
+  if (asked > given * threads_) throw Fault("deadlock: warps wait for registers that nobody gives up");
 }
 
 uint32_t Machine::chosen_lanes(Warp& warp, int& counter) {
@@ -208,6 +256,9 @@ bool Machine::step(Block& block, Warp& warp) {
         if (warp.written_later[slot]) throw Fault("touches an accumulator before its product is waited for");
       }
     }
+    if ((warp.arrived & lanes) && i.name != "barrier.cluster.wait.acquire") {
+      throw Fault("work between a cluster barrier's arrival and its wait is not known");
+    }
     Step s{*this, block, warp, i, lanes};
     i.execute(s);
     return !s.yields;
@@ -237,18 +288,59 @@ void Machine::arrive(Step& s) {
   release_barrier(s.block);
 }
 
+void Machine::await_cluster(Step& s) {
+  if (s.lanes & ~s.warp.arrived) throw Fault("waits at the cluster's barrier without having arrived");
+  if (s.warp.uniform) {
+    std::fill_n(s.warp.counters, LANES, s.warp.common);
+    s.warp.uniform = false;
+  }
+  s.warp.blocked |= s.lanes;
+  s.warp.awaiting |= s.lanes;
+  s.yields = true;
+  release_cluster(*s.block.cluster);
+}
+
 void Machine::exit(Block& block, Warp& warp, uint32_t lanes) {
   if (warp.uniform) std::fill_n(warp.counters, LANES, warp.common);
   warp.uniform = false;
   warp.alive &= ~lanes;
   quiet = 0;
   release_barrier(block);
+  release_cluster(*block.cluster);
+}
+
+void Machine::release_cluster(const Cluster& cluster) {
+  bool waiting = false;
+  Knowledge all;
+  for (const Block* block : cluster.blocks) {
+    if (!block) continue;
+    for (const auto& warp : block->warps) {
+      if (warp.alive & ~warp.awaiting) return;
+      waiting |= warp.awaiting != 0;
+      all.join(warp.known.told(block->id));
+    }
+  }
+  if (!waiting) return;
+  for (Block* block : cluster.blocks) {
+    if (!block) continue;
+    Knowledge known = all;
+    known.own = all.foreign[block->id];
+    known.foreign.erase(block->id);
+    const uint32_t now = *std::max_element(known.own.begin(), known.own.end()) + 1;
+    for (auto& warp : block->warps) {
+      warp.known = known;
+      warp.known.own[warp.id] = now;
+      warp.blocked = warp.awaiting = warp.arrived = 0;
+    }
+    ++block->epoch;
+  }
+  quiet = 0;
 }
 
 void Machine::release_barrier(Block& block) {
   bool waiting = false;
   for (const auto& warp : block.warps) {
-    if (warp.alive & ~warp.blocked) return;
+    if ((warp.alive & ~warp.blocked) || warp.awaiting) return;
     waiting |= warp.blocked != 0;
   }
   if (!waiting) return;
@@ -357,6 +449,19 @@ void elect(Step& s) {
   }
 }
 
+void arrive_in_cluster(Step& s) {
+  if (s.warp.arrived & s.lanes) throw Fault("arrives at the cluster's barrier a second time");
+  s.warp.arrived |= s.lanes;
+}
+
+void await_cluster(Step& s) { s.machine.await_cluster(s); }
+
+void ask_for_registers(Step& s) {
+  const int count = s.uniform(0);
+  if (count < 24 || count > 256 || count % 8) throw Fault("a number of registers that is not known");
+  s.warp.most_registers = count;
+}
+
 void warp_barrier(Step& s) {
   if (s.uniform(0) << 32 >> 32 != ALL_LANES) throw Fault("a barrier of some lanes is not known");
 }
@@ -387,6 +492,10 @@ const Decoders& control() {
       {"bar.sync", {0, always<barrier>}},
       {"bar.red.or", {1, always<barrier_any>}},
       {"bar.warp.sync", {0, always<warp_barrier>, true}},
+      {"barrier.cluster.arrive.release", {0, always<arrive_in_cluster>}},
+      {"barrier.cluster.wait.acquire", {0, always<await_cluster>}},
+      {"setmaxnreg.inc.sync.aligned", {0, always<ask_for_registers>, true}},
+      {"setmaxnreg.dec.sync.aligned", {0, always<ask_for_registers>, true}},
       {"nanosleep", {0, always<sleep>}},
       {"shfl.sync.up", {1, always<shuffle<'u'>>, true}},
       {"shfl.sync.down", {1, always<shuffle<'d'>>, true}},

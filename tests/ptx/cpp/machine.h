@@ -42,27 +42,45 @@ struct Warp {
   bool uniform = true;
   int counters[LANES] = {};
   uint32_t alive = ALL_LANES, blocked = 0;
+  uint32_t arrived = 0, awaiting = 0;    // lanes at the barrier of the cluster; those that wait are blocked, too
   uint32_t fences = 0, fence_epoch = 0;  // to the asynchronous proxy: how many, and when the last one was
   Knowledge known;
   GroupQueue copies, products, stores;
   std::vector<uint8_t> written_later;  // by slot, where products are pending: accumulators
+  bool registers_fenced = false;       // since products were last waited for
+  int most_registers = 0;              // that each thread asked for
 };
 
 struct MessageBarrier {
   int expected = 0, pending = 0;
+  uint32_t warp = 0, time = 0;  // that initialised it, and when
+  bool published = false;       // to other blocks
   int64_t bytes = 0;
-  bool phase = false;
+  uint64_t phases = 0;        // that have ended
+  Knowledge gathered, known;  // of those that arrived in this phase; in the phases that have ended
 
   void complete_if_done() {
     if (pending == 0 && bytes == 0) {
-      phase = !phase;
+      ++phases;
       pending = expected;
+      known.join(gathered);
+      gathered = {};
     }
   }
 };
 
+struct Block;
+
+// Blocks that run at the same time, in the order of their ranks; null once they have ended.
+struct Cluster {
+  std::vector<Block*> blocks;
+};
+
 struct Block {
   uint32_t id;
+  uint32_t rank = 0;
+  std::shared_ptr<Cluster> cluster;
+  Times visits;  // of warps of other blocks: when they last arrived at a barrier here
   int x, y, z;
   SharedMemory shared;
   std::vector<Warp> warps;
@@ -72,7 +90,9 @@ struct Block {
   std::map<uint32_t, MessageBarrier> message_barriers;
   std::vector<std::function<void()>> bulk_copies;
 
-  Block(uint32_t id, int bytes) : id(id), shared(bytes) {}
+  Block(uint32_t id, int bytes) : id(id), shared(id, bytes) {}
+  // Of an mbarrier, among those of all blocks.
+  uint64_t key(uint32_t address) const { return uint64_t(id) << 32 | address; }
 };
 
 // A tensor map as the launcher packs it into the parameters.
@@ -88,6 +108,7 @@ struct Options {
   uint64_t seed = 0;
   int most_blocks = 4;  // in flight
   uint64_t most_steps = 0;
+  int cluster = 1;  // blocks of one
 };
 
 class Machine {
@@ -108,14 +129,18 @@ class Machine {
   void issue(GroupQueue& queue, Asynchronous operation);
   // Lanes wait for the rest of their block.
   void arrive(Step& s);
+  void await_cluster(Step& s);
   void exit(Block& block, Warp& warp, uint32_t lanes);
   void acquire(Block& block, Warp& warp, uint64_t address);
   void release(Block& block, Warp& warp, uint64_t address, bool adds);
 
  private:
-  void start_block();
+  void start_cluster();
+  std::unique_ptr<Block> new_block(uint32_t id);
   void retire(size_t place);
+  void check_registers(const Block& block) const;
   void release_barrier(Block& block);
+  void release_cluster(const Cluster& cluster);
   // Lanes that stand at the same instruction and may execute it.
   uint32_t chosen_lanes(Warp& warp, int& counter);
   bool step(Block& block, Warp& warp);  // whether the warp may go on at once
@@ -162,9 +187,18 @@ using Decoders = std::map<std::string, Decoder>;
 const Decoders& arithmetic();
 const Decoders& control();
 const Decoders& transfers();
+const Decoders& messages();
 const Decoders& matrices();
 
 [[noreturn]] void unknown(const Instruction& i);
+
+uint64_t address_of(const Step& s, int operand, int nth, int lane);
+void check_alignment(uint64_t address, int bytes);
+
+// Of the cluster, by its rank; it has not ended.
+Block& block_of(const Step& s, uint32_t rank);
+// An mbarrier there may be told of copies and arrivals by this thread.
+void check_published(const Step& s, Block& block, uint32_t barrier);
 
 // Bits of a register as a value, and back.
 template <typename T>

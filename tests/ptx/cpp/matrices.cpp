@@ -151,9 +151,10 @@ void multiply_group(Step& s) {
   const int first_row = s.warp.id % 4 * 16;
   std::vector<uint32_t> fences;
   for (const auto& warp : s.block.warps) fences.push_back(warp.fences);
+  if (!s.warp.registers_fenced) throw Fault("a product without a fence between it and accesses to its accumulators");
   const uint64_t id = s.machine.next_id++;
   for (const auto& [low, high] : {a.range(first_row, 16), b.range(0, columns)}) {
-    s.block.shared.begin_async_read(id, fences, s.warp.fence_epoch, low, high - low);
+    s.block.shared.begin_async_read(s.accessor(), id, fences, s.warp.fence_epoch, low, high - low);
   }
   Block& block = s.block;
   Warp& warp = s.warp;
@@ -182,7 +183,7 @@ void multiply_group(Step& s) {
     }
   };
   operation.finish = [=, &block, &warp, &i] {
-    block.shared.end_async_read(id);
+    block.shared.end_async_read({block.id, warp.id, &warp.known}, id);
     for (int k = 0; k < count; ++k) --warp.written_later[i.slots[k]];
   };
   s.machine.issue(warp.products, std::move(operation));
@@ -197,9 +198,12 @@ Handler multiplies_group(const Instruction& i) {
   return multiply_group;
 }
 
+void fence_registers(Step& s) { s.warp.registers_fenced = true; }
 void commit_products(Step& s) { s.warp.products.commit(); }
-void wait_products(Step& s) { s.warp.products.wait(s.uniform(0)); }
-void nothing(Step&) {}
+void wait_products(Step& s) {
+  s.warp.products.wait(s.uniform(0));
+  s.warp.registers_fenced = false;
+}
 
 template <Handler H>
 Handler plain(const Instruction&) {
@@ -215,7 +219,7 @@ const Decoders& matrices() {
       {"stmatrix.sync.aligned.shared", {0, matrix_rows<store_matrices>, true}},
       {"mma.sync.aligned.row.col", {1, multiplies, true}},
       {"wgmma.mma_async.sync.aligned", {1, multiplies_group, true}},
-      {"wgmma.fence.sync.aligned", {0, plain<nothing>, true}},
+      {"wgmma.fence.sync.aligned", {0, plain<fence_registers>, true}},
       {"wgmma.commit_group.sync.aligned", {0, plain<commit_products>, true}},
       {"wgmma.wait_group.sync.aligned", {0, plain<wait_products>, true}},
   };

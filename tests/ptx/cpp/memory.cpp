@@ -15,16 +15,29 @@ void join_times(std::vector<uint32_t>& a, const std::vector<uint32_t>& b) {
 void Knowledge::join(const Knowledge& other) {
   join_times(own, other.own);
   join_foreign(other.foreign);
+  for (const auto& [block, times] : other.drained) join_times(drained[block], times);
+  for (const auto& [barrier, phases] : other.ended) ended[barrier] = std::max(ended[barrier], phases);
 }
 
-void Knowledge::join_foreign(const std::map<uint32_t, std::vector<uint32_t>>& other) {
+void Knowledge::join_foreign(const Times& other) {
   for (const auto& [block, times] : other) join_times(foreign[block], times);
+}
+
+Knowledge Knowledge::told(uint32_t block) const {
+  Knowledge result{{}, foreign, drained, ended};
+  join_times(result.foreign[block], own);
+  return result;
 }
 
 bool Accessor::knows(uint32_t other_block, uint32_t other_warp, uint32_t time) const {
   if (other_block == block) return other_warp == warp || known->own[other_warp] >= time;
   const auto found = known->foreign.find(other_block);
   return found != known->foreign.end() && found->second[other_warp] >= time;
+}
+
+bool Accessor::knows_drained(uint32_t other_block, uint32_t other_warp, uint32_t time) const {
+  const auto found = known->drained.find(other_block);
+  return knows(other_block, other_warp, time) || (found != known->drained.end() && found->second[other_warp] >= time);
 }
 
 void GlobalMemory::add(uint64_t begin, uint64_t end, uint32_t granule) {
@@ -106,9 +119,7 @@ Knowledge* GlobalMemory::released(uint64_t address) {
 
 void GlobalMemory::release(uint64_t address, const Accessor& who, bool adds) {
   // in what is kept, every block is a foreign one: the acquirer moves its own back
-  Knowledge kept;
-  kept.foreign = who.known->foreign;
-  kept.foreign[who.block] = who.known->own;
+  Knowledge kept = who.known->told(who.block);
   if (adds) {
     if (const Knowledge* before = released(address)) kept.join_foreign(before->foreign);
   }
@@ -135,8 +146,13 @@ void SharedMemory::read(uint32_t warp, uint32_t epoch, uint32_t address, int byt
 
 void SharedMemory::check_async_reads(uint32_t address, int bytes) const {
   for (const Range& r : reads_) {
-    if (address < r.end && address + bytes > r.begin) throw Fault("write of shared memory that is still being read");
+    if (r.overlaps(address, bytes)) throw Fault("write of shared memory that is still being read");
   }
+}
+
+void SharedMemory::forget(std::vector<Range>& ranges, uint32_t address, int bytes) {
+  const auto gone = [&](const Range& r) { return r.overlaps(address, bytes); };
+  ranges.erase(std::remove_if(ranges.begin(), ranges.end(), gone), ranges.end());
 }
 
 void SharedMemory::write(uint32_t warp, uint32_t epoch, uint32_t fences, uint32_t address, int bytes,
@@ -195,7 +211,19 @@ void SharedMemory::end_copy(uint32_t warp, uint32_t epoch, uint32_t address, int
   }
 }
 
-void SharedMemory::end_bulk_copy(uint32_t since, uint32_t address, int bytes) {
+void SharedMemory::begin_bulk_copy(const Accessor& who, uint32_t address, int bytes) {
+  begin_copy(address, bytes);
+  for (const Range& r : over_) {
+    if (r.overlaps(address, bytes) && !who.knows_drained(block_, r.warp, r.time)) {
+      throw Fault("race in shared memory: a bulk copy may come before an asynchronous read is over");
+    }
+  }
+  forget(over_, address, bytes);
+}
+
+void SharedMemory::end_bulk_copy(uint32_t since, uint64_t barrier, uint64_t phase, uint32_t address, int bytes) {
+  forget(landed_, address, bytes);
+  landed_.push_back({barrier, address, address + bytes, 0, 0, phase});
   for (uint32_t a = address; a < address + bytes; ++a) {
     Shadow& s = shadow_[a];
     if (s.read_epoch >= since && s.readers) throw Fault("race in shared memory: a bulk copy writes what a warp reads");
@@ -203,9 +231,16 @@ void SharedMemory::end_bulk_copy(uint32_t since, uint32_t address, int bytes) {
   }
 }
 
-void SharedMemory::begin_async_read(uint64_t id, const std::vector<uint32_t>& fences, uint32_t fence_epoch,
-                                    uint32_t address, int bytes) {
+void SharedMemory::begin_async_read(const Accessor& who, uint64_t id, const std::vector<uint32_t>& fences,
+                                    uint32_t fence_epoch, uint32_t address, int bytes) {
   data(address, bytes);
+  for (const Range& r : landed_) {
+    if (!r.overlaps(address, bytes)) continue;
+    const auto ended = who.known->ended.find(r.id);
+    if (ended == who.known->ended.end() || ended->second <= r.phase) {
+      throw Fault("race in shared memory: asynchronous read of a bulk copy that was not waited for");
+    }
+  }
   for (uint32_t a = address; a < address + bytes; ++a) {
     const Shadow& s = shadow_[a];
     if (s.in_flight) throw Fault("asynchronous read of shared memory that a copy in flight writes");
@@ -216,7 +251,17 @@ void SharedMemory::begin_async_read(uint64_t id, const std::vector<uint32_t>& fe
   reads_.push_back({id, address, address + bytes});
 }
 
-void SharedMemory::end_async_read(uint64_t id) {
+void SharedMemory::end_async_read(const Accessor& who, uint64_t id) {
+  for (const Range& r : reads_) {
+    if (r.id != id) continue;
+    const auto again = [&](const Range& o) { return o.warp == who.warp && o.begin == r.begin && o.end == r.end; };
+    const auto found = std::find_if(over_.begin(), over_.end(), again);
+    const Range over{0, r.begin, r.end, who.warp, who.time()};
+    if (found == over_.end())
+      over_.push_back(over);
+    else
+      *found = over;
+  }
   reads_.erase(std::remove_if(reads_.begin(), reads_.end(), [&](const Range& r) { return r.id == id; }), reads_.end());
 }
 

@@ -3,7 +3,8 @@
 // Warps are the threads of the race detector. A warp's time advances at each barrier and each release; what a warp
 // knows of another one is the time up to which all that one did came before. Barriers join what the warps of a block
 // know, an acquire joins what the release it reads from knew. An access that conflicts with one that is not known
-// races. In shared memory the barriers of the whole block are the only order between warps, so a count of them serves.
+// races. In shared memory the barriers of the whole block are the only order between warps, so a count of them serves;
+// asynchronous copies and reads are ordered by mbarriers as well, also between blocks of a cluster.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -16,12 +17,18 @@
 
 namespace ptx {
 
+using Times = std::map<uint32_t, std::vector<uint32_t>>;  // by block and warp
+
 struct Knowledge {
-  std::vector<uint32_t> own;                          // time, by warp of the block
-  std::map<uint32_t, std::vector<uint32_t>> foreign;  // likewise, by block
+  std::vector<uint32_t> own;           // time, by warp of the block
+  Times foreign;                       // likewise, of other blocks
+  Times drained;                       // of which only what was read asynchronously came before
+  std::map<uint64_t, uint64_t> ended;  // how many phases of mbarriers, by block and address
 
   void join(const Knowledge& other);
-  void join_foreign(const std::map<uint32_t, std::vector<uint32_t>>& other);
+  void join_foreign(const Times& other);
+  // What others have to learn, of whom this block is a foreign one.
+  Knowledge told(uint32_t block) const;
 };
 
 // Who accesses memory.
@@ -31,6 +38,7 @@ struct Accessor {
 
   uint32_t time() const { return known->own[warp]; }
   bool knows(uint32_t block, uint32_t warp, uint32_t time) const;
+  bool knows_drained(uint32_t block, uint32_t warp, uint32_t time) const;
 };
 
 enum class Access { Plain, Atomic };
@@ -74,7 +82,7 @@ class GlobalMemory {
 
 class SharedMemory {
  public:
-  explicit SharedMemory(int bytes) : data_(bytes, 0xcd), shadow_(bytes) {}
+  SharedMemory(uint32_t block, int bytes) : block_(block), data_(bytes, 0xcd), shadow_(bytes) {}
 
   int size() const { return data_.size(); }
   uint8_t* data(uint32_t address, int bytes);  // without detection
@@ -94,15 +102,17 @@ class SharedMemory {
   // them behind a barrier without a fence, which Triton and CUTLASS rely on and PTX's manual leaves open.
   void begin_copy(uint32_t address, int bytes);
   void end_copy(uint32_t warp, uint32_t epoch, uint32_t address, int bytes);
-  // As end_copy, of a copy engine whose end is seen at an mbarrier; it was begun in epoch `since`.
-  void end_bulk_copy(uint32_t since, uint32_t address, int bytes);
+  // As these, of a copy engine whose end is seen at an mbarrier, the phase of which has this number; it was begun in
+  // epoch `since` by `who`, perhaps in another block, who must know that earlier asynchronous reads are over.
+  void begin_bulk_copy(const Accessor& who, uint32_t address, int bytes);
+  void end_bulk_copy(uint32_t since, uint64_t barrier, uint64_t phase, uint32_t address, int bytes);
 
   // Asynchronous reads: nobody writes the bytes until they are done. What was written needs a fence to the asynchronous
   // proxy, of the writer behind its write (`fences`: of each warp) or of the reader behind the barrier between them
   // (`fence_epoch`: of its last one).
-  void begin_async_read(uint64_t id, const std::vector<uint32_t>& fences, uint32_t fence_epoch, uint32_t address,
-                        int bytes);
-  void end_async_read(uint64_t id);
+  void begin_async_read(const Accessor& who, uint64_t id, const std::vector<uint32_t>& fences, uint32_t fence_epoch,
+                        uint32_t address, int bytes);
+  void end_async_read(const Accessor& who, uint64_t id);
 
  private:
   struct Shadow {
@@ -112,15 +122,21 @@ class SharedMemory {
     bool in_flight, atomic;
   };
   struct Range {
-    uint64_t id;
+    uint64_t id;  // of a read; of the mbarrier that tells of a copy
     uint32_t begin, end;
+    uint32_t warp = 0, time = 0;  // of a reader, when it was over
+    uint64_t phase = 0;           // of the mbarrier
+
+    bool overlaps(uint32_t address, int bytes) const { return address < end && address + bytes > begin; }
   };
+  void forget(std::vector<Range>& ranges, uint32_t address, int bytes);
   void mark_atomic(uint32_t warp, uint32_t epoch, uint32_t address, int bytes);
   void check_async_reads(uint32_t address, int bytes) const;
 
+  uint32_t block_;
   std::vector<uint8_t> data_;
   std::vector<Shadow> shadow_;
-  std::vector<Range> reads_;
+  std::vector<Range> reads_, over_, landed_;  // asynchronous reads in flight and past, bulk copies that have come
 };
 
 }  // namespace ptx

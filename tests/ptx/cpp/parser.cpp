@@ -18,12 +18,22 @@ const std::map<std::string, Type> TYPES = {
     {"f64", {Kind::Float, 8}},        {"bf16", {Kind::Bfloat, 2}},  {"bf16x2", {Kind::Bfloat, 2, true}},
     {"f16x2", {Kind::Float, 2, true}}};
 
-const std::map<std::string, Special> SPECIALS = {
-    {"%tid.x", Special::Thread},     {"%tid.y", Special::Zero},       {"%tid.z", Special::Zero},
-    {"%ntid.x", Special::Threads},   {"%ntid.y", Special::One},       {"%ntid.z", Special::One},
-    {"%ctaid.x", Special::BlockX},   {"%ctaid.y", Special::BlockY},   {"%ctaid.z", Special::BlockZ},
-    {"%nctaid.x", Special::BlocksX}, {"%nctaid.y", Special::BlocksY}, {"%nctaid.z", Special::BlocksZ},
-    {"%laneid", Special::Lane},      {"%warpid", Special::Warp}};
+const std::map<std::string, Special> SPECIALS = {{"%tid.x", Special::Thread},
+                                                 {"%tid.y", Special::Zero},
+                                                 {"%tid.z", Special::Zero},
+                                                 {"%ntid.x", Special::Threads},
+                                                 {"%ntid.y", Special::One},
+                                                 {"%ntid.z", Special::One},
+                                                 {"%ctaid.x", Special::BlockX},
+                                                 {"%ctaid.y", Special::BlockY},
+                                                 {"%ctaid.z", Special::BlockZ},
+                                                 {"%nctaid.x", Special::BlocksX},
+                                                 {"%nctaid.y", Special::BlocksY},
+                                                 {"%nctaid.z", Special::BlocksZ},
+                                                 {"%laneid", Special::Lane},
+                                                 {"%warpid", Special::Warp},
+                                                 {"%cluster_ctarank", Special::ClusterRank},
+                                                 {"%cluster_nctarank", Special::ClusterBlocks}};
 
 std::string trimmed(const std::string& s) {
   const size_t begin = s.find_first_not_of(" \t\r\n"), end = s.find_last_not_of(" \t\r\n");

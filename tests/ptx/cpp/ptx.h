@@ -61,7 +61,22 @@ struct Parameter {
   int offset, bytes;
 };
 
-enum class Special : int { Thread, Threads, BlockX, BlockY, BlockZ, BlocksX, BlocksY, BlocksZ, Lane, Warp, Zero, One };
+enum class Special : int {
+  Thread,
+  Threads,
+  BlockX,
+  BlockY,
+  BlockZ,
+  BlocksX,
+  BlocksY,
+  BlocksZ,
+  Lane,
+  Warp,
+  Zero,
+  One,
+  ClusterRank,
+  ClusterBlocks
+};
 
 struct Kernel {
   std::string name;

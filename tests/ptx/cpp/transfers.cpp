@@ -1,17 +1,18 @@
-// Loads, stores, atomics, asynchronous copies and the mbarriers that tell of them.
+// Loads, stores, atomics and asynchronous copies.
 #include <algorithm>
 #include <memory>
 
 #include "machine.h"
 
 namespace ptx {
-namespace {
 
 uint64_t address_of(const Step& s, int operand, int nth, int lane) { return s.slot(operand)[lane] + s.i.offsets[nth]; }
 
 void check_alignment(uint64_t address, int bytes) {
   if (address % bytes) throw Fault("misaligned access of " + std::to_string(bytes) + " bytes");
 }
+
+namespace {
 
 uint64_t extended(uint64_t bits, Type t) {
   if (t.kind != Kind::Signed || t.bytes == 8) return bits;
@@ -188,6 +189,10 @@ TensorMap tensor_map(const Step& s, int operand, int nth, int lane) {
   return map;
 }
 
+void fetch_map(Step& s) {
+  s.each([&](int lane) { tensor_map(s, 0, 0, lane); });
+}
+
 uint32_t swizzled(uint32_t address, int swizzle) { return address ^ ((address >> 7 & ((1 << swizzle) - 1)) << 4); }
 
 // Calls f(shared address, global address, whether the matrix has it) for every element of the box.
@@ -212,28 +217,31 @@ void check_box(const TensorMap& map, uint32_t shared) {
   if (map.swizzle && row_bytes > 16 << map.swizzle) throw Fault("rows of a box are longer than their swizzle");
 }
 
-void load_box(Step& s) {
-  s.each([&](int lane) {
-    const TensorMap map = tensor_map(s, 1, 1, lane);
-    const uint32_t to = address_of(s, 0, 0, lane), barrier = address_of(s, 2, 2, lane);
-    const int first = s.i.operands[1];
-    const int column = static_cast<int32_t>(s.nth(first + 1)[lane]), row = static_cast<int32_t>(s.nth(first + 2)[lane]);
-    const int bytes = map.box_columns * map.box_rows * map.element_bytes;
-    check_box(map, to);
-    s.block.shared.begin_copy(to, bytes);
+// To blocks of the cluster by their ranks, at the same address in each; an mbarrier there, likewise, is told of it.
+void load_box_to(Step& s, int lane, uint32_t ranks) {
+  const TensorMap map = tensor_map(s, 1, 1, lane);
+  const uint32_t to = address_of(s, 0, 0, lane), barrier = address_of(s, 2, 2, lane);
+  const int first = s.i.operands[1];
+  const int column = static_cast<int32_t>(s.nth(first + 1)[lane]), row = static_cast<int32_t>(s.nth(first + 2)[lane]);
+  const int bytes = map.box_columns * map.box_rows * map.element_bytes;
+  check_box(map, to);
+  const auto known = std::make_shared<Knowledge>(s.warp.known);
+  const Accessor who{s.block.id, s.warp.id, known.get()};
+  for (; ranks; ranks &= ranks - 1) {
+    Block& block = block_of(s, __builtin_ctz(ranks));
+    check_published(s, block, barrier);
+    block.shared.begin_bulk_copy(who, to, bytes);
     Machine& machine = s.machine;
-    Block& block = s.block;
-    const Warp& warp = s.warp;
-    const auto known = std::make_shared<Knowledge>(warp.known);
     const uint32_t since = block.epoch;
-    const auto perform = [=, &machine, &block, &warp] {
+    const auto perform = [=, &machine, &block] {
+      (void)known;
       each_element(map, column, row, to, [&](uint32_t shared, uint64_t address, bool inside) {
         uint8_t* data = block.shared.data(shared, map.element_bytes);
         std::memset(data, 0, map.element_bytes);
-        if (inside) machine.global.read({block.id, warp.id, known.get()}, address, map.element_bytes, data);
+        if (inside) machine.global.read(who, address, map.element_bytes, data);
       });
-      block.shared.end_bulk_copy(since, to, bytes);
       MessageBarrier& message = block.message_barriers.at(barrier);
+      block.shared.end_bulk_copy(since, block.key(barrier), message.phases, to, bytes);
       message.bytes -= bytes;
       message.complete_if_done();
       machine.quiet = 0;
@@ -242,7 +250,15 @@ void load_box(Step& s) {
       perform();
     else
       block.bulk_copies.push_back(perform);
-  });
+  }
+}
+
+void load_box(Step& s) {
+  s.each([&](int lane) { load_box_to(s, lane, 1u << s.block.rank); });
+}
+
+void load_box_to_some(Step& s) {
+  s.each([&](int lane) { load_box_to(s, lane, s.slot(3)[lane] & 0xffff); });
 }
 
 void store_box(Step& s) {
@@ -258,7 +274,7 @@ void store_box(Step& s) {
     std::vector<uint32_t> fences;
     for (const auto& w : block.warps) fences.push_back(w.fences);
     const uint64_t id = machine.next_id++;
-    block.shared.begin_async_read(id, fences, s.warp.fence_epoch, from, bytes);
+    block.shared.begin_async_read(s.accessor(), id, fences, s.warp.fence_epoch, from, bytes);
     Asynchronous operation;
     operation.perform = [=, &machine, &block, &warp] {
       each_element(map, column, row, from, [&](uint32_t shared, uint64_t address, bool inside) {
@@ -266,7 +282,7 @@ void store_box(Step& s) {
         if (inside) machine.global.write({block.id, warp.id, &warp.known}, address, map.element_bytes, data);
       });
     };
-    operation.finish = [=, &block] { block.shared.end_async_read(id); };
+    operation.finish = [=, &block, &warp] { block.shared.end_async_read({block.id, warp.id, &warp.known}, id); };
     machine.issue(warp.stores, std::move(operation));
   });
   s.machine.quiet = 0;
@@ -274,65 +290,6 @@ void store_box(Step& s) {
 
 void commit_stores(Step& s) { s.warp.stores.commit(); }
 void wait_stores(Step& s) { s.warp.stores.wait(s.uniform(0)); }
-
-// mbarriers
-
-uint32_t barrier_address(const Step& s, int operand, int lane) {
-  const uint32_t address = address_of(s, operand, 0, lane);
-  check_alignment(address, 8);
-  s.block.shared.data(address, 8);
-  return address;
-}
-
-MessageBarrier& live_barrier(const Step& s, int operand, int lane) {
-  const auto found = s.block.message_barriers.find(barrier_address(s, operand, lane));
-  if (found == s.block.message_barriers.end()) throw Fault("an mbarrier that is not initialised");
-  return found->second;
-}
-
-void initialise(Step& s) {
-  s.each([&](int lane) {
-    const int count = s.slot(1)[lane];
-    const bool fresh = s.block.message_barriers.insert({barrier_address(s, 0, lane), {count, count}}).second;
-    if (!fresh) throw Fault("an mbarrier is initialised twice");
-  });
-}
-
-void invalidate(Step& s) {
-  s.each([&](int lane) {
-    const MessageBarrier& barrier = live_barrier(s, 0, lane);
-    if (barrier.bytes) throw Fault("an mbarrier is invalidated with copies in flight");
-    s.block.message_barriers.erase(barrier_address(s, 0, lane));
-  });
-}
-
-void arrive_expecting(Step& s) {
-  s.each([&](int lane) {
-    MessageBarrier& barrier = live_barrier(s, 1, lane);
-    if (barrier.pending == 0) throw Fault("more arrivals at an mbarrier than it expects");
-    barrier.bytes += s.slot(2)[lane];
-    --barrier.pending;
-    barrier.complete_if_done();
-  });
-  s.machine.quiet = 0;
-}
-
-void test_wait(Step& s) {
-  bool waits = false;
-  s.each([&](int lane) {
-    const bool done = live_barrier(s, 1, lane).phase != (s.slot(2)[lane] & 1);
-    s.slot(0)[lane] = done;
-    waits |= !done;
-  });
-  if (!waits) return;
-  s.yields = true;
-  auto& copies = s.block.bulk_copies;  // somebody waits for one of them: carry out any
-  if (copies.empty()) return;
-  std::swap(copies[s.machine.random() % copies.size()], copies.back());
-  const auto perform = std::move(copies.back());
-  copies.pop_back();
-  perform();
-}
 
 void fence(Step& s) {
   ++s.warp.fences;
@@ -367,13 +324,12 @@ const Decoders& transfers() {
       {"cp.async.commit_group", {0, untyped<commit_copies>}},
       {"cp.async.wait_group", {0, untyped<wait_copies>}},
       {"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", {0, untyped<load_box>}},
+      {"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster",
+       {0, untyped<load_box_to_some>}},
+      {"prefetch.tensormap", {0, untyped<fetch_map>}},
       {"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group", {0, untyped<store_box>}},
       {"cp.async.bulk.commit_group", {0, untyped<commit_stores>}},
       {"cp.async.bulk.wait_group.read", {0, untyped<wait_stores>}},
-      {"mbarrier.init.shared::cta", {0, untyped<initialise>}},
-      {"mbarrier.inval.shared::cta", {0, untyped<invalidate>}},
-      {"mbarrier.arrive.expect_tx.shared", {1, untyped<arrive_expecting>}},
-      {"mbarrier.try_wait.parity.shared", {1, untyped<test_wait>}},
       {"fence.proxy.async.shared::cta", {0, untyped<fence>}},
   };
   return table;

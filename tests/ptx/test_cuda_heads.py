@@ -1,0 +1,239 @@
+"""The CUDA fold of heads, as nvcc compiles it for sm_90a, under several schedules; without nvcc nothing is compiled."""
+
+import math
+import re
+import shutil
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptx import cuda_launches
+from ptx.emulator import Fault
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+SPLIT, TILE = 2048, 256  # columns
+
+
+class Problem(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    temperatures: Tensor | None = None
+    softcap: float | None = None
+
+    def rows(self, rows: slice) -> "Problem":
+        temperatures = None if self.temperatures is None else self.temperatures[rows]
+        return self._replace(hidden=self.hidden[rows], targets=self.targets[rows], temperatures=temperatures)
+
+    def logits(self) -> Tensor:
+        z = self.hidden.double() @ self.weight.double().T
+        z = z if self.bias is None else z + self.bias.double()
+        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return z if self.temperatures is None else z / self.temperatures.double()[:, None]
+
+
+class Results(NamedTuple):
+    statistics: Tensor
+    target_logits: Tensor
+    kept: Tensor | None
+    tops: Tensor | None
+    running: Tensor | None
+
+    def same(self, other: "Results") -> bool:
+        return all(torch.equal(x, y) for x, y in zip(self, other, strict=True) if x is not None)
+
+    def rows(self, rows: slice) -> "Results":
+        return Results(*(x if x is None else x[..., rows] for x in self[:2]), None, None, None)
+
+
+def problem(num_rows: int, vocab: int, dim: int, dtype=torch.bfloat16, options=(), softcap=None) -> Problem:
+    """Rows start at multiples of 16 bytes, whatever dim is."""
+    g = torch.Generator().manual_seed(0)
+    width = math.ceil(dim / 8) * 8
+    hidden = torch.randn(num_rows, width, generator=g).to(dtype)[:, :dim]
+    weight = (torch.randn(vocab, width, generator=g) * 3 / dim**0.5).to(dtype)[:, :dim]
+    bias = torch.randn(vocab, generator=g).to(dtype) if "bias" in options else None
+    temperatures = torch.rand(num_rows, generator=g) + 0.5 if "temperatures" in options else None
+    return Problem(hidden, weight, torch.randint(vocab, (num_rows,), generator=g), bias, temperatures, softcap)
+
+
+def folded(p: Problem, seed: int, kept=False, running=False, **mutation) -> Results:
+    num_rows, vocab = len(p.hidden), len(p.weight)
+    tiles = math.ceil(vocab / TILE)
+    results = Results(
+        torch.full((3, math.ceil(vocab / SPLIT), num_rows), math.nan),
+        torch.full((num_rows,), math.nan),
+        torch.full((num_rows, math.ceil(vocab / 8) * 8), 7.0, dtype=torch.float16)[:, :vocab] if kept else None,
+        torch.full((tiles, num_rows), math.nan) if kept else None,
+        torch.full((2, tiles, num_rows), math.nan) if running else None,
+    )
+    cuda_launches.launched("head_fold", seed, *p, *results, **mutation)
+    return results
+
+
+def statistics(z: Tensor) -> Tensor:
+    """[3, T]: maximum, sum e^(z - max), sum (z - max) e^(z - max)."""
+    top = z.max(1).values
+    shift = z - top[:, None]
+    return torch.stack([top, shift.exp().sum(1), torch.where(shift > -1000, shift * shift.exp(), 0).sum(1)])
+
+
+CASES = {
+    "one row": problem(1, 300, 64),
+    "one block of rows": problem(100, 256, 64, torch.float16),
+    "a pair of blocks": problem(200, 520, 192, options=["temperatures"], softcap=5.0),
+    "an idle block": problem(300, 700, 100, options=["bias"]),
+    "odd sizes": problem(131, 257, 67, torch.float16, ["bias", "temperatures"], 3.0),
+    "splits": problem(130, 2311, 64, options=["bias", "temperatures"]),
+}
+
+
+@pytest.mark.parametrize("kept, running", [(False, True), (True, False)], ids=["running", "kept"])
+@pytest.mark.parametrize("case", CASES)
+def test_as_logits_in_float64(case, kept, running):
+    p = CASES[case]
+    z, vocab = p.logits(), len(p.weight)
+    results = folded(p, seed=1, kept=kept, running=running)
+    splits = torch.stack([statistics(s) for s in z.split(SPLIT, 1)], 1)
+    torch.testing.assert_close(results.statistics.double(), splits, rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(results.target_logits.double(), z.gather(1, p.targets[:, None])[:, 0], rtol=0, atol=5e-6)
+    tiles = z.split(TILE, 1)
+    if running:
+        before = [z[:, v // SPLIT * SPLIT : v + TILE] for v in range(0, vocab, TILE)]
+        upto = torch.stack([statistics(x)[:2] for x in before], 1)
+        torch.testing.assert_close(results.running.double(), upto, rtol=1e-6, atol=2e-5)
+    if kept:
+        tops = torch.stack([x.max(1).values for x in tiles])
+        torch.testing.assert_close(results.tops.double(), tops, rtol=0, atol=5e-6)
+        e = torch.cat([(x - top[:, None]).exp() for x, top in zip(tiles, tops, strict=True)], 1)
+        torch.testing.assert_close(results.kept.double(), e, rtol=2**-11, atol=1e-5)
+        width = results.kept.stride(0)
+        beside = results.kept.as_strided((len(z), width - vocab), (width, 1), vocab)
+        assert (beside == 7).all()
+
+
+@pytest.mark.unpoisoned
+def test_a_row_has_the_same_bits_among_any_others_under_any_schedule():
+    """Alone, in either half of a pair of blocks, beside a block without rows; with exponentials kept or not."""
+    p = problem(300, 530, 100, options=["bias", "temperatures"], softcap=9.0)
+    whole = folded(p, seed=0, kept=True, running=True)
+    for seed in range(1, 8):
+        assert folded(p, seed, kept=True, running=True).same(whole)
+    for seed, rows in enumerate([slice(0, 1), slice(7, 128), slice(40, 180), slice(100, 300), slice(299, 300)]):
+        assert folded(p.rows(rows), seed).same(whole.rows(rows))
+
+
+def test_wild_targets_and_rows_that_are_not_finite_stay_alone():
+    p = problem(140, 300, 64)
+    clean = folded(p, seed=2, kept=True)
+    wild = torch.tensor([-1, -100, 300, 511, 1 << 40, -(1 << 62)])
+    p.targets[3:9] = wild
+    p.hidden[135] = math.nan
+    p.hidden[20, 5] = math.inf
+    results = folded(p, seed=3, kept=True)
+    touched = [*range(3, 9), 20, 135]
+    others = [i for i in range(140) if i not in touched]
+    assert torch.equal(results.statistics[..., others], clean.statistics[..., others])
+    assert torch.equal(results.statistics[..., 3:9], clean.statistics[..., 3:9])
+    assert torch.equal(results.target_logits[others], clean.target_logits[others])
+    assert torch.equal(results.kept[others], clean.kept[others])
+    assert results.statistics[1, 0, [20, 135]].isnan().all()
+
+
+def test_columns_of_probability_0():
+    p = problem(5, 300, 64, options=["bias"])
+    p.bias[:] = -math.inf
+    p.bias[[70, 280]] = 0
+    p.targets[:] = 70
+    results = folded(p, seed=4, kept=True)
+    want = statistics(p.logits()[:, [70, 280]])
+    torch.testing.assert_close(results.statistics[:, 0].double(), want, rtol=1e-6, atol=1e-5)
+    assert folded(p._replace(bias=torch.full_like(p.bias, -math.inf)), seed=5).statistics[1:].eq(0).all()
+
+
+def test_what_the_copy_engine_cannot_read_is_refused():
+    p = problem(4, 30, 64)
+    odd = torch.zeros(4, 69, dtype=torch.bfloat16)[:, :64]
+    with pytest.raises(RuntimeError, match=r"refuses a tensor map of \[4, 64\] elements with rows 69 elements apart"):
+        folded(p._replace(hidden=odd), seed=0)
+
+
+def instructions_per_logit(**options) -> float:
+    """Of a thread, with what one piece of the depth costs: what further columns take more."""
+    counts = []
+    for vocab in 1024, 2048:
+        cuda_launches.counts.clear()
+        folded(problem(256, vocab, 64), seed=0, **options)
+        counts.append(sum(cuda_launches.counts.values()))
+    return 32 * (counts[1] - counts[0]) / (256 * 1024)
+
+
+@pytest.mark.parametrize("kept, most", [(False, 11), (True, 12)])
+def test_instructions_per_logit(kept, most):
+    assert instructions_per_logit(kept=kept) <= most
+
+
+def changed(pattern: str, replacement: str, where: slice = slice(None)):
+    """A mutation of those places."""
+
+    def mutation(text: str) -> str:
+        places = list(re.finditer(pattern, text))[where]
+        assert places, f"no {pattern}"
+        for match in reversed(places):
+            text = text[: match.start()] + match.expand(replacement) + text[match.end() :]
+        return text
+
+    return mutation
+
+
+WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 done, .*;"
+DONE = "setp.eq.s32 done, 0, 0;"
+FIRST, SECOND, THIRD = slice(0, 1), slice(1, 2), slice(2, 3)
+INIT = r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\]), %r\d+;"
+CLUSTER = r"barrier\.cluster\.arrive\.release;\s*barrier\.cluster\.wait\.acquire;"
+MUTANTS = {
+    "stages are filled before they are left": (changed(WAIT, DONE, FIRST), "race|still being read"),
+    "stages are read before they are filled": (changed(WAIT, DONE, THIRD), "race|in flight|still being read"),
+    "the readers of one block are waited for": (changed(INIT, r"\1, 8;", slice(1, None, 2)), "race|still being read"),
+    "one reader too many is waited for": (changed(INIT, r"\1, 17;", slice(1, None, 2)), "hang"),
+    "blocks end before the other one has arrived": (changed(CLUSTER, "", SECOND), "ended|block ends while another"),
+    "barriers are used before they are there": (
+        changed(CLUSTER, "", FIRST),
+        "not initialised|not published|initialised yet",
+    ),
+    "barriers are not published": (changed(r"fence\.mbarrier_init\.release\.cluster;", ""), "not published"),
+    "halves of weight tiles stay at home": (changed(r"(multicast::cluster .*), %rs\d+;", r"\1, 1;"), "hang"),
+    "arrivals stay at home": (
+        changed(r"mapa\.shared::cluster\.u32 there, (%r\d+), %r\d+;", r"mov.b32 there, \1;"),
+        "still being read|hang",
+    ),
+    "more bytes are announced than come": (changed(r"(expect_tx.*), %r\d+;", r"\1, 65536;"), "hang"),
+    "products are not waited for": (changed(r"wgmma\.wait_group\.sync\.aligned 0;", ""), "touches an accumulator"),
+    "a stage is left while it is read": (
+        changed(r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;"),
+        "race|still being read",
+    ),
+    "accumulators are not fenced": (changed(r"wgmma\.fence\.sync\.aligned;", ""), "without a fence between"),
+    "boxes are not shown to the copy engine": (changed(r"fence\.proxy\.async\.shared::cta;", ""), "without a fence"),
+    "boxes are filled while they leave": (
+        changed(r"cp\.async\.bulk\.wait_group\.read 1;", "cp.async.bulk.wait_group.read 3;"),
+        "still being read",
+    ),
+    "blocks end before their boxes have left": (
+        changed(r"cp\.async\.bulk\.wait_group\.read 0;", ""),
+        "ends before its stores",
+    ),
+    "more registers than there are": (changed(r"(setmaxnreg\.inc.* )240;", r"\g<1>248;"), "deadlock: .*registers"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(mutant):
+    mutation, complaint = MUTANTS[mutant]
+    p = problem(200, 300, 320)  # more pieces of the depth than stages
+    with pytest.raises(Fault, match=complaint):
+        for seed in range(8):
+            folded(p, seed, kept=True, mutation=mutation)
