@@ -10,7 +10,7 @@ namespace qrm_fast {
 struct ScaledProduct {
   float* out;  // [rows, columns], rows `stride` apart
   int64_t stride;
-  const float* scale;  // of each row, `scale_stride` apart: 0 makes a row 0; or one for all, 0 apart
+  const float* scale;  // a power of 2 of each row, `scale_stride` apart: 0 makes a row 0; or one for all, 0 apart
   int scale_stride;
   int num_rows, num_columns;
   bool added;   // to out
@@ -25,59 +25,64 @@ class Scaled {
   __device__ Scaled(const ScaledProduct& p, const CUtensorMap&, int warp_row, uint32_t) : p_(p), warp_row_(warp_row) {}
 
   __device__ void begin(float (&z)[128], Tile tile) {
-    first_row_ = first_row(tile.row + warp_row_);
+    const int64_t row = first_row(tile.row + warp_row_);
+    const int column = tile.column + column_of(0);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = first_row_ + 8 * h;
-      scale_[h] = row < p_.num_rows ? p_.scale[row * p_.scale_stride] : 1;
+      const bool inside = row + 8 * h < p_.num_rows;
+      scale_[h] = inside ? p_.scale[(row + 8 * h) * p_.scale_stride] : 1;
+      out_[h] = p_.out + (row + 8 * h) * p_.stride + column;
+      num_columns_[h] = inside ? p_.num_columns - column : 0;
     }
 #pragma unroll
     for (float& x : z) x = 0;
     if (!p_.added) return;
-    each_pair(tile, [&](int i, float* out, bool both) {
-      float2 x{0, 0};
-      if (p_.paired) {
-        x = *reinterpret_cast<const float2*>(out);
-      } else {
-        x.x = out[0];
-        if (both) x.y = out[1];
-      }
-      z[i] = quotient(x.x, scale_[half_of(i)]);
-      z[i + 1] = quotient(x.y, scale_[half_of(i)]);
-    });
+    const float inverse[2] = {quotient(1, scale_[0]), quotient(1, scale_[1])};
+    if (p_.paired) {
+      each_pair([&](int i, const float* out, bool) {
+        const float2 x = *reinterpret_cast<const float2*>(out);
+        z[i] = x.x;
+        z[i + 1] = x.y;
+      });
+    } else {
+      each_pair([&](int i, const float* out, bool both) {
+        z[i] = out[0];
+        if (both) z[i + 1] = out[1];
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < 128; ++i) z[i] *= inverse[half_of(i)];
   }
 
-  __device__ void end(float (&z)[128], Tile tile) {
-    each_pair(tile, [&](int i, float* out, bool both) {
-      const float scale = scale_[half_of(i)];
-      const bool idle = p_.scale_stride != 0 && scale == 0;
-      const float2 x{idle ? 0 : z[i] * scale, idle ? 0 : z[i + 1] * scale};
-      if (p_.paired) {
-        *reinterpret_cast<float2*>(out) = x;
-      } else {
-        out[0] = x.x;
-        if (both) out[1] = x.y;
-      }
-    });
+  __device__ void end(float (&z)[128], Tile) {
+    const bool idle[2] = {p_.scale_stride != 0 && scale_[0] == 0, p_.scale_stride != 0 && scale_[1] == 0};
+#pragma unroll
+    for (int i = 0; i < 128; ++i) z[i] = idle[half_of(i)] ? 0 : z[i] * scale_[half_of(i)];
+    if (p_.paired) {
+      each_pair([&](int i, float* out, bool) { *reinterpret_cast<float2*>(out) = {z[i], z[i + 1]}; });
+    } else {
+      each_pair([&](int i, float* out, bool both) {
+        out[0] = z[i];
+        if (both) out[1] = z[i + 1];
+      });
+    }
   }
 
  private:
-  // Calls f(i, address of accumulator i, whether that of i + 1 is in out, too) for every second one in out.
+  // Calls f(i, where accumulator i belongs, whether i + 1 belongs beside it) for every second one that has a place.
   template <typename F>
-  __device__ void each_pair(Tile tile, const F& f) const {
+  __device__ void each_pair(const F& f) const {
 #pragma unroll
     for (int i = 0; i < 128; i += 2) {
-      const int64_t row = first_row_ + 8 * half_of(i);
-      const int column = tile.column + column_of(i);
-      if (row < p_.num_rows && column < p_.num_columns) {
-        f(i, p_.out + row * p_.stride + column, column + 1 < p_.num_columns);
-      }
+      const int offset = i / 4 * 8;
+      if (offset < num_columns_[half_of(i)]) f(i, out_[half_of(i)] + offset, offset + 1 < num_columns_[half_of(i)]);
     }
   }
 
   const ScaledProduct& p_;
   const int warp_row_;
-  int64_t first_row_ = 0;
+  float* out_[2];       // where the first accumulator of each row belongs
+  int num_columns_[2];  // from there on
   float scale_[2];
 };
 
