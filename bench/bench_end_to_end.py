@@ -173,6 +173,7 @@ def trl_trainer(folder: str, data: Data, rows_at_a_time: int) -> Any:
 def training_step(device: torch.device, num_answers: int, prompt: int, width: int, num_layers: int) -> Case:
     """One iteration: the answers sampled, judged, and learned from. TRL takes a group of answers at a time."""
     from qrm_fast.rl.cost_model import measured, shape_of_policy
+    from qrm_fast.rl.train import plan
 
     data = drawn(num_answers, prompt)
     folder = tempfile.TemporaryDirectory()
@@ -204,6 +205,9 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
     flops = 8 * data.num_tokens * num_parameters + 4 * one  # sampled and updated, attention's own products left out
     ways = {"qrm_fast": ours, own: trl.step}
     phases = {"qrm_fast": ours.phases, own: trl.phases}
+    lengths = [prompt + len(answer) for answer in data.answers]
+    [microbatches] = plan(list(range(num_answers)), lengths, [prompt] * num_answers, 1, ours.config, 0)
+    passes = {"qrm_fast": len(microbatches), own: num_answers // GROUP}
     return Case(
         ways,
         gate=gate,
@@ -211,7 +215,7 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
         num_baselines=flops / one,
         flops=flops,
         repeats=2,
-        details=lambda way: phases[way].figures(),
+        details=lambda way: phases[way].figures() | {"micro-batches": passes[way]},
         machine=machine,
         shares=partial(shares, ours),
     )

@@ -354,10 +354,10 @@ def test_triton_ties_temperatures_and_rows_after_the_last_step(by_triton):
 @pytest.mark.parametrize("operator", ["soft", "causal_soft", "sum"])
 def test_triton_steps_that_are_not_finite_spoil_their_own_sequence(by_triton, operator):
     for poison in math.nan, math.inf, -math.inf:
-        rewards, ends = torch.tensor([0.5, 0.25, poison, 0.75]), torch.tensor([0, 1, 4, 7])
-        returns, outcome, worst = by_triton(rewards, ends, torch.tensor([0, 3, 6, 8]), operator=operator)
-        assert returns.isnan().tolist() == [False] * 3 + [True] * 3 + [False] * 2
-        assert outcome.isnan().tolist() == [False, True, False] and worst[1] == -1
+        rewards, ends = torch.tensor([0.5, 0.25, poison, 0.75]), torch.tensor([0, 1, 4, 8])
+        returns, outcome, worst = by_triton(rewards, ends, torch.tensor([0, 3, 6, 7, 9]), operator=operator)
+        assert returns.isnan().tolist() == [False] * 3 + [True] * 3 + [False] * 3
+        assert outcome.isnan().tolist() == [False, True, False, False] and worst[1] == -1
 
 
 @pytest.mark.unpoisoned
@@ -391,16 +391,26 @@ def test_triton_whitens_and_masks_as_the_kernel_does(triton_device, monkeypatch)
         torch.testing.assert_close(result.cpu(), step_rows(values, base, ends, cu, *options), rtol=2e-7, atol=1e-9)
 
 
+def test_triton_rows_of_many_steps_and_of_none(triton_device):
+    """Several runs of rows per thread, sequences without rows between them, steps of one row."""
+    rewards, ends, cu = inputs([700, 0, 0, 1, 900, 5, 1394, 0], share=0.2)
+    for base in torch.randn(8, dtype=torch.float64), None:
+        arguments = [None if x is None else x.to(triton_device) for x in (rewards.double(), base, ends, cu)]
+        result = rows_triton.launch(*arguments, None, None, "", 3000, base is None, True)
+        want = step_rows(rewards.double(), base, ends, cu, None, None, "", 3000, base is None, True)
+        assert torch.equal(result.cpu(), want)
+
+
 @pytest.mark.overlapping
 def test_triton_stays_inside_its_tensors(triton_device):
     """Boundaries that a CPU kernel would refuse."""
     rewards, ends = torch.rand(5, device=triton_device), torch.tensor([1, 3, 4, 8, 9], device=triton_device)
-    for bounds in [0, 500], [-5, 4], [4, 1, 6], [1 << 40, 3], [7]:
+    for bounds in [0, 500], [-5, 4], [4, 1, 6], [1 << 40, 3], [0, 1 << 40], [7]:
         cu = torch.tensor(bounds, device=triton_device)
-        for wild in ends, ends.flip(0), ends - 7, ends + 100:
+        for wild in ends, ends.int(), ends.flip(0), ends - 7, ends + 100:
             values, _, _ = min_form_triton.launch(rewards, wild, cu, 10, "soft", 0.1)
-            rows = rows_triton.launch(values, None, wild, cu, None, None, "", 10, True, False)
-            assert values.shape == (5,) and rows.shape == (10,)
+            rows = rows_triton.launch(values, None, wild, cu, None, None, "", 12, True, False)
+            assert values.shape == (5,) and rows.shape == (12,)
 
 
 R, ENDS, CU = torch.zeros(3), torch.tensor([1, 2, 5]), torch.tensor([0, 3, 6])

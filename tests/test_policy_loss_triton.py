@@ -10,6 +10,8 @@ import math
 import pytest
 import test_policy_loss as op
 import torch
+import triton
+import triton.language as tl
 from cuda_graph import replayed
 from test_policy_loss import OPTIONS, ours, problem
 
@@ -55,6 +57,21 @@ def by_triton(triton_device, monkeypatch):
         "qrm_fast.ops.policy_loss._policy_loss",
         lambda *arguments: (*ByTriton.apply(triton_device, *arguments), None, None),
     )
+
+
+@triton.jit
+def exponentials(x, y, n, BT: tl.constexpr):
+    o = tl.arange(0, BT)
+    tl.store(y + o, kernels.exp_of_bounded(tl.load(x + o, o < n, 0.0)), o < n)
+
+
+def test_the_exponential_in_double(triton_device):
+    x = torch.cat([torch.linspace(-20, 20, 1500), torch.linspace(-0.3, 0.3, 500), torch.tensor([-700.0, 0, 700])])
+    x, y = x.double().to(triton_device), torch.empty(len(x), dtype=torch.float64, device=triton_device)
+    exponentials[(1,)](x, y, len(x), BT=2048)
+    torch.testing.assert_close(y, x.exp(), rtol=1e-11, atol=0)
+    small = (x.abs() > 1e-3) & (x.abs() < 0.3)
+    torch.testing.assert_close((y - 1 - x)[small], (x.expm1() - x)[small], rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import pack, plan_microbatches, prm_rewards, unpack
 from .attention import check_packing, shares_prompts
-from .config import Config, check_budget
+from .config import Config, check_budget, token_budget
 from .data import Example, Rows
 from .models import check_context, load_prm, load_q_rm
 from .prm import ends_a_step, find_steps, separator_id, separator_of
@@ -80,7 +80,7 @@ class Judge:
         changes = [int(a != b) for a, b in pairwise(prompts)]
         groups = list(accumulate(changes, initial=0))[: len(prompts)]  # neighbours with one prompt
         order = sorted(range(len(lengths)), key=lambda s: (groups[s], lengths[s]))
-        budget, shared = self.config.max_tokens, prompt_lens if self.share_prompts else None
+        budget, shared = token_budget(max(lengths), self.config), prompt_lens if self.share_prompts else None
         units, rows = sharing_units(order, groups, lengths, shared, budget)
         scores = torch.zeros(len(lengths), dtype=torch.float64)
         for bin in plan_microbatches(rows, max_tokens=budget)[0]:

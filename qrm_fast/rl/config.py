@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..ops.loss_weights import MODES
+from . import ranks
 from .ranges import Count, CountOrNone, NonNegative, Positive, Share, check_ranges
 from .run_folder import RunOptions
 from .verifiers import find_verifier
@@ -15,6 +16,7 @@ Importance = Literal["none", "truncate-token", "mask-token", "truncate-sequence"
 TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
 STREAMS = (*TOKEN_SCORES, "pure", "verifier")
 MIXTURE = "pure=1.0,verifier=1.0"
+CPU_TOKENS, GPU_TOKENS = 1280, 8192  # of a micro-batch: on a CPU more rows are hardly faster, and take memory
 ANNEALED = ("kl_coef", "entropy_coef", "clip_low", "clip_high")
 
 # What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
@@ -185,8 +187,8 @@ class Config(RunOptions):
     """Gradients are scaled down to this norm."""
     max_skipped: CountOrNone = 3
     """Optimiser steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
-    max_tokens: Count = 8192
-    """Packed tokens per micro-batch."""
+    max_tokens: CountOrNone = 0
+    """Packed tokens per micro-batch; 0: 8192, on a CPU 1280, or as many as the longest answer has with its prompt."""
     peak_tflops: NonNegative = 0.0
     """What one device can compute at most, dense and in `dtype`, by its data sheet: MFU is reported over it; 0: not."""
 
@@ -200,6 +202,8 @@ def check(config: Config) -> None:
     """Raise ValueError for a number out of range, an unknown mode or verifier, and options that do not go together."""
     check_ranges(config)
     find_verifier(config.verifier)
+    if config.engine == "vllm" and ranks.num_ranks() > 1:
+        raise ValueError(f'the engine "vllm" runs in one process, got {ranks.num_ranks()}')
     if config.loss_mode not in MODES:
         raise ValueError(f"loss_mode must be one of {', '.join(MODES)}, got {config.loss_mode}")
     streams = parse_streams(config.reward)
@@ -256,9 +260,14 @@ def check(config: Config) -> None:
         raise ValueError('kl_estimator "abs" exists in the reward only, expected k1, k2 or k3 with kl_in "loss"')
 
 
+def token_budget(longest: int, config: Config) -> int:
+    """Packed tokens per micro-batch, of answers of which the longest has so many with its prompt."""
+    return config.max_tokens or max(CPU_TOKENS if config.device == "cpu" else GPU_TOKENS, longest)
+
+
 def check_budget(longest: int, config: Config) -> None:
     """Raise ValueError where an answer of `longest` tokens with its prompt would fit no micro-batch."""
-    if longest > config.max_tokens:
+    if longest > token_budget(longest, config):
         raise ValueError(
             f"max_tokens must hold the longest prompt and max_new_tokens, {longest} tokens, got {config.max_tokens}"
         )

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 
 from .. import linear_policy_loss, linear_sample
 from .attention import backbone
+from .config import CPU_TOKENS
 from .flops import UpdateFlops, update_flops
 from .linear import use_onednn
 from .policy import Policy
@@ -218,7 +219,8 @@ def plan(scenario: Scenario) -> Plan:
         scenario.prompt_tokens, lengths[np.random.default_rng(0).permutation(len(lengths))], scenario.group_size
     )
     devices = Devices(max(1, scenario.gpus), scenario.nodes, scenario.sampler_gpus)
-    return costs(shape, work, ceilings, dtype, devices, scenario.scorers, scenario.reference)
+    most = math.inf if scenario.gpus else max(CPU_TOKENS, work.most_context)
+    return costs(shape, work, ceilings, dtype, devices, scenario.scorers, scenario.reference, most_tokens=most)
 
 
 class Devices(NamedTuple):
@@ -326,11 +328,16 @@ def costs(
     devices: Devices = ONE,
     scorers: int = 0,
     reference: bool = False,
+    *,
+    most_tokens: float = math.inf,
 ) -> Plan:
-    """Phases and memory of one device's `work`; the tokens are those of all."""
+    """Phases and memory of one device's `work`; the tokens are those of all.
+
+    A micro-batch has as many packed tokens as fit, but not more than `most_tokens`.
+    """
     size = dtype.itemsize
     whole = size * shape.parameters  # bytes of all weights
-    memory, max_tokens = _memory(shape, work, ceilings, size, devices, scorers + reference)
+    memory, max_tokens = _memory(shape, work, ceilings, size, devices, scorers + reference, most_tokens)
     num_batches = -(-work.num_rows // max_tokens)
 
     parts = _rollout(shape, work, ceilings, size, devices.per_sampler)
@@ -351,7 +358,7 @@ def costs(
 
 
 def _memory(
-    shape: Shape, work: Work, ceilings: Ceilings, size: int, devices: Devices, num_scorers: int
+    shape: Shape, work: Work, ceilings: Ceilings, size: int, devices: Devices, num_scorers: int, most_tokens: float
 ) -> tuple[dict[str, float], int]:
     """Bytes of a device at its peak, and the packed tokens of a micro-batch."""
     whole = size * shape.parameters
@@ -369,7 +376,8 @@ def _memory(
     per_row = shape.layers * saved + 2 * size * shape.hidden
     updating = {"layers, gathered": 2 * whole / shape.layers if devices.number > 1 else 0.0, "head": 4.0 * shape.head}
     room = FREE * ceilings.memory - sum(kept.values())
-    max_tokens = min(work.num_rows, int((room - sum(updating.values())) / per_row) // 256 * 256)
+    fitting = int((room - sum(updating.values())) / per_row) // 256 * 256
+    max_tokens = int(min(work.num_rows, most_tokens, fitting))
     if max_tokens < 1 or room < sum(sampling.values()):
         gigabytes = [x / 1e9 for x in (sum(kept.values()), sum(sampling.values()), FREE * ceilings.memory)]
         raise ValueError(

@@ -56,8 +56,8 @@ class FixedStep(Step):
         self.token = torch.zeros(cache.num_rows, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.token)
         self.seen = torch.zeros(cache.num_rows, 1, 1, cache.room, dtype=torch.bool, device=device)
-        self.run = self._run
         self.recorded = device.type != "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, token: Tensor, start: Tensor) -> Tensor:
         cache = self.cache
@@ -68,7 +68,10 @@ class FixedStep(Step):
         self.column.fill_(cache.now - cache.offset)
         if not self.recorded:
             self._record()
-        self.run()
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
         return self.hidden
 
     def _run(self) -> None:
@@ -85,7 +88,7 @@ class FixedStep(Step):
         try:
             with torch.cuda.graph(graph):
                 self._run()
-            self.run = graph.replay
+            self.graph = graph
         except RuntimeError as error:  # of its own code, which may ask the device for a number
             said = " ".join(str(error).split())
             warnings.warn(f"{type(self.model).__name__} is sampled without a CUDA graph: {said}", stacklevel=2)

@@ -1,6 +1,7 @@
 """Keys and values of the answers that are sampled at a time, one row each: rows enter and leave, columns move on."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ class RowCache(Cache):
 class RowLayer(DynamicLayer):
     def __init__(self, cache: RowCache) -> None:
         super().__init__()
-        self.cache, self.is_initialized = cache, False
+        # a proxy: in a cycle the buffers would stay through the update, until Python looks for cycles
+        self.cache: Any = proxy(cache)
+        self.is_initialized = False
 
     def rooms(self, *pair: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers [R, H, room, D]. Made when the first keys and values [H, P, D] come."""

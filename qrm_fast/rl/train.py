@@ -19,7 +19,7 @@ from . import ranks
 from .attention import check_packing, shares_prompts
 from .checkpoint import save_checkpoint
 from .coefficients import Coefficients
-from .config import Config, check, check_budget, parse_streams
+from .config import Config, check, check_budget, parse_streams, token_budget
 from .data import Example, Prompt, Rows, read_rows
 from .flops import update_flops
 from .lora import Start, adapted
@@ -77,8 +77,8 @@ def train(config: Config) -> TrainResult:
     model that does not compute packed sequences as it does each alone, and a state of another configuration;
     FloatingPointError after max_skipped steps that are not finite; `Stopped` after the step in which a signal came.
     """
-    check(config)
     ranks.connect(config.device)
+    check(config)
     folder = RunFolder(config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -225,7 +225,8 @@ def learn(
         # ---- report; this is where the step waits for the device
         own |= disagreement(sums[0], sampled)
         own["perf/prefix_sharing"] = torch.tensor(1 - num_rows / num_tokens)
-        own["perf/microbatch_fill"] = torch.tensor(num_rows / (len(packed.batches) * config.max_tokens))
+        room = len(packed.batches) * token_budget(max(lengths), config)
+        own["perf/microbatch_fill"] = torch.tensor(num_rows / room)
         row = report(advantages, sums, critic_norms, own, num_answers)
         skipped = skipped + int(row["policy/skipped"]) if row["policy/skipped"] else 0
         if skipped > config.max_skipped:
@@ -341,7 +342,7 @@ def plan(
     config: Config,
     seed: int,
 ) -> list[list[list[int]]]:
-    """Answers by mini-batch and micro-batch: mini-batches of random prompts, micro-batches within max_tokens.
+    """Answers by mini-batch and micro-batch: mini-batches of random prompts, micro-batches within the budget.
 
     With `prompt_lens` the answers to one prompt share it: they are in one micro-batch as far as it holds them.
     Every process has as many micro-batches in a mini-batch as the others, the last of them empty where it needs fewer.
@@ -352,10 +353,10 @@ def plan(
     groups = [s // config.group_size for s in range(len(lengths))]
     # by prompt, and by length, because packed attention takes equally long neighbours in one call
     order = sorted(kept, key=lambda s: (place[groups[s]], lengths[s]))
-    minibatches = []
+    max_tokens, minibatches = token_budget(max(lengths), config), []
     for part in (x.tolist() for x in torch.tensor(order).tensor_split(num_minibatches)):
-        units, rows = sharing_units(part, groups, lengths, prompt_lens, config.max_tokens)
-        microbatches = plan_microbatches(rows, max_tokens=config.max_tokens)[0]
+        units, rows = sharing_units(part, groups, lengths, prompt_lens, max_tokens)
+        microbatches = plan_microbatches(rows, max_tokens=max_tokens)[0]
         by_length = (sorted((units[i] for i in m), key=lambda unit: lengths[unit[0]]) for m in microbatches)
         minibatches.append([[s for unit in units for s in unit] for units in by_length])
     most = ranks.gather(torch.tensor([len(minibatch) for minibatch in minibatches])).amax(0).tolist()

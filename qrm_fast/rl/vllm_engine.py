@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ranks
 from .attention import without_adapters
 from .lora import merged_weights
 from .policy import Policy
@@ -28,14 +27,12 @@ class VLLMEngine:
     read in place when answers are asked for. On CUDA nothing is kept on the device between two calls, neither keys and
     values nor weights; on a CPU vLLM keeps both.
 
-    Raises ValueError without vLLM, in several processes and for a model that vLLM cannot run.
+    Runs in one process. Raises ValueError without vLLM and for a model that vLLM cannot run.
     """
 
     def __init__(
         self, policy: Policy, stop_ids: Sequence[int], *, max_len: int, max_rows: int = 512, cache_gib: float = 4.0
     ) -> None:
-        if ranks.num_ranks() > 1:
-            raise ValueError(f'the engine "vllm" runs in one process, got {ranks.num_ranks()}')
         self.vllm, plain = _import_vllm(), without_adapters(policy.model)
         self.stop_ids, self.max_len, self.sleeps = list(stop_ids), max_len, plain.device.type == "cuda"
         with TemporaryDirectory() as folder, _of_vllm(type(plain).__name__):

@@ -17,6 +17,7 @@ from .groups import LAUNCH as GROUP
 from .groups import by_group, led_group, members
 
 ROWS = {"BT": 512, "num_warps": 2}
+SEQUENCE_ROWS = {"BT": 256, "num_warps": 1}
 BATCH_SPLITS = 1024  # programs that share one set of all rows
 SEQUENCE_SPLITS = 4  # a constant: a sequence's bits must not depend on the batch
 BATCH_JOIN = {"BP": BATCH_SPLITS, "num_warps": 8}
@@ -137,15 +138,17 @@ def moments_of_groups(
 def launch(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group_ids: Tensor | None) -> Tensor:
     num_rows = x.shape[0]
     if cu_seqlens is None:
+        rows, join = ROWS, BATCH_JOIN
         num_sets, num_splits = 1, min(max(triton.cdiv(num_rows, ROWS["BT"]), 1), BATCH_SPLITS)
     else:
+        rows, join = SEQUENCE_ROWS, SEQUENCE_JOIN
         num_sets, num_splits = cu_seqlens.shape[0] - 1, SEQUENCE_SPLITS
     parts = x.new_empty(num_sets, num_splits, 3, dtype=torch.float64)
     sets = x.new_empty(num_sets, 3, dtype=torch.float64)
     if num_sets:
         with torch.cuda.device_of(x):
-            moments_rows[(num_sets, num_splits)](x, mask, cu_seqlens, parts, num_rows, **ROWS)
-            moments_join[(num_sets,)](parts, sets, num_splits, **(BATCH_JOIN if cu_seqlens is None else SEQUENCE_JOIN))
+            moments_rows[(num_sets, num_splits)](x, mask, cu_seqlens, parts, num_rows, **rows)
+            moments_join[(num_sets,)](parts, sets, num_splits, **join)
             if group_ids is not None:
                 ids, order = by_group(group_ids)
                 of_sequences, sets = sets, torch.empty_like(sets)

@@ -258,7 +258,7 @@ def process_levels(
             for i_t in range(bos + i_r * BT, eos, num_splits * BT):
                 o_t = i_t + tl.arange(0, BT)
                 m_t = o_t < eos
-                o_k = first + count_below(step_ends + first, last - first, num_halvings, o_t)
+                o_k = first + count_below(step_ends + first, (last - first).to(tl.int32), num_halvings, o_t)
                 b_x, _, b_end = level_steps(
                     returns, step_ends, o_k, first, last, bos, last_end, own_base, own_baseline, process_coef, PRESET
                 )

@@ -22,17 +22,47 @@ def sequence_of(cu_seqlens, o_t, num_sequences, num_halvings):
 
 
 @triton.jit
+def bit_length(n):
+    """Of n >= 0, or 1 more above 2^24: a search among n boundaries takes as many halvings."""
+    return (n.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+
+
+@triton.jit
+def bound_at(bounds, o, m):
+    """The bounds at `o`, beyond every row where there is none."""
+    return tl.load(bounds + o, m, 2**31 - 1 if bounds.dtype.element_ty == tl.int32 else 2**63 - 1)
+
+
+@triton.jit
 def count_below(bounds, num_bounds, num_halvings, b_row):
-    """How many of the ascending `bounds` are below each row."""
-    b_low = b_row * 0
-    b_high = b_low + num_bounds
-    for _ in range(0, num_halvings):
-        m_open = b_low < b_high
-        b_middle = (b_low + b_high) // 2
-        m_below = m_open & (tl.load(bounds + b_middle, m_open, 0).to(tl.int64) < b_row)
-        b_low = tl.where(m_below, b_middle + 1, b_low)
-        b_high = tl.where(m_open & ~m_below, b_middle, b_high)
+    """How many of the ascending `bounds` are below each row, int32; num_bounds < 2^num_halvings."""
+    b_low = tl.zeros(b_row.shape, tl.int32)
+    last = bounds - 1  # of n bounds, at n
+    for i in range(0, num_halvings):
+        b_next = b_low + (1 << (num_halvings - 1 - i))
+        b_bound = bound_at(last, b_next, b_next <= num_bounds)
+        b_low = tl.where(b_bound < b_row, b_next, b_low)
     return b_low
+
+
+@triton.jit
+def counts_below(bounds, num_bounds, row, later, W: tl.constexpr):
+    """How many of the ascending `bounds` are below either row, found by a program: a step asks W of them for each."""
+    o = tl.arange(0, W)
+    first = row * 0
+    last = first
+    num_counts = first + num_bounds + 1  # that may be meant, from `first` and `last` on
+    while num_counts > 1:
+        stride = tl.cdiv(num_counts, W)
+        b_first, b_last = first + o * stride, last + o * stride
+        m_first, m_last = (o > 0) & (b_first <= num_bounds), (o > 0) & (b_last <= num_bounds)
+        m_first = m_first & (tl.load(bounds + b_first - 1, m_first, 0).to(tl.int64) < row)
+        m_last = m_last & (tl.load(bounds + b_last - 1, m_last, 0).to(tl.int64) < later)
+        passed = tl.sum(m_first.to(tl.int32) + (m_last.to(tl.int32) << 16), 0)
+        first += (passed & 0xFFFF) * stride
+        last += (passed >> 16) * stride
+        num_counts = stride
+    return first, last
 
 
 @triton.jit
@@ -50,20 +80,8 @@ def first_from(ids, num_ids, group):
 
 @triton.jit
 def steps_of(step_ends, num_steps, begin, end):
-    """The steps [first, last) that end in rows [begin, end), by two searches at once: each waits for its own loads."""
-    first = begin * 0
-    first_high = first + num_steps
-    last = first
-    last_high = first_high
-    while (first < first_high) | (last < last_high):
-        middle = (first + first_high) // 2
-        last_middle = (last + last_high) // 2
-        before = tl.load(step_ends + middle, first < first_high, 0).to(tl.int64) < begin
-        last_before = tl.load(step_ends + last_middle, last < last_high, 0).to(tl.int64) < end
-        first_high = tl.where(before, first_high, middle)
-        last_high = tl.where(last_before, last_high, last_middle)
-        first = tl.where(before & (first < first_high), middle + 1, first)
-        last = tl.where(last_before & (last < last_high), last_middle + 1, last)
+    """The steps [first, last) that end in rows [begin, end)."""
+    first, last = counts_below(step_ends, num_steps, begin, end, 64)
     return first, tl.maximum(first, last)
 
 

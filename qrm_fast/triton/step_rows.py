@@ -1,8 +1,9 @@
 """Triton kernel of step_rows: values of steps spread over the rows of their steps, whitened on the way.
 
-One program per block of rows. A row finds its step and its sequence by binary search in cache-resident boundaries, so
-nothing per row is read but the penalty, and 4 bytes are written: no index tensor of length T, no launch that prepares
-one, and long and short sequences cost alike. Arithmetic is in double and rounded once; a row's bits depend on its step.
+One program, of one warp, per block of rows. It finds the steps and the sequences of the block by search in
+cache-resident boundaries, a thread finds among them those of the first of RUN rows and walks on from there, so nothing
+per row is read but the penalty, and 4 bytes are written: no index tensor of length T, no launch that prepares one, and
+long and short sequences cost alike. Arithmetic is in double and rounded once; a row's bits depend on its step.
 """
 
 import torch
@@ -11,12 +12,61 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..ops.step_rows import step_rows
-from .search import count_below
+from .search import bit_length, bound_at, count_below, counts_below
 
-LAUNCH = {"BT": 512, "num_warps": 4}
+LAUNCH = {"BT": 1024, "num_warps": 1, "maxnreg": 192}  # without the bound, ptxas spills to fit in more programs
+WIDTH = tl.constexpr(32)  # boundaries that a search asks for at a time
+RUN = tl.constexpr(16)  # rows that a thread takes in turn, and of which it searches the first
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_steps", "sequence_halvings", "step_halvings"])
+@triton.jit
+def woven(b_rows):
+    """[N RUN] from RUN tensors [N], of which the i-th has the rows i, RUN + i, ..."""
+    for i in tl.static_range(4):
+        b_pairs = ()
+        for k in tl.static_range(8 >> i):
+            b_pairs += (tl.join(b_rows[k], b_rows[k + (8 >> i)]),)
+        b_rows = b_pairs
+    return tl.reshape(b_rows[0], [b_rows[0].numel])
+
+
+@triton.jit
+def unwoven(b_x):
+    """The RUN tensors that are woven to b_x."""
+    b_rows = (tl.reshape(b_x, [b_x.numel // RUN, 2, 2, 2, 2]),)
+    for i in tl.static_range(4):
+        b_even = ()
+        b_odd = ()
+        for k in tl.static_range(1 << i):
+            b_pair = tl.split(b_rows[k])
+            b_even += (b_pair[0],)
+            b_odd += (b_pair[1],)
+        b_rows = b_even + b_odd
+    return b_rows
+
+
+@triton.jit
+def value_of_rows(values, base, step_ends, eos, has_before, b_k, m_k, b_end, b_s, m_s, b_eos):
+    """x of rows in step b_k, which ends at b_end, and sequence b_s, which ends before b_eos."""
+    m_step = m_k & (b_end < b_eos)
+    if base is not None:
+        return tl.load(tl.where(m_step, values + b_k, base + b_s), m_s, 0.0)
+    m_tail = m_s & ~m_step & (has_before | (b_k > 0))
+    b_before = tl.load(step_ends + b_k - 1, m_tail, -1).to(tl.int64)
+    m_tail = m_tail & (b_before >= tl.load(eos + b_s - 1, m_tail, 0).to(tl.int64))
+    b_x = tl.load(values + b_k - 1, m_tail, 0.0)
+    return tl.load(values + b_k, m_step, b_x - b_x)
+
+
+@triton.jit
+def whitened(b_x, mean, scale, WHITENING: tl.constexpr):
+    b_y = (b_x - mean) * scale
+    if WHITENING == "nonzero":
+        b_y = tl.where(b_x == 0.0, 0.0, b_y)
+    return b_y
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_steps"])
 def rows_of_steps(
     values,  # [K] float64
     base,  # [S] float64 or None
@@ -28,42 +78,65 @@ def rows_of_steps(
     num_rows,
     num_steps,
     num_sequences,
-    step_halvings,
-    sequence_halvings,
     WHITENING: tl.constexpr,
     MASK_STEP_ENDS: tl.constexpr,
     BT: tl.constexpr,
 ):
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    m_t = o_t < num_rows
-    i_step = count_below(step_ends, num_steps, step_halvings, o_t)
-    # the sequence with cu_seqlens[i] <= row < cu_seqlens[i + 1]
-    i_seq = count_below(cu_seqlens + 1, num_sequences, sequence_halvings, o_t + 1)
-    m_seq = m_t & (i_seq < num_sequences)
-    b_eos = tl.load(cu_seqlens + i_seq + 1, m_seq, 0).to(tl.int64)
-    b_end = tl.load(step_ends + i_step, m_t & (i_step < num_steps), num_rows).to(tl.int64)
-    m_step = m_seq & (i_step < num_steps) & (b_end < b_eos)
+    begin = tl.program_id(0).to(tl.int64) * BT
+    end = tl.minimum(begin + BT, num_rows)
+    first, last = counts_below(step_ends, num_steps, begin, end, WIDTH)
+    first_s, last_s = counts_below(cu_seqlens + 1, num_sequences, begin + 1, end, WIDTH)
+    # from here on tensors begin where the program's rows do
+    step_ends += first
+    values += first
+    eos = cu_seqlens + first_s + 1
     if base is not None:
-        b_x = tl.load(base + i_seq, m_seq, 0.0)
-    else:
-        b_bos = tl.load(cu_seqlens + i_seq, m_seq, 0).to(tl.int64)
-        b_before = tl.load(step_ends + i_step - 1, m_t & (i_step > 0), -1).to(tl.int64)
-        b_x = tl.load(values + i_step - 1, m_seq & (i_step > 0) & (b_before >= b_bos), 0.0)
-        b_x = b_x - b_x
-    b_x = tl.where(m_step, tl.load(values + i_step, m_step, 0.0), b_x)
-    if penalty is not None:
-        b_x -= tl.load(penalty + o_t, m_t, 0.0).to(tl.float64)
+        base += first_s
+    whole_steps = tl.maximum(last - first, 0).to(tl.int32)
+    whole_sequences = tl.maximum(last_s - first_s, 0).to(tl.int32)
+    steps_here = tl.minimum(whole_steps + 1, num_steps - first).to(tl.int32)
+    sequences_here = tl.minimum(whole_sequences + 1, num_sequences - first_s).to(tl.int32)
+    # a sequence that ends is followed by the next one, unless that has no rows
+    b_empty = tl.zeros([WIDTH], tl.int32)
+    for i in range(1, whole_sequences + 1, WIDTH):
+        o = i + tl.arange(0, WIDTH)
+        m = o < sequences_here
+        b_empty += tl.where(m & (tl.load(eos + o - 1, m, 0) == tl.load(eos + o, m, 0)), 1, 0)
+    halvings = bit_length(whole_sequences)
+    further_halvings = tl.where(tl.max(b_empty, 0) > 0, halvings, 0)
+
+    mean = tl.full([], 0.0, tl.float64)
+    scale = tl.full([], 1.0, tl.float64)
     if stats is not None:
         count, mean, m2 = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2)
         if WHITENING == "nonzero":
             variance = tl.maximum((m2 + tl.load(stats + 3) * mean * mean) / tl.maximum(count, 1.0), 1e-8)
         else:
             variance = m2 / tl.maximum(count - 1.0, 1.0) + 1e-8
-        b_y = (b_x - mean) * tl.rsqrt(variance)
-        b_x = tl.where((b_x == 0.0) & (WHITENING == "nonzero"), 0.0, b_y)
-    if MASK_STEP_ENDS:
-        b_x = tl.where((i_step < num_steps) & (b_end == o_t), 0.0, b_x)
-    tl.store(rows + o_t, b_x.to(rows.dtype.element_ty), m_t)
+        scale = tl.rsqrt(variance)
+    b_first = begin + tl.arange(0, BT // RUN) * RUN
+    b_k = count_below(step_ends, whole_steps, bit_length(whole_steps), b_first)
+    b_s = count_below(eos, whole_sequences, halvings, b_first + 1)
+    o_t = begin + tl.arange(0, BT)
+    if penalty is not None:
+        b_penalty = unwoven(tl.load(penalty + o_t, o_t < num_rows, 0.0))
+    b_rows = ()
+    for j in tl.static_range(RUN):
+        b_t = b_first + j
+        m_k, m_s = b_k < steps_here, b_s < sequences_here
+        b_end, b_eos = bound_at(step_ends, b_k, m_k), tl.load(eos + b_s, m_s, -1)
+        b_x = value_of_rows(values, base, step_ends, eos, first > 0, b_k, m_k, b_end, b_s, m_s, b_eos)
+        if penalty is not None:
+            b_x -= b_penalty[j].to(tl.float64)
+        if stats is not None:
+            b_x = whitened(b_x, mean, scale, WHITENING)
+        if MASK_STEP_ENDS:
+            b_x = tl.where(b_end == b_t, 0.0, b_x)
+        b_rows += (b_x.to(rows.dtype.element_ty),)
+        b_k += tl.where(b_end == b_t, 1, 0)
+        b_s += tl.where(b_eos == b_t + 1, 1, 0)
+        b_s = tl.maximum(b_s, count_below(eos, whole_sequences, further_halvings, b_t + 2))
+    tl.store(rows + o_t, woven(b_rows), o_t < num_rows)
 
 
 def launch(
@@ -93,8 +166,6 @@ def launch(
                 num_tokens,
                 num_steps,
                 num_sequences,
-                num_steps.bit_length(),
-                num_sequences.bit_length(),
                 WHITENING=whitening,
                 MASK_STEP_ENDS=mask_step_ends,
                 **LAUNCH,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptx import triton_launches
-from qrm_fast.triton import linear_policy_loss, moments, policy_loss
+from qrm_fast.triton import linear_policy_loss, moments, policy_loss, step_rows
 
 NUM_ROWS = 2048
 
@@ -25,8 +25,14 @@ def instructions_per_row(kernel: str, launch) -> float:
 
 @pytest.mark.parametrize(
     ("kind", "estimator", "columns", "most"),
-    [("ppo", "k3", 3, 130), ("cispo", "k2", 3, 100), ("ppo", "k1", 1, 90)],
-    ids=["every input", "cispo", "old log-probabilities alone"],
+    [
+        ("ppo", "k3", 3, 118),
+        ("ppo", "unbiased", 3, 120),
+        ("sapo", "k3", 3, 132),
+        ("cispo", "k2", 3, 90),
+        ("ppo", "k1", 1, 78),
+    ],
+    ids=["every input", "unbiased", "sapo", "cispo", "old log-probabilities alone"],
 )
 def test_policy_loss(monkeypatch, triton_device, kind, estimator, columns, most):
     monkeypatch.setattr(policy_loss, "PROGRAMS", 1)
@@ -41,7 +47,26 @@ def test_policy_loss(monkeypatch, triton_device, kind, estimator, columns, most)
     assert instructions_per_row("policy_loss_rows", launch) <= most
 
 
-@pytest.mark.parametrize(("masked", "most"), [(False, 16), (True, 20)])
+def test_gspo(monkeypatch, triton_device):
+    """Sequences of 256 rows."""
+    monkeypatch.setattr(policy_loss, "PROGRAMS", 1)
+
+    def launch(num_rows):
+        cu_seqlens, options = torch.arange(0, num_rows + 1, 256), ("gspo", 0.2, 0.28, 3.0, 0.01, "k3", 0.01)
+        policy_loss.forward(*torch.randn(5, num_rows), torch.rand(num_rows), cu_seqlens, *options)
+
+    assert instructions_per_row("policy_loss_rows", launch) <= 141
+    assert instructions_per_row("policy_loss_log_ratios", launch) <= 112
+
+
+def test_moments_of_sequences(triton_device):
+    def launch(num_rows):
+        moments.launch(torch.randn(num_rows), None, torch.arange(0, num_rows + 1, 256), None)
+
+    assert instructions_per_row("moments_rows", launch) <= 80
+
+
+@pytest.mark.parametrize(("masked", "most"), [(False, 15), (True, 19)])
 def test_moments(monkeypatch, triton_device, masked, most):
     monkeypatch.setattr(moments, "BATCH_SPLITS", 1)
 
@@ -49,6 +74,19 @@ def test_moments(monkeypatch, triton_device, masked, most):
         moments.launch(torch.randn(num_rows), torch.rand(num_rows) < 0.8 if masked else None, None, None)
 
     assert instructions_per_row("moments_rows", launch) <= most
+
+
+@pytest.mark.parametrize(("penalised", "most"), [(False, 51), (True, 56)])
+def test_rows_of_steps(triton_device, penalised, most):
+    """Steps of 40 rows, sequences of 512, in a batch of 2^17."""
+    ends, cu = torch.arange(39, 1 << 17, 40), torch.arange(0, (1 << 17) + 1, 512)
+    values, base, stats = torch.rand(len(ends)).double(), torch.rand(len(cu) - 1).double(), torch.rand(2, 3).double()
+
+    def launch(num_rows):
+        penalty = torch.rand(num_rows) if penalised else None
+        step_rows.launch(values, base, ends, cu, penalty, stats, "nonzero", num_rows, True, False)
+
+    assert instructions_per_row("rows_of_steps", launch) <= most
 
 
 @pytest.mark.parametrize(("entropy_coef", "most"), [(0.0, 22), (0.01, 40)])

@@ -142,6 +142,20 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(config, whole, tmp_
     assert sorted(path.name for path in tmp_path.glob("run/state*")) == ["state-00000003", "state-00000004"]
 
 
+def test_twenty_steps_after_a_kill_are_those_of_the_run_that_was_not_killed(config, tmp_path):
+    """PPO, whose critic and whose scale are remembered, too; killed between the steps of policy and critic."""
+    config = replace(config, **preset("qrm-released", "ppo"), num_iterations=21, eval_data=config.data)
+    whole = train(replace(config, out=str(tmp_path / "whole")))
+    config = replace(config, out=str(tmp_path / "run"))
+    process = context.Process(target=run_to, args=("after a step", config))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert newest_state(tmp_path / "run")[1]["step"] == 1
+    goes_on(config, whole)
+    assert [row["step"] for row in whole.metrics] == list(range(22))
+
+
 def test_a_full_disk_ends_a_run_that_has_its_older_state(config, whole, tmp_path, monkeypatch):
     """Files may not grow beyond some bytes from the second state on."""
     config = replace(config, out=str(tmp_path / "run"))

@@ -1,6 +1,8 @@
 """Sampled tokens and their log-probabilities against a full forward of each sequence."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from qrm_fast.rl.decoding import Step, can_be_fixed
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.policy import Policy, PolicyHead
 from qrm_fast.rl.rollout import TransformersEngine
+from qrm_fast.rl.row_cache import RowCache
 from qrm_fast.rl.tokenizers import load_tokenizer
 
 EOS = 1
@@ -194,6 +197,21 @@ def test_steps_of_fixed_shape_are_the_same(policy, spare, max_rows, monkeypatch,
     with torch.no_grad():
         expected = scores(model, [row for row in rows for _ in range(2)], rollout, 1.0)
     torch.testing.assert_close(torch.cat(rollout.logprobs), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_keys_and_values_go_with_the_answers(policy, fixed, monkeypatch):
+    """Also before Python looks for cycles: an update follows, which needs the memory."""
+    made, init = [], RowCache.__init__
+    monkeypatch.setattr(
+        RowCache, "__init__", lambda self, *x, **y: made.append(weakref.ref(self)) or init(self, *x, **y)
+    )
+    gc.disable()
+    try:
+        generate(policy, prompts(4), fixed=fixed)
+        assert [cache() for cache in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_window_smaller_than_the_cache_needs_its_columns_in_order(policy):

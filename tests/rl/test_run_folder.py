@@ -223,7 +223,6 @@ def test_a_killed_run_goes_on_and_leaves_no_lock(data, tmp_path):
         (dict(lr=float("nan")), "lr must be at least 0, got nan"),
         (dict(decay=2.0), "decay must be from 0 to 1, got 2.0"),
         (dict(save_every=-1), "save_every must be at least 0, got -1"),
-        (dict(max_tokens=0), "max_tokens must be at least 1, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused_by_every_training(data, tmp_path, options, sentence):
@@ -237,8 +236,10 @@ def test_options_of_one_training(data, tmp_path):
     (sft, sft_config), (rm, rm_config), (rl, rl_config) = trainings(data, tmp_path)
     for run, config, sentence in (
         (sft, replace(sft_config, warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
+        (sft, replace(sft_config, max_tokens=0), "max_tokens must be at least 1, got 0"),
         (rm, replace(rm_config, beta=0.0), "beta must be above 0, got 0.0"),
         (rm, replace(rm_config, heldout=-0.3), "heldout must be from 0 to 1, got -0.3"),
+        (rl, replace(rl_config, max_tokens=-1), "max_tokens must be at least 0, got -1"),
         (rl, replace(rl_config, kl_coef=-0.1), "kl_coef must be at least 0, got -0.1"),
         (rl, replace(rl_config, clip_low=1.5), "clip_low must be from 0 to 1, got 1.5"),
     ):

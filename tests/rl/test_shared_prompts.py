@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from qrm_fast import pack
 from qrm_fast.rl.attention import check_packing, packed_attention, shares_prompts
 from qrm_fast.rl.checkpoint import save_checkpoint
-from qrm_fast.rl.config import Config, preset
+from qrm_fast.rl.config import Config, preset, token_budget
 from qrm_fast.rl.models import load_policy, load_token_model
 from qrm_fast.rl.policy import Policy
 from qrm_fast.rl.prm import ends_a_step, find_steps
@@ -175,6 +175,13 @@ def test_the_loop_learns_the_same_and_says_how_much_was_shared(config, monkeypat
         for name in a:
             if not name.startswith(("time/", "perf/")):
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_budget_that_is_left_open_holds_the_longest_answer():
+    config = Config(model="", data="", out="")
+    assert token_budget(100, config) == 1280 and token_budget(3000, config) == 3000
+    assert token_budget(100, replace(config, device="cuda:1")) == 8192
+    assert token_budget(100, replace(config, max_tokens=70)) == 70
 
 
 @settings(deadline=None, max_examples=60)

@@ -79,6 +79,16 @@ def test_the_engine_is_the_one_that_is_asked_for(config, monkeypatch):
     assert asked == [{"max_len": 82 + config.max_new_tokens, "cache_gib": 2.0}]
 
 
+def test_one_process_for_vllm_is_asked_for_before_anything_is_read(config, monkeypatch):
+    config = replace(config, engine="vllm", model=f"{config.out}/nowhere")
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        train(config)
+    monkeypatch.setattr(loop.ranks, "num_ranks", lambda: 2)
+    with pytest.raises(ValueError, match='the engine "vllm" runs in one process, got 2'):
+        train(config)
+    assert not Path(config.out).exists()
+
+
 @pytest.mark.parametrize(("importance", "weight"), [("none", None), ("truncate-token", 1.05), ("mask-sequence", 0.0)])
 def test_a_sampler_that_differs_is_measured_and_weighed(config, monkeypatch, importance, weight):
     """One that says log-probabilities a tenth too low, and of the first token of all four tenths, in each iteration."""

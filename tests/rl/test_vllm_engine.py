@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qrm_fast.rl import ranks
 from qrm_fast.rl.lora import merged_weights
 from qrm_fast.rl.models import load_policy
 from qrm_fast.rl.policy import Policy
@@ -177,7 +176,4 @@ def test_where_there_is_no_engine(engine, monkeypatch):
         build()
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r'"vllm" needs the package vllm, pip install .qrm_fast\[vllm\]., got'):
-        build()
-    monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
-    with pytest.raises(ValueError, match='the engine "vllm" runs in one process, got 2'):
         build()
