@@ -28,7 +28,7 @@ test: $(built)
 	$(PYTHON) -m pytest $(if $(DATA),--real-data $(DATA)) -rs --durations=10 \
 		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 and with the CUDA fold (90a) as well;
+# The tests of Triton kernels on their PTX for sm_90, those of the heads for sm_80 and by csrc/cuda (90a) as well;
 # instructions per row.
 test-ptx: export PYTHONPATH := tests:.
 test-ptx: $(built)

@@ -10,7 +10,7 @@ from .ops.discounted_returns import discounted_returns
 from .ops.gae import Advantages, gae
 from .ops.gather_logprobs import gather_logprobs
 from .ops.group_advantages import group_advantages
-from .ops.head_fold import has_head_fold
+from .ops.hopper import not_served
 from .ops.implicit_rewards import implicit_rewards
 from .ops.informative_groups import informative_groups
 from .ops.linear_logprobs import TokenLogprobs, linear_logprobs
@@ -59,7 +59,7 @@ _lacking = [row.op for row in _served if row.cpu is None]
 if has_cuda_kernels:
     _scans = "discounted_returns", "gae", "min_gae", "vtrace"
     _lacking += [f"{row.op} for CUDA" for row in _served if row.cuda is None and row.op in _scans]
-    _lacking += [] if has_head_fold(torch.device("cuda")) else ["head_fold for CUDA"]
+    _lacking += [f"{name} for CUDA" for name in not_served("cuda")]
 if _lacking:  # their references would take over in silence
     raise ImportError(
         "the compiled extensions of qrm_fast are older than its sources: they lack kernels of "

@@ -15,6 +15,7 @@ from test_linear_logprobs import OPTIONS, make, make_up_to_30, naive, of_logits
 import qrm_fast
 from qrm_fast.triton import linear_logprobs as kernels
 from qrm_fast.triton import linear_logprobs_backward as backward_kernels
+from qrm_fast.triton import product
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # interpreter
@@ -284,17 +285,43 @@ def test_both_folds_agree(dtype, triton_device, monkeypatch):
     for softcap in None, 5.0:
         arguments = tensors["hidden"], tensors["weight"], rest["targets"], tensors["bias"], rest["temperature"]
         head = kernels.Head(*(x.to(triton_device) for x in arguments), softcap)
-        if not kernels.compiled(head):
+        if not kernels.compiled(head.hidden, head.weight):
             pytest.skip("no compiled fold for this device")
         results = []
         for compiled in True, False:
-            monkeypatch.setattr(kernels, "compiled", lambda _, compiled=compiled: compiled)
+            monkeypatch.setattr(kernels, "compiled", lambda *_, compiled=compiled: compiled)
             target_logits = torch.zeros(150, device=triton_device)  # stays where a target is ignored
             results.append((kernels.fold(head, target_logits), target_logits))
         monkeypatch.undo()
         (ours, ours_targets), (others, others_targets) = results
         torch.testing.assert_close(ours, others, rtol=2e-6, atol=2e-6)
         assert torch.equal(ours_targets, others_targets)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_both_gradients_agree(softcap, triton_device, monkeypatch):
+    """dZ and its two products by csrc/cuda, where it serves, and by Triton: the same bits."""
+    tensors, rest = make(150, 72, 300, torch.bfloat16, bias=True, temperature=True)
+    arguments = tensors["hidden"], tensors["weight"], rest["targets"], tensors["bias"], rest["temperature"]
+    head = kernels.Head(*(x.to(triton_device) for x in arguments), softcap)
+    if not product.compiled(head.hidden, head.weight):
+        pytest.skip("no compiled product for this device")
+    lse = kernels.forward(*head[:4], 1.0, *head[4:], -100)[2]
+    factors = torch.randn(4, 150, device=triton_device)
+    factors[0] = torch.randint(-3, 4, (150,)).exp2()  # scales
+    factors[0, 3] = 0
+    results = []
+    for compiled in True, False:
+        for module in backward_kernels, product:
+            monkeypatch.setattr(module, "compiled", lambda *_, compiled=compiled: compiled)
+        dz = torch.zeros(150, 304, dtype=torch.bfloat16, device=triton_device)[:, :300]
+        dx, dw = (torch.full_like(x, 0.5, dtype=torch.float32) for x in (head.hidden, head.weight))
+        launch = backward_kernels.dz_blocks(dz.dtype, 9, True, softcap is not None)
+        backward_kernels.fill(dz, 0, head, factors, (lse, torch.zeros_like(lse)), None, launch)
+        product.multiply(dz, head.weight, dx, factors[0], added=True, transposed=False)
+        product.multiply(dz, head.hidden, dw, factors[0, 0], added=True, transposed=True)
+        results.append((dz, dx, dw))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.gpu

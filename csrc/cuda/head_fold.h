@@ -1,46 +1,26 @@
-// What becomes of a tile of products: logits in the accumulators that made them, and their fold into (max, sum,
-// weighted sum) of each row. The formulas are those of qrm_fast/triton/linear_logprobs.py and logits.py.
+// The fold of a tile of logits into (max, sum, weighted sum) of each row: the formulas of
+// qrm_fast/triton/linear_logprobs.py.
 #pragma once
-#include "../indices.h"
-#include "head_product.h"
+#include "head_logits.h"
 
 namespace qrm_fast {
 
 constexpr int SPLIT = 2048;  // columns whose statistics are one
 
 struct HeadFold {
-  const int64_t* targets;     // [T]
-  const void* bias;           // [V] or null
-  const float* temperatures;  // [T] or null: all of them are 1
-  float softcap;              // 0: none
-  float* statistics;          // [3, splits, T]: maximum, sum and weighted sum of each split
-  float* target_logits;       // [T]
-  float* tops;                // [tiles of columns, T] or null: what the exponentials that are kept are relative to
-  float* running;             // [2, tiles of columns, T] or null: maximum and sum of the split after each tile
-  int num_rows, vocab, dim;
+  HeadLogits head;
+  const int64_t* targets;  // [T]
+  float* statistics;       // [3, splits, T]: maximum, sum and weighted sum of each split
+  float* target_logits;    // [T]
+  float* tops;             // [tiles of columns, T] or null: what the exponentials that are kept are relative to
+  float* running;          // [2, tiles of columns, T] or null: maximum and sum of the split after each tile
 };
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline float exp_fast(float x) { return exp2_fast(1.4426950408889634f * x); }
-__device__ inline float quotient(float x, float y) {
-  float q;
-  asm("div.full.f32 %0, %1, %2;" : "=f"(q) : "f"(x), "f"(y));
-  return q;
-}
-
-__device__ inline float widened(__half x) { return __half2float(x); }
-__device__ inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// As in qrm_fast/triton/logits.py, to the bit: linear_sample finds its token among logits of that one.
-__device__ inline float tanh_fast(float x) {
-  const float e = exp2_fast(-2.8853900817779268f * fabsf(x)), far = quotient(1 - e, 1 + e), s = x * x;
-  const float series = fmaf(s, fmaf(s, fmaf(s, 62.f / 2835, -17.f / 315), 2.f / 15), -1.f / 3);
-  return fabsf(x) < 0.25f ? fmaf(x * s, series, x) : x < 0 ? -far : far;
-}
+// One split of the columns, for the same rows.
+struct SplitTiles {
+  int row, column, count;
+  __device__ Tile operator[](int i) const { return {row, column + i * TILE_COLUMNS}; }
+};
 
 // Statistics max z, sum e^(z - max), sum (z - max) e^(z - max) of columns of a row; a sum of 0 is no column.
 struct Folded {
@@ -66,27 +46,33 @@ __device__ inline float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// The two rows of a lane, first + 8 h, through the tiles of one split.
+// The two rows of a lane through the tiles of one split, the same rows of each.
 template <typename T>
-class RowsFold {
+class Fold {
  public:
-  __device__ RowsFold(const HeadFold& p, int64_t row) : p_(p) {
+  using Parameters = HeadFold;
+  static constexpr bool kAdded = false;
+
+  __device__ Fold(const HeadFold& p, const CUtensorMap& kept, int warp_row, uint32_t boxes)
+      : p_(p), kept_(kept), warp_row_(warp_row), boxes_(boxes) {}
+
+  __device__ void begin(float (&)[128], Tile tile) {
+    if (tile.column % SPLIT != 0) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      row_[h] = row + threadIdx.x % 32 / 4 + 8 * h;
-      target_[h] = row_[h] < p.num_rows ? p.targets[row_[h]] : -1;
-      temperature_[h] = p.temperatures != nullptr && row_[h] < p.num_rows ? p.temperatures[row_[h]] : 1;
+      row_[h] = first_row(tile.row + warp_row_) + 8 * h;
+      target_[h] = row_[h] < p_.head.num_rows ? p_.targets[row_[h]] : -1;
+      temperature_[h] = temperature_of(p_.head, row_[h]);
+      folded_[h] = {};
     }
   }
 
-  // Accumulators of columns from `column` on become exponentials.
-  __device__ void fold(float (&z)[128], int column) {
-    finish_logits(z, column);
-    store_target_logits(z, column);
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, weighted[2] = {0, 0};
+  __device__ void end(float (&z)[128], Tile tile) {
+    finish_logits<T>(p_.head, z, tile.column, temperature_);
+    store_target_logits(z, tile.column);
+    float top[2] = {-INFINITY, -INFINITY}, origin[2], sum[2] = {0, 0}, weighted[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < 128; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], z[i]);
-    float origin[2];
+    for (int i = 0; i < 128; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], z[i]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       top[h] = row_max(top[h]);
@@ -94,111 +80,54 @@ class RowsFold {
     }
 #pragma unroll
     for (int i = 0; i < 128; ++i) {
-      const int h = i / 2 % 2;
+      const int h = half_of(i);
       const float shift = z[i] - origin[h];
       z[i] = exp_fast(shift);
       sum[h] += z[i];
       weighted[h] += z[i] * fmaxf(shift, -1000.f);  // where e is 0 the shift may be -inf
     }
+    const bool last = tile.column + TILE_COLUMNS >= min((tile.column / SPLIT + 1) * SPLIT, p_.head.vocab);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       folded_[h].merge(top[h], row_sum(sum[h]), row_sum(weighted[h]));
-      if (threadIdx.x % 4 != 0 || row_[h] >= p_.num_rows) continue;
-      const int64_t tile = column / TILE_COLUMNS, tiles = ceil_div(p_.vocab, TILE_COLUMNS);
-      if (p_.tops != nullptr) p_.tops[tile * p_.num_rows + row_[h]] = origin[h];
-      if (p_.running != nullptr) {
-        p_.running[tile * p_.num_rows + row_[h]] = folded_[h].max;
-        p_.running[(tiles + tile) * p_.num_rows + row_[h]] = folded_[h].sum;
-      }
+      if (threadIdx.x % 4 != 0 || row_[h] >= p_.head.num_rows) continue;
+      const Folded& f = folded_[h];
+      store(p_.tops, TILE_COLUMNS, tile.column, row_[h], {origin[h]});
+      store(p_.running, TILE_COLUMNS, tile.column, row_[h], {f.max, f.sum});
+      if (last) store(p_.statistics, SPLIT, tile.column, row_[h], {f.max, f.sum, f.weighted});
     }
-  }
-
-  __device__ void store_statistics(int64_t split) const {
-    const int64_t splits = ceil_div(p_.vocab, SPLIT);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (threadIdx.x % 4 != 0 || row_[h] >= p_.num_rows) continue;
-      const float values[3] = {folded_[h].max, folded_[h].sum, folded_[h].weighted};
-#pragma unroll
-      for (int k = 0; k < 3; ++k) p_.statistics[(k * splits + split) * p_.num_rows + row_[h]] = values[k];
-    }
+    if (p_.tops != nullptr) store_tile<__half>(kept_, z, tile.row + warp_row_, tile.column, boxes_);
   }
 
  private:
-  // The column of accumulator i within the tile.
-  __device__ static int place(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
-
-  __device__ void finish_logits(float (&z)[128], int column) const {
-    if (p_.bias != nullptr) {
-      const T* bias = static_cast<const T*>(p_.bias) + column;
-#pragma unroll
-      for (int i = 0; i < 128; i += 4) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float b = column + place(i + c) < p_.vocab ? widened(bias[place(i + c)]) : 0;
-          z[i + c] += b;
-          z[i + 2 + c] += b;
-        }
-      }
-    }
-    if (p_.softcap != 0) {
-#pragma unroll
-      for (int i = 0; i < 128; ++i) z[i] = p_.softcap * tanh_fast(quotient(z[i], p_.softcap));
-    }
-    if (p_.temperatures != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 128; ++i) z[i] = quotient(z[i], temperature_[i / 2 % 2]);
-    }
-    if (column + TILE_COLUMNS > p_.vocab) {
-#pragma unroll
-      for (int i = 0; i < 128; ++i) {
-        if (column + place(i) >= p_.vocab) z[i] = -INFINITY;
-      }
-    }
-  }
-
   __device__ void store_target_logits(const float (&z)[128], int column) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (target_[h] < column || target_[h] >= column + TILE_COLUMNS || row_[h] >= p_.num_rows) continue;
+      if (target_[h] < column || target_[h] >= column + TILE_COLUMNS || row_[h] >= p_.head.num_rows) continue;
       const int here = static_cast<int>(target_[h]) - column;
 #pragma unroll
       for (int i = 0; i < 128; ++i) {
-        if (i / 2 % 2 == h && place(i) == here) p_.target_logits[row_[h]] = z[i];
+        if (half_of(i) == h && column_of(i) == here) p_.target_logits[row_[h]] = z[i];
       }
     }
   }
 
+  // To [values, pieces of `width` columns, T], where there is such.
+  template <int kCount>
+  __device__ void store(float* to, int width, int column, int64_t row, const float (&values)[kCount]) const {
+    if (to == nullptr) return;
+    const int64_t piece = column / width, pieces = ceil_div(p_.head.vocab, width);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) to[(k * pieces + piece) * p_.head.num_rows + row] = values[k];
+  }
+
   const HeadFold& p_;
+  const CUtensorMap& kept_;
+  const int warp_row_;
+  const uint32_t boxes_;
   int64_t row_[2], target_[2];
   float temperature_[2];
   Folded folded_[2];
 };
-
-// Exponentials of a warp's rows of a tile, rounded to float16, by way of its boxes in shared memory.
-__device__ inline void keep(const CUtensorMap& kept, const float (&e)[128], int row, int column, uint32_t boxes) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int box = 0; box < TILE_COLUMNS / BOX_COLUMNS; ++box) {
-    const uint32_t at = boxes + box % BOXES * BOX_BYTES, lane_row = at + lane % WARP_ROWS * 128;
-    if (lane == 0) hopper::await_stores<BOXES - 1>();
-    __syncwarp();
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {  // of pieces of 8 columns
-      uint32_t x[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int i = box * 32 + pair * 8 + k * 2;
-        const __half2 both = __floats2half2_rn(e[i], e[i + 1]);
-        x[k] = reinterpret_cast<const uint32_t&>(both);
-      }
-      const int piece = 2 * pair + lane / WARP_ROWS;
-      hopper::store_matrices(lane_row + ((piece ^ lane % 8) << 4), x);
-    }
-    hopper::show_to_copies();
-    __syncwarp();
-    if (lane == 0) hopper::store_box(kept, row, column + box * BOX_COLUMNS, at);
-  }
-}
 
 }  // namespace qrm_fast

@@ -114,10 +114,11 @@ __device__ inline void store_matrices(uint32_t to, const uint32_t (&x)[4]) {
 
 // Products
 
-// Of a matrix in rows of 128 bytes as load_box leaves them; 16 elements further along the depth are 2 more.
-__device__ inline uint64_t described(uint32_t address) {
-  constexpr uint64_t eight_rows = 1024 >> 4, swizzled_by_128 = 1, unused = 1;
-  return (address & 0x3ffff) >> 4 | unused << 16 | eight_rows << 32 | swizzled_by_128 << 62;
+// Of a matrix in rows of 128 bytes as load_box leaves them, in units of 16 bytes. Where the depth lies across the rows,
+// 64 further rows or columns of the factor start `next` bytes on.
+__device__ inline uint64_t described(uint32_t address, uint32_t next) {
+  constexpr uint64_t eight_rows = 1024 >> 4, swizzled_by_128 = 1;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(next >> 4) << 16 | eight_rows << 32 | swizzled_by_128 << 62;
 }
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -149,13 +150,14 @@ __device__ inline void settle(float (&z)[kCount]) {
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "               \
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "   \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
-      "}, %128, %129, adds, 1, 1, 0, 0;\n\t}"                                                          \
+      "}, %128, %129, adds, 1, 1, %131, %132;\n\t}"                                                    \
       : QRM_FAST_32(z, 0), QRM_FAST_32(z, 32), QRM_FAST_32(z, 64), QRM_FAST_32(z, 96)                  \
-      : "l"(a), "l"(b), "r"(static_cast<int>(adds)))
+      : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kRowsAcross), "n"(kColumnsAcross))
 
 // z = a b^T, plus z where `adds`: 64 x 256 accumulators of four warps from 16 steps of the depth. Warp w of the four
-// has rows 16 w and up; z[4 j + 2 h + c] of lane l stands in row l / 4 + 8 h, column 8 j + 2 (l % 4) + c.
-template <typename T>
+// has rows 16 w and up; z[4 j + 2 h + c] of lane l stands in row l / 4 + 8 h, column 8 j + 2 (l % 4) + c. The depth
+// lies along the rows of a and b in memory, or across them.
+template <typename T, int kRowsAcross, int kColumnsAcross>
 __device__ inline void multiply(float (&z)[128], uint64_t a, uint64_t b, bool adds) {
   if constexpr (std::is_same_v<T, __half>) {
     QRM_FAST_MULTIPLY("f16");

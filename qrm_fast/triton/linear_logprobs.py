@@ -16,10 +16,9 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ..ops.head_fold import has_head_fold
 from ..ops.linear_logprobs import _forward
 from .logits import MERGE, SPLIT, Head, load_temperature, logits, per_row, picked, target_column
-from .product import GROUP, blocks, capability, describable, grouped, operand, store_block, vectorised
+from .product import GROUP, blocks, capability, compiled, describable, grouped, operand, store_block, vectorised
 
 
 @triton.jit
@@ -185,7 +184,7 @@ def fold(
     (num_rows, dim), vocab = hidden.shape, len(weight)
     num_splits = triton.cdiv(vocab, SPLIT)
     statistics = hidden.new_empty(3, num_splits, num_rows, dtype=torch.float32)
-    if compiled(head):
+    if compiled(hidden, weight):
         torch.ops.qrm_fast.head_fold(*head, statistics, target_logits, kept, tops, running)
         return statistics
     described = describable(hidden, weight)
@@ -218,12 +217,6 @@ def fold(
     return statistics
 
 
-def compiled(head: Head) -> bool:
-    """Whether csrc/cuda/head_fold.cu folds it: on Hopper, matrices that the copy engine loads."""
-    hidden, weight = head.hidden, head.weight
-    return capability(hidden) == 9 and describable(hidden, weight) and has_head_fold(hidden.device)
-
-
 def fold_blocks(head: Head, kept: bool) -> dict[str, int]:
     """What is kept changes no block's columns nor depth: a log-probability has the same bits either way.
 
@@ -233,7 +226,7 @@ def fold_blocks(head: Head, kept: bool) -> dict[str, int]:
     hidden, weight, _, bias, _, softcap = head
     described = describable(hidden, weight)
     crowded = softcap is not None or (not described and (bias is not None or not vectorised(hidden, weight)))
-    crowded &= not compiled(head)
+    crowded &= not compiled(hidden, weight)
     launch = blocks(hidden.dtype, capability(hidden), described, halved=crowded, stored=kept and described)
     return launch if described else launch | {"BD": min(launch["BD"], 32)}
 

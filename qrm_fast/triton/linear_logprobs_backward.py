@@ -5,7 +5,8 @@ dtype, divided by a power of 2 of its row so that 16 bits hold it whatever the s
 dZ W and dZ^T X in float32. For 16-bit inputs tensor cores need a 16-bit dZ: its rounding, 2^-9 of each element in
 bfloat16, is about that of the gradient itself. 6 T D V FLOP. A program makes one block of dZ: of 1024 rows there are
 256 in COLUMNS columns, for the 132 SMs of an H200. A row's dZ W runs over V in order, in blocks of fixed shape: its
-bits are its own. Rows without gradient enter dW as zeros, whatever they hold.
+bits are its own. Rows without gradient enter dW as zeros, whatever they hold. On Hopper csrc/cuda/head_dz.cu, where it
+is compiled, makes dZ of 16-bit inputs, unless the bias needs a gradient, with the same bits.
 Block sizes have been compiled, not yet timed on a GPU.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..ops.linear_logprobs import _backward
 from .logits import MERGE, Head, load_temperature, logits, per_row, target_column
-from .product import GROUP, blocks, capability, describable, grouped, multiply, operand, store_block
+from .product import GROUP, blocks, capability, compiled, describable, grouped, multiply, operand, store_block
 
 ROWS, COLUMNS = 16384, 8192  # of dZ that are held at a time: 268 MB in 16 bits
 SCALE = {"BT": 4, "BD": 512, "num_warps": 4}
@@ -224,7 +225,7 @@ def gradients(
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight, bias in `dtype`; an empty [0] tensor where one is not needed."""
-    hidden, weight, targets, bias, temperatures, softcap = head
+    hidden, weight, targets, _, temperatures, softcap = head
     entropy, lse, lse_residual = results
     (num_rows, dim), vocab = hidden.shape, len(weight)
     dx = hidden.new_empty(hidden.shape if need_hidden else 0, dtype=torch.float32)
@@ -252,31 +253,9 @@ def gradients(
                 rows = slice(row, min(num_rows, row + ROWS))
                 part = head.rows(rows)
                 dz = dz_rows[: len(part.targets), : len(w)]
-                linear_logprobs_dz[(triton.cdiv(len(dz), height) * triton.cdiv(len(w), launch["BV"]),)](
-                    operand(part.hidden, described, height, launch["BD"]),
-                    operand(weight, described, launch["BV"], launch["BD"]),
-                    part.targets,
-                    bias,
-                    part.temperatures,
-                    softcap,
-                    factors[:, rows],
-                    lse[rows],
-                    lse_residual[rows] if dz.dtype == torch.float32 else None,
-                    operand(dz, described, height, launch["BV"]),
-                    None if bias_sums is None else bias_sums[row // height :],
-                    hidden.stride(0),
-                    weight.stride(0),
-                    factors.stride(0),
-                    dz.stride(0),
-                    len(dz),
-                    vocab,
-                    dim,
-                    column,
-                    len(w),
-                    described,
-                    GROUP,
-                    **launch,
-                )
+                part_sums = None if bias_sums is None else bias_sums[row // height :]
+                part_results = lse[rows], lse_residual[rows]
+                fill(dz, column, part, factors[:, rows], part_results, part_sums, launch)
                 if need_hidden:
                     multiply(dz, w, dx[rows], scale[rows], added=column > 0, transposed=False)
                 if need_weight:
@@ -286,6 +265,51 @@ def gradients(
         if need_bias:
             grad_bias.copy_(bias_sums.sum(0))
     return dx.to(dtype), grad_weight, grad_bias
+
+
+def fill(
+    dz: Tensor,  # [T, columns]
+    column: int,  # the first one
+    head: Head,
+    factors: Tensor,  # [4, T]
+    results: tuple[Tensor, Tensor],  # lse, lse_residual
+    bias_sums: Tensor | None,  # [blocks of rows, V]
+    launch: dict[str, int],
+) -> None:
+    """dZ / scale of the vocabulary's columns from `column` on."""
+    hidden, weight, targets, bias, temperatures, softcap = head
+    (num_rows, num_columns), (vocab, dim) = dz.shape, weight.shape
+    columns = slice(column, column + num_columns)
+    if bias_sums is None and compiled(hidden, weight):
+        part = hidden, weight[columns], targets, None if bias is None else bias[columns], temperatures, softcap
+        torch.ops.qrm_fast.head_dz(*part, factors, results[0], column, dz)
+        return
+    described = describable(hidden, weight)
+    linear_logprobs_dz[(triton.cdiv(num_rows, launch["BT"]) * triton.cdiv(num_columns, launch["BV"]),)](
+        operand(hidden, described, launch["BT"], launch["BD"]),
+        operand(weight, described, launch["BV"], launch["BD"]),
+        targets,
+        bias,
+        temperatures,
+        softcap,
+        factors,
+        results[0],
+        results[1] if dz.dtype == torch.float32 else None,
+        operand(dz, described, launch["BT"], launch["BV"]),
+        bias_sums,
+        hidden.stride(0),
+        weight.stride(0),
+        factors.stride(0),
+        dz.stride(0),
+        num_rows,
+        vocab,
+        dim,
+        column,
+        num_columns,
+        described,
+        GROUP,
+        **launch,
+    )
 
 
 def dz_blocks(dtype: torch.dtype, capability: int, described: bool, crowded: bool) -> dict[str, int]:

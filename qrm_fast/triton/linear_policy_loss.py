@@ -245,7 +245,8 @@ def rows_per_block(num_rows: int, dim: int, vocab: int, item_bytes: int) -> int:
     columns, programs = triton.cdiv(dim, 256), 132  # of an H100 or H200
 
     def fullness(blocks: int) -> float:
-        return blocks * columns / (triton.cdiv(blocks * columns, programs) * programs)
+        pairs = triton.cdiv(blocks, 2) * 2  # as Hopper's clusters multiply them
+        return blocks * columns / (triton.cdiv(pairs * columns, programs) * programs)
 
     return 128 * max(range(triton.cdiv(most * 7, 8), most + 1), key=fullness)
 

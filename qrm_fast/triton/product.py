@@ -4,7 +4,8 @@ An element is summed over the depth in order, in one program, in float32: its bi
 of B alone, which a library's GEMM, choosing its kernel by shape, does not promise. A product over a longer depth may be
 cut into calls of this one, each starting from what the last one wrote. 2 M N K FLOP.
 Programs run through GROUP blocks of rows for one block of columns before the next, so that a wave of programs reads
-about as many blocks of A as of B. Block sizes have been compiled, not yet timed on a GPU.
+about as many blocks of A as of B. On Hopper csrc/cuda/head_product.cu, where it is compiled, multiplies 16-bit inputs
+instead. Block sizes have been compiled, not yet timed on a GPU.
 """
 
 import torch
@@ -12,6 +13,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
+
+from ..ops.hopper import not_served
 
 GROUP = 16  # blocks of rows that share a block of columns
 
@@ -48,6 +51,11 @@ def describable(*operands: Tensor) -> bool:
     """Whether the copy engine of Hopper and later can load blocks of all of these [rows, columns]."""
     aligned = (x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
     return operands[0].element_size() == 2 and capability(operands[0]) >= 9 and all(aligned)
+
+
+def compiled(*operands: Tensor) -> bool:
+    """Whether csrc/cuda multiplies these: on Hopper, where it is compiled, what the copy engine can load."""
+    return capability(operands[0]) == 9 and describable(*operands) and not not_served(operands[0].device.type)
 
 
 def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | TensorDescriptor:
@@ -140,6 +148,9 @@ def product(
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, scale: Tensor, *, added: bool, transposed: bool) -> None:
     """out = scale a @ b, plus out where `added`, a.T for a where `transposed`; `scale` is 0-d or one per row of out."""
+    if compiled(a, b):
+        torch.ops.qrm_fast.head_product(a, b, out, scale, added, transposed)
+        return
     num_rows, num_columns = out.shape
     described = describable(a, b)
     launch = blocks(a.dtype, capability(a), described, halved=not vectorised(out))

@@ -33,5 +33,5 @@ def compiled_fold(module: ModuleType):
     def fold(head, *_, **__):
         return head.hidden.new_empty(3, -(-len(head.weight) // heads.SPLIT), len(head.targets)).float()
 
-    with mock.patch.object(heads, "compiled", lambda _: True), mock.patch.object(module, "fold", fold):
+    with mock.patch.object(heads, "compiled", lambda *_: True), mock.patch.object(module, "fold", fold):
         yield

@@ -2,7 +2,7 @@
 
 launched("gae", seed, columns, ...)  # the op's arguments
 instructions_per_row("gae", 256)     # of its scan kernel
-install()                            # launchers of heads on CPU tensors use head_fold
+install()                            # launchers of heads on CPU tensors use those of Hopper
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 import qrm_fast  # noqa: F401  defines the ops
+from qrm_fast.ops import hopper
 
 from . import triton_launches
 from .emulator import COMMAND, Fault, Kernel, compiled
@@ -123,21 +124,26 @@ def launched(op: str, seed: int, *args, mutation: Callable[[str], str] = str) ->
 
 
 def install() -> None:
-    """In this process, where Triton launches are emulated, too, the heads' logits are folded by the CUDA kernel.
+    """In this process, where Triton launches are emulated, too, csrc/cuda serves the steps of heads for CPU tensors.
 
     Under SCHEDULES schedules, which must leave the same bits.
     """
 
-    def fold(*args):
-        seen = set()
+    def emulated(op: str, *args):
+        schema = getattr(torch.ops.qrm_fast, op).default._schema
+        written = [x for x, a in zip(args, schema.arguments, strict=True) if a.is_write and x is not None]
+        before, seen = [x.clone() for x in written], set()
         for _ in range(triton_launches.SCHEDULES):
+            for x, old in zip(written, before, strict=True):
+                x.copy_(old)
             triton_launches.state["seed"] += 1
-            launched("head_fold", triton_launches.state["seed"], *args)
-            seen.add(b"".join(x.contiguous().numpy().tobytes() for x in args[6:] if x is not None))
+            launched(op, triton_launches.state["seed"], *args)
+            seen.add(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in written))
         if len(seen) > 1:
-            raise Fault(f"head_fold: other bits under another schedule (seed {triton_launches.state['seed']})")
+            raise Fault(f"{op}: other bits under another schedule (seed {triton_launches.state['seed']})")
 
-    torch.library.impl("qrm_fast::head_fold", "CPU", fold)
+    for op in hopper.SCHEMAS:
+        torch.library.impl(f"qrm_fast::{op}", "CPU", functools.partial(emulated, op))
 
 
 def instructions_per_row(op: str, num_rows: int, num_tokens: int = 1 << 14) -> float:

@@ -45,6 +45,7 @@ std::map<const void*, std::string>& names() {
 }
 
 constexpr unsigned CLUSTER_DIMENSION = 4;                       // an attribute of launches
+constexpr int MULTIPROCESSOR_COUNT = 16, PROCESSORS = 4;        // of devices: few, so that blocks have several tiles
 constexpr int MAX_DYNAMIC_SHARED_BYTES = 8, INVALID_VALUE = 1;  // an attribute of kernels, an error
 
 // Of kernels that may have more than 48 KB.
@@ -134,6 +135,10 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
   if (attribute != MAX_DYNAMIC_SHARED_BYTES || value > 227 << 10) return INVALID_VALUE;
   most_shared_bytes()[host] = value;
   return 0;
+}
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = PROCESSORS;
+  return attribute == MULTIPROCESSOR_COUNT ? 0 : INVALID_VALUE;
 }
 int cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long, int* found) {
   const bool known = std::string(symbol) == "cuTensorMapEncodeTiled";

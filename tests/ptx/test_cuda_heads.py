@@ -1,4 +1,4 @@
-"""The CUDA fold of heads, as nvcc compiles it for sm_90a, under several schedules; without nvcc nothing is compiled."""
+"""Hopper's kernels of heads, as nvcc compiles them for sm_90a, under several schedules; without nvcc, none is."""
 
 import math
 import re
@@ -161,6 +161,107 @@ def test_what_the_copy_engine_cannot_read_is_refused():
         folded(p._replace(hidden=odd), seed=0)
 
 
+def gradient(p: Problem, factors: Tensor, lse: Tensor, seed: int, first_column=0, **mutation) -> Tensor:
+    """dZ of the columns from first_column on, in rows that start at multiples of 16 bytes."""
+    num_columns = len(p.weight) - first_column
+    dz = torch.full((len(p.hidden), math.ceil(num_columns / 8) * 8), 7.0).to(p.hidden)[:, :num_columns]
+    head = p.hidden, p.weight[first_column:], p.targets, None if p.bias is None else p.bias[first_column:]
+    cuda_launches.launched("head_dz", seed, *head, *p[4:], factors, lse, first_column, dz, **mutation)
+    return dz
+
+
+def copied(x: Tensor) -> Tensor:
+    """With its strides."""
+    return x.new_empty(len(x), x.stride(0))[:, : x.shape[1]].copy_(x)
+
+
+def random_factors(num_rows: int) -> Tensor:
+    """scale, g, a, e; row 3 is idle."""
+    factors = torch.randn(4, num_rows, generator=torch.Generator().manual_seed(2))
+    factors[0] = factors[0].abs() + 0.1
+    factors[:, 3:4] = 0
+    return factors
+
+
+@pytest.mark.parametrize("case", ["one block of rows", "a pair of blocks", "an idle block", "odd sizes"])
+def test_dz_as_gradients_in_float64(case):
+    p = CASES[case]
+    z, factors = p.logits(), random_factors(len(p.hidden))
+    lse = z.logsumexp(1).float()
+    p = p._replace(hidden=copied(p.hidden))
+    p.hidden[3] = math.nan
+    _, g, a, e = factors.double()[:, :, None]
+    logp = z - lse.double()[:, None]
+    want = torch.zeros_like(z).scatter_(1, p.targets[:, None], g) - logp.exp() * (a + e * logp)
+    if p.softcap is not None:
+        temperatures = 1 if p.temperatures is None else p.temperatures.double()[:, None]
+        want *= 1 - (z * temperatures / p.softcap) ** 2
+    want[3] = 0
+    for seed, first_column in enumerate([0, 256 if len(p.weight) > 264 else 8]):
+        dz = gradient(p, factors, lse, seed, first_column)
+        torch.testing.assert_close(dz.double(), want[:, first_column:], rtol=2**-8, atol=2e-5)
+        width, num_columns = dz.stride(0), dz.shape[1]
+        assert (dz.as_strided((len(dz), width - num_columns), (width, 1), num_columns) == 7).all()
+
+
+def multiplied(
+    a: Tensor, b: Tensor, scale: Tensor, seed: int, start: Tensor | None, transposed: bool, **mutation
+) -> Tensor:
+    """scale a @ b, plus start, beside 3 columns that stay."""
+    num_rows, num_columns = a.shape[1] if transposed else len(a), b.shape[1]
+    wide = torch.full((num_rows, num_columns + 3), 7.0)
+    out = wide[:, :num_columns]
+    out.copy_(torch.tensor(math.nan) if start is None else start)
+    cuda_launches.launched("head_product", seed, a, b, out, scale, start is not None, transposed, **mutation)
+    assert (wide[:, num_columns:] == 7).all()
+    return out
+
+
+def factor(num_rows: int, num_columns: int, seed: int, dtype=torch.bfloat16) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, math.ceil(num_columns / 8) * 8, generator=g).to(dtype)[:, :num_columns]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "num_rows, num_columns, depth", [(1, 5, 9), (100, 256, 64), (150, 264, 320), (390, 515, 130), (600, 67, 200)]
+)
+def test_products_as_in_float64(num_rows, num_columns, depth, transposed):
+    """Of both kinds of scale, started or not, in both dtypes; an idle row holds what is not finite."""
+    for dtype, per_row, added in (
+        (torch.bfloat16, True, True),
+        (torch.float16, False, False),
+        (torch.float16, True, False),
+    ):
+        a, b = factor(num_rows, depth, 3, dtype), factor(depth, num_columns, 4, dtype)
+        start = torch.randn(num_rows, num_columns) if added else None
+        scale = torch.rand(num_rows) + 0.5 if per_row else torch.tensor(0.75)
+        want = a.double() @ b.double() * (scale[:, None] if per_row else scale) + (0 if start is None else start)
+        if per_row:
+            a[-1], scale[-1], want[-1] = math.inf, 0, 0
+        if transposed:
+            a = factor(depth, num_rows, 0, dtype).copy_(a.T)
+        out = multiplied(a, b, scale, 5, start, transposed)
+        torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-6 * depth)
+
+
+@pytest.mark.unpoisoned
+def test_an_element_has_the_same_bits_in_any_product_under_any_schedule():
+    p = problem(300, 530, 100, options=["bias", "temperatures"], softcap=9.0)
+    factors, lse = random_factors(300), p.logits().logsumexp(1).float()
+    dz = gradient(p, factors, lse, 0)
+    a, b, scale = factor(300, 200, 6), factor(200, 530, 7), torch.rand(300)
+    turned = factor(200, 300, 0).copy_(a.T)
+    out = multiplied(a, b, scale, 0, None, False)
+    assert torch.equal(out, multiplied(turned, b, scale, 1, None, True))
+    for seed, rows in enumerate([slice(0, 300), slice(299, 300), slice(8, 136), slice(120, 300)]):
+        assert torch.equal(gradient(p.rows(rows), factors[:, rows], lse[rows], seed), dz[rows])
+        assert torch.equal(multiplied(a[rows], b, scale[rows], seed, None, False), out[rows])
+        if rows.start % 8 == 0:  # what the copy engine can begin with
+            assert torch.equal(multiplied(turned[:, rows], b, scale[rows], seed, None, True), out[rows])
+    assert torch.equal(multiplied(a, b[:, 256:], scale, 2, None, False), out[:, 256:])
+
+
 def instructions_per_logit(**options) -> float:
     """Of a thread, with what one piece of the depth costs: what further columns take more."""
     counts = []
@@ -195,7 +296,7 @@ FIRST, SECOND, THIRD = slice(0, 1), slice(1, 2), slice(2, 3)
 INIT = r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\]), %r\d+;"
 CLUSTER = r"barrier\.cluster\.arrive\.release;\s*barrier\.cluster\.wait\.acquire;"
 MUTANTS = {
-    "stages are filled before they are left": (changed(WAIT, DONE, FIRST), "race|still being read"),
+    "stages are filled before they are left": (changed(WAIT, DONE, FIRST), "race|still being read|more arrivals"),
     "stages are read before they are filled": (changed(WAIT, DONE, THIRD), "race|in flight|still being read"),
     "the readers of one block are waited for": (changed(INIT, r"\1, 8;", slice(1, None, 2)), "race|still being read"),
     "one reader too many is waited for": (changed(INIT, r"\1, 17;", slice(1, None, 2)), "hang"),
@@ -208,7 +309,7 @@ MUTANTS = {
     "halves of weight tiles stay at home": (changed(r"(multicast::cluster .*), %rs\d+;", r"\1, 1;"), "hang"),
     "arrivals stay at home": (
         changed(r"mapa\.shared::cluster\.u32 there, (%r\d+), %r\d+;", r"mov.b32 there, \1;"),
-        "still being read|hang",
+        "race|still being read|hang",
     ),
     "more bytes are announced than come": (changed(r"(expect_tx.*), %r\d+;", r"\1, 65536;"), "hang"),
     "products are not waited for": (changed(r"wgmma\.wait_group\.sync\.aligned 0;", ""), "touches an accumulator"),
@@ -228,6 +329,28 @@ MUTANTS = {
     ),
     "more registers than there are": (changed(r"(setmaxnreg\.inc.* )240;", r"\g<1>248;"), "deadlock: .*registers"),
 }
+
+
+STAYING = [  # in blocks that take one tile after the other
+    "stages are filled before they are left",
+    "stages are read before they are filled",
+    "the readers of one block are waited for",
+    "blocks end before the other one has arrived",
+    "products are not waited for",
+    "a stage is left while it is read",
+]
+
+
+@pytest.mark.parametrize("mutant", STAYING)
+def test_mutants_of_products_are_caught(mutant):
+    mutation, complaint = MUTANTS[mutant]
+    a, b, scale = factor(300, 320, 8), factor(320, 700, 9), torch.rand(300)
+    for transposed in False, True:
+        with pytest.raises(Fault, match=complaint):
+            for seed in range(8):
+                multiplied(
+                    factor(320, 300, 8) if transposed else a, b, scale, seed, None, transposed, mutation=mutation
+                )
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -84,7 +84,11 @@ def test_products_of_an_older_gpu(tmp_path):
 def test_heads_that_the_cuda_kernel_folds(tmp_path):
     """Forward and gradients, the loss, what is sampled, shards, beside Triton's fold."""
     tests = {
-        "test_linear_logprobs_triton.py": ["test_both_folds_agree", "test_gradients[bfloat16-everything]"],
+        "test_linear_logprobs_triton.py": [
+            "test_both_folds_agree",
+            "test_both_gradients_agree",
+            "test_gradients[bfloat16-everything]",
+        ],
         "test_linear_policy_loss_triton.py": [
             "test_as_accurate_as_autograd[torch.bfloat16-everything]",
             "test_same_logprobs_as_the_head_and_as_its_two_parts[described-bias]",
