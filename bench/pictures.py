@@ -220,8 +220,8 @@ def steps(records: list[dict]) -> Figure:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set(xlim=(0, 100), ylim=(len(records) - 0.5, -0.5), yticks=range(len(records)))
     axes.set_yticklabels(map(fixed, records), fontsize=7)
-    axes.set_title("what a step of training is made of, %", loc="left", fontsize=10)
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
+    axes.set_xlabel("of a step of training, %", fontsize=8)
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=6)
     return figure
 
 

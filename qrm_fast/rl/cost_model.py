@@ -375,10 +375,14 @@ def _memory(
     saved = sum(num * getattr(shape, of) for of, num in SAVED.items()) * size
     saved += 16 * shape.hidden if size == 2 else 0  # norms are float32
     per_row = shape.layers * saved + 2 * size * shape.hidden
-    updating = {"layers, gathered": 2 * whole / shape.layers if devices.number > 1 else 0.0, "head": 4.0 * shape.head}
+    most = min(work.num_rows, most_tokens)
+    updating = {
+        "layers, gathered": 2 * whole / shape.layers if devices.number > 1 else 0.0,
+        "head": 4.0 * shape.head + _kept_logits(shape.head // shape.hidden, most, ceilings.queued),
+    }
     room = FREE * ceilings.memory - sum(kept.values())
     fitting = int((room - sum(updating.values())) / per_row) // 256 * 256
-    max_tokens = int(min(work.num_rows, most_tokens, fitting))
+    max_tokens = int(min(most, fitting))
     if max_tokens < 1 or room < sum(sampling.values()):
         gigabytes = [x / 1e9 for x in (sum(kept.values()), sum(sampling.values()), FREE * ceilings.memory)]
         raise ValueError(
@@ -386,7 +390,16 @@ def _memory(
             "and {:,.0f} GB to sample, of {:,.0f} GB of a device".format(*gigabytes)
         )
     updating |= {"activations": float(per_row * max_tokens)}
+    if not ceilings.queued:  # malloc keeps what sampling freed, in pieces of other sizes
+        return kept | sampling | updating, max_tokens
     return kept | max((sampling, updating), key=lambda parts: sum(parts.values())), max_tokens
+
+
+def _kept_logits(vocab: int, rows: float, on_gpu: bool) -> float:
+    """Bytes of the logits that `linear_policy_loss` holds at a time: docs/heads.md."""
+    if on_gpu:
+        return min(2.0 * rows * vocab, 1.45e9)
+    return 4.0 * vocab * min(max(rows / 8, 192), 960)
 
 
 def _rollout(shape: Shape, work: Work, ceilings: Ceilings, size: int, per_sampler: int) -> dict[str, float]:
