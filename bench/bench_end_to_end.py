@@ -215,7 +215,7 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
         num_baselines=flops / one,
         flops=flops,
         repeats=2,
-        details=lambda way: phases[way].figures() | {"micro-batches": passes[way]},
+        details=lambda way, _: phases[way].figures() | {"micro-batches": passes[way]},
         machine=machine,
         shares=partial(shares, ours),
     )

@@ -16,13 +16,14 @@ Answers = dict[tuple[int, ...], list[list[int]]]  # to each prompt
 class ForcedEngine(TransformersEngine):
     """The loop's engine."""
 
-    def __init__(self, policy: Policy, answers: Answers, *, max_rows: int = 512) -> None:
-        super().__init__(policy, [], max_rows=max_rows)
+    def __init__(self, policy: Policy, answers: Answers, **options: Any) -> None:
+        super().__init__(policy, [], **options)
         self.answers = answers
 
     def generate(self, prompts: list[list[int]], **options: Any) -> Rollout:
         answers = [answer for prompt in prompts for answer in self.answers[tuple(prompt)]]
-        self.lengths = torch.tensor([*map(len, answers), 1])  # the last: of a row without an answer
+        lengths = [*map(len, answers), 1]  # the last: of a row without an answer
+        self.lengths = torch.tensor(lengths, device=self.model.device)
         sampled = super().generate(prompts, **options)
         assert list(map(len, sampled.responses)) == list(map(len, answers)), "an answer was not as long as it was to be"
         return Rollout(answers, sampled.logprobs, [True] * len(answers))

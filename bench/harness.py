@@ -35,7 +35,7 @@ class Case:
     bytes: int = 0  # the least traffic: every input read once, every output written once
     flops: int = 0  # the least arithmetic
     error: Callable[[str, object], float] | None = None  # of a provider's result: its distance from float64's
-    details: Callable[[str], dict[str, float]] | None = None  # of a way that was timed: more columns of its row
+    details: Callable[[str, float], dict[str, float]] | None = None  # of a way and its ms: more columns of its row
     machine: Callable[[], dict[str, float]] | None = None  # what the machine does at most, measured beside
     shares: Callable[[], dict[str, float]] | None = None  # of our time: what each part takes
     absent: dict[str, str] = field(default_factory=dict)  # rivals that are not installed: why
@@ -258,7 +258,7 @@ def _figures(name: str, built: Case, allow_busy: bool) -> dict:
         if result:
             row["extra_mib"] = extra_mib(name, way, providers[way])
             if built.details:
-                row["details"] = built.details(way)
+                row["details"] = built.details(way, row["median_ms"])
             if built.error:
                 try:
                     row["error"] = built.error(way, providers[way]())

@@ -18,7 +18,7 @@ class Compared(NamedTuple):
 
 
 def compared(record: dict) -> Iterator[Compared]:
-    """Seconds of each phase of our step, and MiB beside the weights at the peak of a first one."""
+    """Seconds of each phase of our step, and MiB beside the weights at its peak."""
     from qrm_fast.rl.cost_model import Ceilings, costs, shape_of_policy, work_of
     from qrm_fast.rl.policy import Policy
 
@@ -29,10 +29,8 @@ def compared(record: dict) -> Iterator[Compared]:
     ceilings = Ceilings(**record["machine"], link=math.inf, network=math.inf, queued=False, source="the record")
     own = record["times"]["qrm_fast"]
     most = math.ceil(work.num_rows / own["details"].get("micro-batches", 1))
-    policy = shape_of_policy(Policy(model))
-    plan = costs(policy, work, ceilings, torch.float32, most_tokens=most)
-    later = plan.memory["weights"] + 8 * policy.trained  # AdamW makes its moments once the activations are gone
+    plan = costs(shape_of_policy(Policy(model)), work, ceilings, torch.float32, most_tokens=most)
     yield Compared("sampling, s", own["details"]["sampling, s"], plan.phases["rollout"].seconds)
     yield Compared("update, s", own["details"]["update, s"], plan.phases["update"].seconds)
     yield Compared("step, s", own["median_ms"] / 1e3, plan.step.seconds)
-    yield Compared("memory, MiB", own["extra_mib"], (sum(plan.memory.values()) - later) / 2**20)
+    yield Compared("memory, MiB", own["extra_mib"], (sum(plan.memory.values()) - plan.memory["weights"]) / 2**20)

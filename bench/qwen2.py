@@ -1,8 +1,9 @@
-"""A Qwen2 of random weights, on which whole passes are measured."""
+"""Models of random weights, on which whole passes are measured."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 VOCABULARY = 32768
 
@@ -28,3 +29,48 @@ def qwen2(width: int, num_layers: int) -> tuple[Any, int]:
     )
     model = Qwen2ForCausalLM(config)
     return model, sum(p.numel() for p in model.model.layers.parameters())
+
+
+def model_of(device: torch.device, *, shape: str = "", width: int = 0, num_layers: int = 0) -> Any:
+    """A published `shape` of the cost model in bfloat16, or else a `qwen2`."""
+    from transformers import AutoModelForCausalLM
+
+    from qrm_fast.rl.cost_model import config_of
+
+    if not shape:
+        return qwen2(width, num_layers)[0].to(device)
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
+
+
+def policy_of(device: torch.device, **size: Any) -> Any:
+    """The same as the loop has it."""
+    from qrm_fast.rl.linear import use_onednn
+    from qrm_fast.rl.policy import Policy
+
+    model = model_of(device, **size)
+    model.set_attn_implementation("qrm_packed")
+    if device.type == "cpu":
+        use_onednn(model)
+    return Policy(model)
+
+
+def in_float32(policy: Any) -> Any:
+    """A copy of it, of the same weights: the truth that 16 bits are held to."""
+    from copy import deepcopy
+
+    return deepcopy(policy).float()
+
+
+def distance(gradients: list[Tensor], exact: list[Tensor]) -> float:
+    """Of all parameters' gradients, over the norm of `exact`."""
+    parts = [((a.float() - b).norm(), b.norm()) for a, b in zip(gradients, exact, strict=True)]
+    far, norm = (torch.stack(x).norm().item() for x in zip(*parts, strict=True))
+    return far / norm
+
+
+def assert_no_further(ours: list[Tensor], others: list[Tensor], exact: list[Tensor]) -> None:
+    """Two ways in 16 bits round differently: ours may be a fifth further from float32's gradients than the other."""
+    far, allowed = (distance(x, exact) for x in (ours, others))
+    assert far <= 1.2 * allowed, f"gradients are {far:.3g} of their norm from float32's, the other way's {allowed:.3g}"

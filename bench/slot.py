@@ -95,7 +95,8 @@ def sanitized() -> list[Task]:
     return tasks
 
 
-BENCHES = "advantages", "logits", "policy", "process", "heads", "models", "growth"
+OPS = "advantages", "logits", "policy", "process", "heads", "models", "growth"
+BENCHES = *OPS, "update", "shared_prompts", "rollout"
 PLAN = [
     Suite("build", build, needed=True),
     *(Suite(name, partial(bench, name)) for name in BENCHES),

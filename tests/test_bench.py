@@ -27,6 +27,7 @@ from bench import (
     render,
     rivals,
 )
+from bench.bench_update import known_peaks
 from bench.compare import compare
 from bench.provenance import ROOT, provenance
 from bench.shares import LIBRARIES, REST, shares
@@ -83,6 +84,12 @@ def test_an_error_that_cannot_be_had_leaves_the_figures(monkeypatch):
     record = harness.measure(case_of(monkeypatch, error=error))
     assert record["times"]["ours"]["extra_mib"] == 7.0 and "error" not in record["times"]["ours"]
     assert record["absent"] == {"error of ours": "TypeError: x must not be float64 on CUDA"}
+
+
+def test_mfu_is_over_what_was_measured_and_what_the_data_sheet_says(monkeypatch):
+    for name, peaks in (("NVIDIA H200", [788e12, 989e12]), ("NVIDIA H100 80GB HBM3", [989e12]), ("another", [])):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert list(known_peaks(torch.device("cuda")).values()) == peaks
 
 
 def test_what_else_a_way_measured_has_columns_of_its_own(monkeypatch):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,9 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:  # not installed, not built for this machine, or flash-attn-4, whose package has the same name
     flash_attn_varlen_func = None
+
+# torch 2.11 has no such option, and takes fewer heads of keys without it.
+_FEWER_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 # What `packed_inputs` says of the batch that it has open, for models that do not hand it down.
 _running: ContextVar[dict[str, Any] | None] = ContextVar("running", default=None)
@@ -84,7 +88,7 @@ def packed_attention(
             q, k, v, *bounds, softmax_scale=scaling, causal=True, window_size=window_size, softcap=softcap or 0.0
         )
     else:
-        attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, enable_gqa=True)
+        attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, **_FEWER_KEYS)
     return attended[None], None
 
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from .. import linear_policy_loss, linear_sample
 from .attention import backbone
@@ -240,13 +240,18 @@ class Devices(NamedTuple):
 
 
 def shape_of(spec: str, *, lora_rank: int = 0) -> Shape:
-    """Of a name of SHAPES, or of the folder of a config.json. No weight is allocated.
+    """Of a model that `config_of` knows. No weight is allocated."""
+    config = config_of(spec)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return shape_of_policy(Policy(model.requires_grad_(not lora_rank)), lora_rank=lora_rank)
 
-    Raises ValueError for another name.
-    """
+
+def config_of(spec: str) -> PreTrainedConfig:
+    """Of a name of SHAPES, or of the folder of a config.json. Raises ValueError for another name."""
     if spec in SHAPES:
         kind, hidden, gate, layers, heads, keys, ids, tied = SHAPES[spec]
-        config = kind(
+        return kind(
             hidden_size=hidden,
             intermediate_size=gate,
             num_hidden_layers=layers,
@@ -255,16 +260,12 @@ def shape_of(spec: str, *, lora_rank: int = 0) -> Shape:
             vocab_size=ids,
             tie_word_embeddings=tied,
         )
-    else:
-        try:
-            config = AutoConfig.from_pretrained(spec, local_files_only=True).get_text_config()
-        except OSError:
-            raise ValueError(
-                f"model_shape must be one of {', '.join(SHAPES)}, or a folder with a config.json, got {spec}"
-            ) from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return shape_of_policy(Policy(model.requires_grad_(not lora_rank)), lora_rank=lora_rank)
+    try:
+        return AutoConfig.from_pretrained(spec, local_files_only=True).get_text_config()
+    except OSError:
+        raise ValueError(
+            f"model_shape must be one of {', '.join(SHAPES)}, or a folder with a config.json, got {spec}"
+        ) from None
 
 
 def shape_of_policy(policy: Policy, *, lora_rank: int = 0) -> Shape:

@@ -117,8 +117,8 @@ def check_head(model: PreTrainedModel) -> None:
     inputs = dict(input_ids=ids, position_ids=ids - 1, attention_mask=causal, use_cache=False)
     head = policy_head(model)
     with of_transformers(type(model).__name__, model):
-        expected = model(**inputs).logits.float()
-        got = head.logits(backbone(model)(**inputs).last_hidden_state)
+        expected = model(**inputs).logits[0].float()
+        got = head.logits(backbone(model)(**inputs).last_hidden_state[0])
     if not got.isfinite().all():
         raise ValueError(
             f"the logits of {type(model).__name__} must be finite, got NaN or infinity: its weights are broken"

@@ -42,13 +42,28 @@ def attention(request, monkeypatch, calls):
     if request.param == "built for no GPU":
         stand_in.__getattr__ = lambda name: exec("import flash_attn_2_cuda")
     monkeypatch.setitem(sys.modules, "flash_attn", None if request.param == "none" else stand_in)
-    spec = importlib.util.spec_from_file_location("qrm_fast.rl.attention_elsewhere", here.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = imported_anew()
     assert (module.flash_attn_varlen_func is not None) == (request.param == "flash_attn")
     monkeypatch.setattr(module, "varlen_attn", noting("varlen_attn"))
     monkeypatch.setattr(module, "_attend_by_length", noting("by length"))
     yield module
+    AttentionInterface.register("qrm_packed", here.packed_attention)
+
+
+def imported_anew():
+    spec = importlib.util.spec_from_file_location("qrm_fast.rl.attention_elsewhere", here.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_varlen_attn_of_torch_2_11_has_no_option_for_fewer_heads_of_keys(monkeypatch):
+    def older(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        return query.clone()
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
+    attend(imported_anew(), torch.bfloat16, OnCuda)
     AttentionInterface.register("qrm_packed", here.packed_attention)
 
 
