@@ -2,7 +2,7 @@
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before qrm_fast is imported: without a CUDA
 device the tests run Triton kernels in the interpreter. With EMULATED=90 or 80 only the tests of Triton kernels are run,
-on the machine code that Triton compiles for such a GPU (tests/ptx); with EMULATED=90a the CUDA kernel folds heads.
+on the machine code that Triton compiles for such a GPU (tests/ptx); with EMULATED=90a csrc/cuda serves heads.
 """
 
 import json

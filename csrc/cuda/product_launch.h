@@ -27,8 +27,8 @@ inline CUtensorMap factor_map(const Tensor& x, CUtensorMapDataType dtype, Depth 
   return tensor_map(x, dtype, depth == Depth::Along ? rows : DEPTH);
 }
 
-// One cluster for every piece of the columns and 256 rows, or fewer, that go through several; rows of one block have
-// nobody to share with.
+// One cluster for every place, of 256 rows and a piece of the columns; `resident`: no more than run at a time, which go
+// from place to place. Rows of one block have nobody to share with.
 template <typename... Parameters, typename... Arguments>
 void launch_product(void (*kernel)(Parameters...), const Tensor& on, int64_t num_rows, int64_t pieces, bool resident,
                     const Arguments&... arguments) {

@@ -33,9 +33,6 @@ constexpr int LOADING_REGISTERS = 24, MULTIPLYING_REGISTERS = 240;
 enum class Depth { Along, Across };
 constexpr int SQUARE_BYTES = 64 * DEPTH * 2;  // a box where the depth lies across: 64 x 64
 
-// Rows of a box that tensor_map describes for a factor of which a block loads `rows` at a time.
-constexpr int box_rows(Depth depth, int rows) { return depth == Depth::Along ? rows : DEPTH; }
-
 // The stages in shared memory, as one warp goes through them.
 class Ring {
  public:

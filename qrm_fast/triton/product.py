@@ -55,7 +55,8 @@ def describable(*operands: Tensor) -> bool:
 
 def compiled(*operands: Tensor) -> bool:
     """Whether csrc/cuda multiplies these: on Hopper, where it is compiled, what the copy engine can load."""
-    return capability(operands[0]) == 9 and describable(*operands) and not not_served(operands[0].device.type)
+    x = operands[0]
+    return capability(x) == 9 and describable(*operands) and not not_served("cpu" if x.is_cpu else x.device.type)
 
 
 def operand(x: Tensor, described: bool, height: int, width: int) -> Tensor | TensorDescriptor:
