@@ -16,7 +16,7 @@ Importance = Literal["none", "truncate-token", "mask-token", "truncate-sequence"
 TOKEN_SCORES = ("q-rm", "qrm-vocab", "orm", "implicit", "random")
 STREAMS = (*TOKEN_SCORES, "pure", "verifier")
 MIXTURE = "pure=1.0,verifier=1.0"
-CPU_TOKENS, GPU_TOKENS = 1280, 8192  # of a micro-batch: on a CPU more rows are hardly faster, and take memory
+CPU_TOKENS, GPU_TOKENS = 2048, 8192  # of a micro-batch: on a CPU products of more rows are no faster, and take memory
 ANNEALED = ("kl_coef", "entropy_coef", "clip_low", "clip_high")
 
 # What a preset sets, per algorithm; a field given beside it wins. The Q-RM presets are the released code, the paper's
@@ -188,7 +188,7 @@ class Config(RunOptions):
     max_skipped: CountOrNone = 3
     """Optimiser steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     max_tokens: CountOrNone = 0
-    """Packed tokens per micro-batch; 0: 8192, on a CPU 1280, or as many as the longest answer has with its prompt."""
+    """Packed tokens per micro-batch; 0: 8192, on a CPU 2048, or as many as the longest answer has with its prompt."""
     peak_tflops: NonNegative = 0.0
     """What one device can compute at most, dense and in `dtype`, by its data sheet: MFU is reported over it; 0: not."""
 

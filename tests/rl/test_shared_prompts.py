@@ -179,7 +179,7 @@ def test_the_loop_learns_the_same_and_says_how_much_was_shared(config, monkeypat
 
 def test_a_budget_that_is_left_open_holds_the_longest_answer():
     config = Config(model="", data="", out="")
-    assert token_budget(100, config) == 1280 and token_budget(3000, config) == 3000
+    assert token_budget(100, config) == 2048 and token_budget(3000, config) == 3000
     assert token_budget(100, replace(config, device="cuda:1")) == 8192
     assert token_budget(100, replace(config, max_tokens=70)) == 70
 
