@@ -31,7 +31,7 @@ from .run_folder import Dtype
 # Values that a layer reads and writes per row outside products and attention, forward and backward pass, as counted in
 # its dispatched operations: norms, residuals, rotary embedding, gate. Per value of hidden, queries, keys and gate.
 PASSES = {"hidden": 83, "queries": 27, "cached": 16, "gate": 14}
-SAVED = {"hidden": 11, "gate": 4}  # values that a layer keeps per row for its backward pass
+SAVED = {"hidden": 11, "gate": 4}  # values that a layer keeps per row for its backward pass; of a gate gated.py keeps 2
 OPTIMIZER_PASSES = 12  # of AdamW and of clipping, per trained parameter
 CALLS_PER_LAYER = 100  # operations of a layer in a step of sampling, views and modules among them
 ROWS = 512  # answers that the engine in this process samples at a time
