@@ -224,6 +224,7 @@ def training_step(device: torch.device, num_answers: int, prompt: int, width: in
 def packed_update(device: torch.device, num_answers: int, prompt: int, width: int, num_layers: int) -> Case:
     """Loss and gradients of the same answers by one model and head: packed rows beside rows padded to the longest."""
     from qrm_fast import pack
+    from qrm_fast.rl.gated import keep_less
     from qrm_fast.rl.linear import use_onednn
     from qrm_fast.rl.policy import Policy
 
@@ -233,6 +234,7 @@ def packed_update(device: torch.device, num_answers: int, prompt: int, width: in
     policy, padded_policy = (Policy(x.train()) for x in (model, other))
     for x in (model, other):
         use_onednn(x)
+        keep_less(x)
     # in groups, each from the shortest to the longest, as the loop packs them
     groups = [sorted(data.answers[i : i + GROUP], key=len) for i in range(0, num_answers, GROUP)]
     sequences = [p + answer for p, group in zip(data.prompts, groups, strict=True) for answer in group]

@@ -118,6 +118,7 @@ def verl_loop_update(device: torch.device, num_answers: int, prompt: int, width:
     from verl.workers.utils.losses import ppo_loss
 
     from qrm_fast import pack
+    from qrm_fast.rl.gated import keep_less
     from qrm_fast.rl.linear import use_onednn
     from qrm_fast.rl.policy import Policy
 
@@ -128,6 +129,7 @@ def verl_loop_update(device: torch.device, num_answers: int, prompt: int, width:
 
     policy = Policy(AutoModelForCausalLM.from_pretrained(path, attn_implementation="qrm_packed").train())
     use_onednn(policy)
+    keep_less(policy)
     data = verl_on_cpu.mini_batch([prompt] * num_answers, lengths, VOCABULARY, fused=False)
     batch = pack([row.tolist() for row in data["input_ids"].unbind()], [prompt] * num_answers)
     advantages, old_logprobs = (torch.cat(data[name].unbind()) for name in ("advantages", "old_log_probs"))

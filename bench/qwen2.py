@@ -46,13 +46,14 @@ def model_of(device: torch.device, *, shape: str = "", width: int = 0, num_layer
 
 def policy_of(device: torch.device, **size: Any) -> Any:
     """The same as the loop has it."""
+    from qrm_fast.rl.gated import keep_less
     from qrm_fast.rl.linear import use_onednn
     from qrm_fast.rl.policy import Policy
 
     model = model_of(device, **size)
     model.set_attn_implementation("qrm_packed")
-    if device.type == "cpu":
-        use_onednn(model)
+    use_onednn(model)
+    keep_less(model)
     return Policy(model)
 
 

@@ -1,5 +1,7 @@
 """Linear layers of float32 models on a CPU through oneDNN."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +16,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            product = _Linear.apply if torch.is_grad_enabled() else _product
-            return product(x, self.weight, self.bias)
+            multiply = _Linear.apply if torch.is_grad_enabled() else product
+            return multiply(x, self.weight, self.bias)
         return super().forward(x)
 
 
@@ -31,23 +33,29 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows, columns = grad.flatten(0, -2), x.flatten(0, -2)  # [R, N], [R, K]
-        return (
-            _product(grad, weight.t()) if of_x else None,
-            _product(rows.t(), columns.t()) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
+        return gradients(grad, x, weight, ctx.needs_input_grad)
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b.T + bias: what torch.compile makes of a linear layer, too."""
-    if not a.numel() or not b.numel():  # an expert without tokens, which oneDNN refuses
+def gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias, those that are `wanted`."""
+    of_x, of_weight, of_bias = wanted
+    rows, columns = grad.flatten(0, -2), x.flatten(0, -2)  # [R, N], [R, K]
+    return (
+        product(grad, weight.t()) if of_x else None,
+        product(rows.t(), columns.t()) if of_weight else None,
+        rows.sum(0) if of_bias else None,
+    )
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.T + bias: on a CPU what torch.compile makes of a linear layer, too."""
+    small = not a.numel() or not b.numel()  # an expert without tokens, which oneDNN refuses
+    if small or not a.is_cpu or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.linear(a, b, bias)
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")

@@ -28,6 +28,7 @@ from transformers.utils import cached_file
 
 from .attention import backbone, of_transformers, without_adapters
 from .checkpoint import MODEL_CONFIG
+from .gated import keep_less
 from .gguf import checkpoint_of
 from .linear import use_onednn
 from .lora import merged, whole_modules
@@ -301,6 +302,7 @@ def _load(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     use_onednn(model)
+    keep_less(model)
     return model.to(device).eval()
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qrm_fast import pack
-from qrm_fast.rl import linear
+from qrm_fast.rl import gated, linear
 from qrm_fast.rl.attention import packed_hidden
 from qrm_fast.rl.linear import Linear, use_onednn
 from qrm_fast.rl.models import load_policy, load_token_model
@@ -67,8 +67,9 @@ def test_other_dtypes_and_autocast_are_torchs():
 @pytest.mark.parametrize("load", [load_policy, load_token_model])
 def test_a_loaded_model_multiplies_so(load, monkeypatch):
     shapes = []
-    product = linear._product
-    monkeypatch.setattr(linear, "_product", lambda a, b, bias=None: shapes.append(a.shape) or product(a, b, bias))
+    product = linear.product
+    for module in (linear, gated):
+        monkeypatch.setattr(module, "product", lambda a, b, bias=None: shapes.append(a.shape) or product(a, b, bias))
     model = load("scratch:demo", load_tokenizer("arithmetic"))
     shapes.clear()
     packed_hidden(model, pack([[3, 4, 5], [6, 7]], [1, 1])).sum().backward()
