@@ -31,7 +31,7 @@ from .run_folder import Dtype
 # Values that a layer reads and writes per row outside products and attention, forward and backward pass, as counted in
 # its dispatched operations: norms, residuals, rotary embedding, gate. Per value of hidden, queries, keys and gate.
 PASSES = {"hidden": 83, "queries": 27, "cached": 16, "gate": 14}
-SAVED = {"hidden": 11, "gate": 4}  # values that a layer keeps per row for its backward pass; of a gate gated.py keeps 2
+SAVED = {"hidden": 11, "gate": 2}  # values that a layer keeps per row for its backward pass
 OPTIMIZER_PASSES = 12  # of AdamW and of clipping, per trained parameter
 CALLS_PER_LAYER = 100  # operations of a layer in a step of sampling, views and modules among them
 ROWS = 512  # answers that the engine in this process samples at a time
@@ -381,7 +381,8 @@ def _memory(
         "head": 4.0 * shape.head + _kept_logits(shape.head // shape.hidden, most, ceilings.queued),
     }
     room = FREE * ceilings.memory - sum(kept.values())
-    fitting = int((room - sum(updating.values())) / per_row) // 256 * 256
+    freed = {} if ceilings.queued else sampling  # which malloc keeps, in pieces of other sizes
+    fitting = int((room - sum(updating.values()) - sum(freed.values())) / per_row) // 256 * 256
     max_tokens = int(min(most, fitting))
     if max_tokens < 1 or room < sum(sampling.values()):
         gigabytes = [x / 1e9 for x in (sum(kept.values()), sum(sampling.values()), FREE * ceilings.memory)]
@@ -390,9 +391,7 @@ def _memory(
             "and {:,.0f} GB to sample, of {:,.0f} GB of a device".format(*gigabytes)
         )
     updating |= {"activations": float(per_row * max_tokens)}
-    if not ceilings.queued:  # malloc keeps what sampling freed, in pieces of other sizes
-        return kept | sampling | updating, max_tokens
-    return kept | max((sampling, updating), key=lambda parts: sum(parts.values())), max_tokens
+    return kept | max((sampling, freed | updating), key=lambda parts: sum(parts.values())), max_tokens
 
 
 def _kept_logits(vocab: int, rows: float, on_gpu: bool) -> float:

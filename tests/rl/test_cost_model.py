@@ -145,9 +145,12 @@ def test_memory_by_hand():
     assert memory["weights, gathered"] == 2 * shape.parameters and memory["keys and values"] == 2 * 24 * 256 * 2 * 14
     memory = costs(shape, work, ROUND, torch.bfloat16, scorers=1).memory
     assert memory["weights"] == memory["scorers and reference"] == 2 * shape.parameters
-    assert memory["head"] == 4 * shape.head
-    per_layer = 2 * (11 * 896 + 4 * 4864) + 16 * 896
+    assert memory["head"] == 4 * (shape.head + 192 * 151936)
+    per_layer = 2 * (11 * 896 + 2 * 4864) + 16 * 896
     assert memory["activations"] == (24 * per_layer + 2 * 2 * 896) * work.num_rows
+    queued = costs(shape, work, ROUND._replace(queued=True), torch.bfloat16).memory
+    assert queued["head"] == 4 * shape.head + 2 * work.num_rows * 151936 and "keys and values" not in queued
+    assert "keys and values" in memory  # which malloc keeps
     small = costs(shape, work_of(10, [400] * 64, 2), ROUND._replace(memory=14e9), torch.float32)
     assert small.max_tokens % 256 == 0 and sum(small.memory.values()) <= 0.9 * 14e9
 
