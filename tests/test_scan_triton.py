@@ -14,6 +14,7 @@ from accuracy import assert_as_accurate
 from scans import SCANS, decays, loop, problem
 from triton import knobs
 
+from qrm_fast.ops import hopper
 from qrm_fast.triton import discounted_returns, gae, min_gae, scan, vtrace
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # interpreter
@@ -171,7 +172,7 @@ def test_offsets_beyond_int32(triton_device):
 
 @pytest.mark.parametrize("with_nvcc", [False, True])
 def test_one_place_decides_which_serves(with_nvcc):
-    """The package as a CUDA torch imports it, alone and beside an extension of nvcc's, one that lacks the scans."""
+    """The package as a CUDA torch imports it, alone and beside an extension of nvcc's, one that lacks its kernels."""
     script = """
         import importlib.machinery, os, sys, types, torch
         os.environ["TRITON_INTERPRET"] = "0"
@@ -187,7 +188,7 @@ def test_one_place_decides_which_serves(with_nvcc):
     command = [sys.executable, "-c", textwrap.dedent(script), *(["with nvcc"] if with_nvcc else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if with_nvcc:
-        lacking = ", ".join(f"{name} for CUDA" for name in sorted(SCANS))
+        lacking = ", ".join(f"{name} for CUDA" for name in (*sorted(SCANS), *hopper.SCHEMAS))
         assert f"they lack kernels of {lacking}; run" in done.stderr
         return
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,7 +34,12 @@ def compiled(name: str, inputs: Iterable[Path], compile_to) -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = result.with_name(f"{os.getpid()}-{result.name}")
         compile_to(partial)
-        partial.rename(result)  # processes that compile at the same time write the same
+        try:
+            partial.rename(result)
+        except OSError:  # processes that compile at the same time write the same, and a folder replaces none
+            if not result.is_dir():
+                raise
+            shutil.rmtree(partial)
     return result
 
 
