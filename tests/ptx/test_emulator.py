@@ -5,6 +5,7 @@ import struct
 import pytest
 import torch
 
+from ptx import emulator
 from ptx.emulator import Fault, Kernel
 
 SEEDS = range(12)
@@ -390,3 +391,14 @@ def bits(x: float) -> int:
 def test_arithmetic(statement, expected):
     body = f"{statement}\nst.global.b32 [%a0], %r3;"
     assert run(body, zeros(1), threads=32, seeds=[0]) == {struct.pack("<i", expected)}
+
+
+def test_a_folder_that_another_process_has_compiled_meanwhile_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(emulator, "BUILD", tmp_path)
+
+    def compile_to(path):
+        for folder in (path, path.with_name(path.name.partition("-")[2])):  # the other process's
+            folder.mkdir()
+            (folder / "kernels.ptx").touch()
+
+    assert list(tmp_path.iterdir()) == [emulator.compiled("kernels.built", [], compile_to)]
