@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from inspect import signature
 from itertools import groupby
@@ -171,8 +171,7 @@ def packed_inputs(batch: PackedBatch) -> Iterator[dict[str, Any]]:
         max_length_k=batch.max_seqlen,
         key_rows=batch.whole_rows,
     )
-    running = _running.set(attention)
-    try:
+    with _open(attention):
         yield dict(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -180,8 +179,20 @@ def packed_inputs(batch: PackedBatch) -> Iterator[dict[str, Any]]:
             use_cache=False,
             **attention,
         )
+
+
+@contextmanager
+def _open(attention: dict[str, Any] | None) -> Iterator[None]:
+    running = _running.set(attention)
+    try:
+        yield
     finally:
         _running.reset(running)
+
+
+def reopened() -> AbstractContextManager[None]:
+    """The batch that `packed_inputs` has open now, for what is computed again when it is closed."""
+    return _open(_running.get())
 
 
 def inside_packed_inputs() -> bool:

@@ -189,6 +189,8 @@ class Config(RunOptions):
     """Optimiser steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     max_tokens: CountOrNone = 0
     """Packed tokens per micro-batch; 0: 8192, on a CPU 2048, or as many as the longest answer has with its prompt."""
+    recompute: bool = False
+    """Layers keep their input alone for the backward pass and are computed again in it: activation checkpointing."""
     peak_tflops: NonNegative = 0.0
     """What one device can compute at most, dense and in `dtype`, by its data sheet: MFU is reported over it; 0: not."""
 

@@ -34,7 +34,7 @@ from .scorer import TokenScorer
 from .token_rows import sharing_units
 from .token_weights import weigh_tokens
 from .tokenizers import encode_prompts, load_tokenizer, stop_ids
-from .update import Denominators, MicroBatch, disagreement, means, report, update, update_critic
+from .update import Denominators, MicroBatch, activations, disagreement, means, report, update, update_critic
 from .verifiers import read_examples, read_prompts
 from .vllm_engine import VLLMEngine
 
@@ -287,6 +287,10 @@ def load_parts(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int,
     else:
         engine = TransformersEngine(policy, ends)
     check_sampling(engine, policy, longest)
+    for trained in (policy, critic):
+        if trained is not None:
+            with activations(trained, config):  # refused before anything is sampled
+                pass
     for module in modules:
         ranks.shard(module)
     with torch.no_grad(), ranks.whole(policy):

@@ -1,6 +1,7 @@
 """One step of an optimiser over the micro-batches of a mini-batch, for the policy and for a critic."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from . import ranks
 from .config import Config
 from .optimizer import AdamW
 from .policy import Policy
+from .recompute import recomputed
 from .scorer import TokenScorer
 
 
@@ -59,20 +61,21 @@ def update(
     rows, all_logprobs = [], []
     for batch, advantages, _, old_logprobs, ref_logprobs in minibatch:
         weights = weights_of(batch, denominators, config)  # [T]
-        loss, logprobs, _, metrics = policy.loss(
-            batch,
-            advantages,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            token_weights=weights,
-            temperature=config.temperature,
-            kind=config.algorithm,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            kl_coef=config.kl_coef if in_loss else 0.0,
-            kl_estimator=config.kl_estimator if in_loss else "k3",
-            entropy_coef=config.entropy_coef,
-        )
+        with activations(policy, config):
+            loss, logprobs, _, metrics = policy.loss(
+                batch,
+                advantages,
+                old_logprobs=old_logprobs,
+                ref_logprobs=ref_logprobs,
+                token_weights=weights,
+                temperature=config.temperature,
+                kind=config.algorithm,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                kl_coef=config.kl_coef if in_loss else 0.0,
+                kl_estimator=config.kl_estimator if in_loss else "k3",
+                entropy_coef=config.entropy_coef,
+            )
         loss.backward()
         rows.append(torch.stack([loss.detach(), weights.sum(), *metrics]))
         all_logprobs.append(logprobs.detach())
@@ -92,8 +95,15 @@ def update_critic(
 ) -> Tensor:
     """Move the critic towards the returns. Returns the norm of its gradient before it was scaled down, 0-d."""
     for batch, _, returns, *_ in minibatch:
-        value_loss(critic(batch), returns, token_weights=weights_of(batch, denominators, config)).backward()
+        with activations(critic, config):
+            values = critic(batch)
+        value_loss(values, returns, token_weights=weights_of(batch, denominators, config)).backward()
     return optimizer.step(lr, config.max_grad_norm)
+
+
+def activations(module: Policy | TokenScorer, config: Config) -> AbstractContextManager[None]:
+    """What a forward pass keeps for its backward pass: all, or layers' inputs alone."""
+    return recomputed(module.model) if config.recompute else nullcontext()
 
 
 def weights_of(batch: PackedBatch, denominators: Denominators, config: Config) -> Tensor:
