@@ -26,11 +26,12 @@ struct Boundaries {
 struct FloatRows {
   using Bits = float;
   const float* data;
-  template <bool kAll>
-  void load(int64_t t, int rest, Bits (&bits)[ROWS_PER_THREAD]) const {
-    for (int k = 0; k < ROWS_PER_THREAD; ++k) bits[k] = kAll || k * THREADS < rest ? data[t + k * THREADS] : 0;
+  template <bool kAll, int kRows>
+  void load(int64_t t, int rest, Bits (&bits)[kRows]) const {
+    for (int k = 0; k < kRows; ++k) bits[k] = kAll || k * THREADS < rest ? data[t + k * THREADS] : 0;
   }
-  void widen(Bits (&)[ROWS_PER_THREAD]) const {}
+  template <int kRows>
+  void widen(Bits (&)[kRows]) const {}
   static float value(Bits bits) { return bits; }
 };
 

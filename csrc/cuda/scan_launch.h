@@ -29,8 +29,8 @@ class FloatingColumn {
                     "the public function admits only floating dtypes other than float64");
   }
   // Rows t, t + THREADS, ...: all of them, or those below t + rest.
-  template <bool kAll>
-  __device__ void load(int64_t t, int rest, Bits (&bits)[ROWS_PER_THREAD]) const {
+  template <bool kAll, int kRows>
+  __device__ void load(int64_t t, int rest, Bits (&bits)[kRows]) const {
     if (dtype_ == ScalarType::Float) {
       load_from<kAll>(static_cast<const uint32_t*>(data_) + t, rest, bits);
     } else {
@@ -38,7 +38,8 @@ class FloatingColumn {
     }
   }
   // To float32.
-  __device__ void widen(Bits (&bits)[ROWS_PER_THREAD]) const {
+  template <int kRows>
+  __device__ void widen(Bits (&bits)[kRows]) const {
     if (dtype_ == ScalarType::Float) return;
     QRM_FAST_UNROLL
     for (Bits& x : bits) {
@@ -49,10 +50,10 @@ class FloatingColumn {
   __device__ static float value(Bits bits) { return __uint_as_float(bits); }
 
  private:
-  template <bool kAll, typename W>
-  __device__ static void load_from(const W* rows, int rest, Bits (&bits)[ROWS_PER_THREAD]) {
+  template <bool kAll, typename W, int kRows>
+  __device__ static void load_from(const W* rows, int rest, Bits (&bits)[kRows]) {
     QRM_FAST_UNROLL
-    for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+    for (int k = 0; k < kRows; ++k) {
       if (kAll || k * THREADS < rest) bits[k] = rows[k * THREADS];
     }
   }

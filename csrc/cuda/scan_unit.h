@@ -36,10 +36,11 @@ namespace qrm_fast {
 constexpr int THREADS = 128;
 constexpr int PIECE = 8;
 constexpr int RUN = 16;  // pieces
-constexpr int SHORT = 2 * PIECE;
+constexpr int SHORT = 5 * PIECE;
 constexpr int BLOCK = 1024;
 constexpr int GROUP = THREADS;
 constexpr int ROWS_PER_THREAD = BLOCK / THREADS;
+constexpr int FEW_ROWS = ROWS_PER_THREAD / 2;
 constexpr int MAX_ROWS = 2 * BLOCK;
 constexpr int MAX_BLOCKS = MAX_ROWS / (SHORT + 1) + 1;        // of sequences that are not short
 constexpr int MAX_PIECES = MAX_BLOCKS * (SHORT / PIECE + 1);  // theirs
@@ -52,6 +53,16 @@ QRM_FAST_HOST_DEVICE inline void on_all_threads(F f) {
   __syncthreads();
 #else
   for (int thread = 0; thread < THREADS; ++thread) f(thread);
+#endif
+}
+
+// Calls f() on one thread; the others do not wait.
+template <typename F>
+QRM_FAST_HOST_DEVICE inline void on_first_thread(F f) {
+#if defined(__CUDA_ARCH__)
+  if (threadIdx.x == 0) f();
+#else
+  f();
 #endif
 }
 
@@ -87,16 +98,26 @@ struct PerThread {
 };
 
 #if defined(__CUDA_ARCH__)
-// x of the lane `distance` below, the lane's own where there is none.
-template <typename T>
-__device__ inline T from_below(const T& x, int distance) {
+// x of the lane that shuffle(word) reads each word of.
+template <typename T, typename F>
+__device__ inline T shuffled(const T& x, F shuffle) {
   static_assert(sizeof(T) % 4 == 0, "shuffled in words");
   uint32_t words[sizeof(T) / 4];
   memcpy(words, &x, sizeof(T));
-  for (uint32_t& word : words) word = __shfl_up_sync(~0u, word, distance);
+  for (uint32_t& word : words) word = shuffle(word);
   T result;
   memcpy(&result, words, sizeof(T));
   return result;
+}
+
+// x of the lane `distance` below or above, the lane's own where there is none.
+template <typename T>
+__device__ inline T from_below(const T& x, int distance) {
+  return shuffled(x, [=](uint32_t word) { return __shfl_up_sync(~0u, word, distance); });
+}
+template <typename T>
+__device__ inline T from_above(const T& x, int distance) {
+  return shuffled(x, [=](uint32_t word) { return __shfl_down_sync(~0u, word, distance); });
 }
 #endif
 
@@ -175,7 +196,8 @@ struct UnitMemory {
   uint32_t kept[MAX_ROWS / 32 + 1];  // by the mask, a bit per row
   Block blocks[MAX_BLOCKS];
   Map maps[2][MAX_PIECES];
-  uint8_t distances[MAX_PIECES];  // of pieces: how many lie between each and the end of its block
+  int partial[MAX_PIECES / 32 + 1];  // of the pieces of a warp, how many are shorter than PIECE
+  uint8_t distances[MAX_PIECES];     // of pieces: how many lie between each and the end of its block
   Map gathered[THREADS];
   typename Rows::State carry;
   int listed;       // blocks << 16 | pieces
@@ -217,31 +239,35 @@ struct UnitScan {
   template <bool kWhole>
   static constexpr int STRIDE = (kWhole ? -1 : 1) * (THREADS + THREADS / 32);  // from a row to the one THREADS on
 
-  // Rows [begin, begin + num_rows) to shared memory. A thread asks for all of its rows before it waits for the first.
+  // Rows [begin, begin + num_rows) to shared memory. A thread asks for many of its rows before it waits for the first.
   QRM_FAST_HOST_DEVICE void stage(Memory& m, int64_t begin, int num_rows, int thread) const {
     int first = thread;
-    for (; first - thread + BLOCK <= num_rows; first += BLOCK) stage_rows<false, true>(m, begin, first, BLOCK);
-    if (first - thread < num_rows) stage_rows<false, false>(m, begin, first, num_rows - first);
+    for (; first - thread + BLOCK <= num_rows; first += BLOCK) {
+      stage_rows<false, true, ROWS_PER_THREAD>(m, begin, first, BLOCK);
+    }
+    if (first - thread + BLOCK / 2 <= num_rows) {
+      stage_rows<false, true, FEW_ROWS>(m, begin, first, BLOCK / 2);
+      first += BLOCK / 2;
+    }
+    if (first - thread < num_rows) stage_rows<false, false, FEW_ROWS>(m, begin, first, num_rows - first);
   }
 
-  // Rows first, first + THREADS, ...: ROWS_PER_THREAD if they are all there, else those below first + rest.
-  template <bool kWhole, bool kAll>
+  // Rows first, first + THREADS, ...: kRows if they are all there, else those below first + rest.
+  template <bool kWhole, bool kAll, int kRows>
   QRM_FAST_HOST_DEVICE void stage_rows(Memory& m, int64_t begin, int first, int rest) const {
-    typename Column::Bits bits[Rows::kInputs][ROWS_PER_THREAD];
+    typename Column::Bits bits[Rows::kInputs][kRows];
     for (int i = 0; i < Rows::kInputs; ++i) in[i].template load<kAll>(begin + first, rest, bits[i]);
     if (kMasked) {
-      bool kept[ROWS_PER_THREAD];
+      bool kept[kRows];
       QRM_FAST_UNROLL
-      for (int k = 0; k < ROWS_PER_THREAD; ++k) {
-        kept[k] = (kAll || k * THREADS < rest) && (mask + begin + first)[k * THREADS];
-      }
+      for (int k = 0; k < kRows; ++k) kept[k] = (kAll || k * THREADS < rest) && (mask + begin + first)[k * THREADS];
       QRM_FAST_UNROLL
-      for (int k = 0; k < ROWS_PER_THREAD; ++k) set_bit(m.kept, first + k * THREADS, kept[k]);
+      for (int k = 0; k < kRows; ++k) set_bit(m.kept, first + k * THREADS, kept[k]);
     }
     for (int i = 0; i < Rows::kInputs; ++i) in[i].widen(bits[i]);
     float* staged = m.columns[0] + place<kWhole>(first);
     QRM_FAST_UNROLL
-    for (int k = 0; k < ROWS_PER_THREAD; ++k) {
+    for (int k = 0; k < kRows; ++k) {
       if (!kAll && k * THREADS >= rest) continue;
       for (int i = 0; i < Rows::kInputs; ++i) staged[i * COLUMN + k * STRIDE<kWhole>] = Column::value(bits[i][k]);
     }
@@ -249,18 +275,25 @@ struct UnitScan {
 
   QRM_FAST_HOST_DEVICE void unstage(const Memory& m, int64_t begin, int num_rows, int thread) const {
     int first = thread;
-    for (; first - thread + BLOCK <= num_rows; first += BLOCK) unstage_rows<false, true>(m, begin, first, BLOCK);
-    if (first < num_rows) unstage_rows<false, false>(m, begin, first, num_rows - first);
+    for (; first - thread + BLOCK <= num_rows; first += BLOCK) {
+      unstage_rows<false, true, ROWS_PER_THREAD>(m, begin, first, BLOCK);
+    }
+    if (first - thread + BLOCK / 2 <= num_rows) {
+      unstage_rows<false, true, FEW_ROWS>(m, begin, first, BLOCK / 2);
+      first += BLOCK / 2;
+    }
+    if (first < num_rows) unstage_rows<false, false, FEW_ROWS>(m, begin, first, num_rows - first);
   }
 
-  template <bool kWhole, bool kAll>
+  template <bool kWhole, bool kAll, int kRows>
   QRM_FAST_HOST_DEVICE void unstage_rows(const Memory& m, int64_t begin, int first, int rest) const {
     const float* staged = m.columns[0] + place<kWhole>(first);
     QRM_FAST_UNROLL
-    for (int k = 0; k < ROWS_PER_THREAD; ++k) {
-      if (!kAll && k * THREADS >= rest) continue;
-      for (int i = 0; i < Rows::kOutputs; ++i) {
-        (out[i] + begin + first)[k * THREADS] = staged[i * COLUMN + k * STRIDE<kWhole>];
+    for (int i = 0; i < Rows::kOutputs; ++i) {
+      float* results = out[i] + begin + first;
+      QRM_FAST_UNROLL
+      for (int k = 0; k < kRows; ++k) {
+        if (kAll || k * THREADS < rest) results[k * THREADS] = staged[i * COLUMN + k * STRIDE<kWhole>];
       }
     }
   }
@@ -269,27 +302,36 @@ struct UnitScan {
   template <bool kWhole>
   struct Piece {
     int end, num_rows;
+    bool all_full;  // it and those of the other threads of its warp, for which no row is asked whether it exists
     uint32_t kept;  // by the mask: the highest bit for the last row
     float values[PIECE][Rows::kInputs];
 
-    QRM_FAST_HOST_DEVICE bool has(int k) const { return kWhole || k < num_rows; }
-    QRM_FAST_HOST_DEVICE bool counts(int k) const { return kMasked ? (kept & 0x80000000u >> k) != 0 : has(k); }
+    QRM_FAST_HOST_DEVICE bool is_kept(int k) const { return (kept & 0x80000000u >> k) != 0; }
     // Calls f(k, row) with where each row lies in the first column.
     template <typename T, typename F>
     QRM_FAST_HOST_DEVICE void each(T* column, F f) const {
+      if (kWhole || all_full) {
+        each_row<true>(column, f);
+      } else {
+        each_row<false>(column, f);
+      }
+    }
+    template <bool kAll, typename T, typename F>
+    QRM_FAST_HOST_DEVICE void each_row(T* column, F f) const {
       T* row = column + place<kWhole>(end - 1);
       const int padding = ((end - 1) & 31) + 1;
       QRM_FAST_UNROLL
       for (int k = 0; k < PIECE; ++k) {
         if (!kWhole && k == padding) --row;
-        if (has(k)) f(k, kWhole ? row + k : row - k);
+        if (kAll || k < num_rows) f(k, kWhole ? row + k : row - k);
       }
     }
   };
 
   template <bool kWhole>
-  QRM_FAST_HOST_DEVICE Piece<kWhole> loaded(const Memory& m, int end, int num_rows) const {
+  QRM_FAST_HOST_DEVICE Piece<kWhole> loaded(const Memory& m, int end, int num_rows, bool all_full) const {
     Piece<kWhole> piece;
+    piece.all_full = all_full;
     piece.end = end;
     piece.num_rows = num_rows;
     if (kMasked) {
@@ -308,7 +350,7 @@ struct UnitScan {
   QRM_FAST_HOST_DEVICE State walk(Memory& m, const Rows& rows, const Piece<kWhole>& piece, State state) const {
     piece.each(m.columns[0], [&](int k, float* row) {
       float results[Rows::kOutputs] = {};
-      if (piece.counts(k)) state = rows.step(piece.values[k], state, results);
+      if (!kMasked || piece.is_kept(k)) state = rows.step(piece.values[k], state, results);
       for (int i = 0; i < Rows::kOutputs; ++i) row[i * COLUMN] = results[i];
     });
     return state;
@@ -316,23 +358,49 @@ struct UnitScan {
 
   template <bool kWhole>
   QRM_FAST_HOST_DEVICE Map folded(const Rows& rows, const Piece<kWhole>& piece) const {
+    return rows.folded(kWhole || piece.all_full ? composed<true>(rows, piece) : composed<false>(rows, piece));
+  }
+
+  // kAll: all rows of the piece exist.
+  template <bool kAll, bool kWhole>
+  QRM_FAST_HOST_DEVICE Map composed(const Rows& rows, const Piece<kWhole>& piece) const {
     Map map = Map::identity();
     QRM_FAST_UNROLL
     for (int k = 0; k < PIECE; ++k) {
-      if (piece.counts(k)) map = rows.before(piece.values[k], map);
+      if (kMasked ? piece.is_kept(k) : kAll || k < piece.num_rows) map = rows.before(piece.values[k], map);
     }
-    return rows.folded(map);
+    return map;
   }
 
-  // Composes the first `count` gathered maps into the first one. Map k covers the rows behind those of map k + 1.
-  QRM_FAST_HOST_DEVICE void compose_gathered(Memory& m, int count) const {
-    for (int step = 1; step < count; step *= 2) {
-      on_all_threads([&](int thread) {
-        if (thread % (2 * step) == 0 && thread + step < count) {
-          m.gathered[thread] = m.gathered[thread + step].after(m.gathered[thread]);
-        }
-      });
+  // Calls f(map) on one thread with the first `count` gathered maps composed, then waits for all. Map k covers the rows
+  // behind those of map k + 1. One warp composes them, each lane first four of its own.
+  template <typename F>
+  QRM_FAST_HOST_DEVICE void with_gathered(Memory& m, int count, F f) const {
+#if defined(__CUDA_ARCH__)
+    static_assert(THREADS == 4 * 32, "gathered maps of a lane");
+    const int lane = threadIdx.x;
+    if (lane < 32) {
+      Map map = Map::identity();
+      if (4 * lane < count) map = m.gathered[4 * lane];
+      if (4 * lane + 1 < count) map = m.gathered[4 * lane + 1].after(map);
+      if (4 * lane + 2 < count) {
+        Map later = m.gathered[4 * lane + 2];
+        if (4 * lane + 3 < count) later = m.gathered[4 * lane + 3].after(later);
+        map = later.after(map);
+      }
+      for (int step = 1; 4 * step < count; step *= 2) {
+        const Map above = from_above(map, step);
+        if (lane % (2 * step) == 0 && 4 * (lane + step) < count) map = above.after(map);
+      }
+      if (lane == 0) f(map);
     }
+    __syncthreads();
+#else
+    for (int step = 1; step < count; step *= 2) {
+      for (int i = 0; i + step < count; i += 2 * step) m.gathered[i] = m.gathered[i + step].after(m.gathered[i]);
+    }
+    f(m.gathered[0]);
+#endif
   }
 
   // Applies the maps [first, last) of a sequence's blocks or groups to the carry. `behind(i)` is where map i is
@@ -344,16 +412,14 @@ struct UnitScan {
       on_all_threads([&](int thread) {
         if (thread < count) m.gathered[thread] = behind(i + thread)->wait();
       });
-      compose_gathered(m, count);
-      on_all_threads([&](int thread) {
-        if (thread == 0) m.carry = m.gathered[0](m.carry);
-      });
+      with_gathered(m, count, [&](const Map& map) { m.carry = map(m.carry); });
     }
   }
 
   QRM_FAST_HOST_DEVICE void list(Memory& m, int sequence, int end, int num_rows) const {
     const int count = (num_rows + PIECE - 1) / PIECE, listed = add_shared(&m.listed, 1 << 16 | count);
     m.blocks[listed >> 16] = {sequence, end, num_rows, listed & 0xffff};
+    if (num_rows % PIECE > 0) add_shared(m.partial + ((listed & 0xffff) + count - 1) / 32, 1);
     if (sequence == 0) m.front_piece = listed & 0xffff;
   }
 
@@ -382,7 +448,8 @@ struct UnitScan {
     const int64_t s = unit.first + block.sequence;
     const int distance = i - block.first_piece, rest = block.num_rows - distance * PIECE;
     const Rows rows = rules(s);
-    const Piece<false> piece = loaded<false>(m, block.end - distance * PIECE, rest < PIECE ? rest : PIECE);
+    const Piece<false> piece =
+        loaded<false>(m, block.end - distance * PIECE, rest < PIECE ? rest : PIECE, m.partial[i / 32] == 0);
     return {s, static_cast<unsigned>(distance), rows, piece, folded(rows, piece)};
   }
 
@@ -399,9 +466,9 @@ struct UnitScan {
     const Rows rows = rules(unit.first);
     PerThread<Piece<true>> pieces;
     PerThread<Map> maps;  // of each piece, then of those behind it in its run
-    on_all_threads([&](int thread) { stage_rows<true, true>(m, unit.begin, thread, BLOCK); });
+    on_all_threads([&](int thread) { stage_rows<true, true, ROWS_PER_THREAD>(m, unit.begin, thread, BLOCK); });
     on_all_threads([&](int thread) {
-      pieces[thread] = loaded<true>(m, BLOCK - thread * PIECE, PIECE);
+      pieces[thread] = loaded<true>(m, BLOCK - thread * PIECE, PIECE, true);
       maps[thread] = folded(rows, pieces[thread]);
     });
     scan_runs(m, maps);
@@ -413,7 +480,7 @@ struct UnitScan {
       if (thread % RUN > 0) state = maps[thread](state);
       walk(m, rows, pieces[thread], state);
     });
-    on_all_threads([&](int thread) { unstage_rows<true, true>(m, unit.begin, thread, BLOCK); });
+    on_all_threads([&](int thread) { unstage_rows<true, true, ROWS_PER_THREAD>(m, unit.begin, thread, BLOCK); });
   }
 
   // Of each run of RUN threads: composes each map with those of the threads before it; then m.maps[1] has the runs'
@@ -451,6 +518,7 @@ struct UnitScan {
     on_all_threads([&](int thread) {
       stage(m, unit.begin, num_rows, thread);
       if (thread == 0) m.listed = 0;
+      if (thread <= MAX_PIECES / 32) m.partial[thread] = 0;
     });
 
     // Short sequences are finished here. The blocks of the others are listed; their order is arbitrary.
@@ -465,7 +533,7 @@ struct UnitScan {
           const Rows rows = rules(s);
           State state = this->end(rows, s);
           for (int row = end; row > begin; row -= PIECE) {
-            state = walk(m, rows, loaded<false>(m, row, row - begin < PIECE ? row - begin : PIECE), state);
+            state = walk(m, rows, loaded<false>(m, row, row - begin < PIECE ? row - begin : PIECE, false), state);
           }
         }
       }
@@ -522,9 +590,7 @@ struct UnitScan {
   // The state behind the unit's last block, from the maps of all blocks behind it.
   QRM_FAST_HOST_DEVICE void find_carry(Memory& m, int64_t u, const UnitRows& unit) const {
     const int64_t j = unit.back;
-    on_all_threads([&](int thread) {
-      if (thread == 0) m.carry = end(rules(unit.last), unit.last);
-    });
+    on_first_thread([&] { m.carry = end(rules(unit.last), unit.last); });  // which also reads it, in with_gathered
     apply_published(m, 0, j / GROUP, [&](int64_t g) { return groups + u + j - (g * GROUP + GROUP - 1); });
     apply_published(m, j / GROUP * GROUP, j, [&](int64_t i) { return blocks + u + j - i; });
   }
@@ -544,10 +610,7 @@ struct UnitScan {
       }
     });
     if (!completes) return;
-    compose_gathered(m, GROUP);
-    on_all_threads([&](int thread) {
-      if (thread == 0) groups[u].publish(m.gathered[0]);
-    });
+    with_gathered(m, GROUP, [&](const Map& map) { groups[u].publish(map); });
   }
 };
 

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -146,11 +146,16 @@ def install() -> None:
         torch.library.impl(f"qrm_fast::{op}", "CPU", functools.partial(emulated, op))
 
 
-def instructions_per_row(op: str, num_rows: int, num_tokens: int = 1 << 14) -> float:
-    """Of a thread, without a mask, in sequences of `num_rows`; the setup, which no row needs, is left out."""
+def instructions_per_row(op: str, num_rows: int | Sequence[int], num_tokens: int = 1 << 14) -> float:
+    """Of a thread, without a mask, in sequences of `num_rows`, or of these in turn; the last one ends where rows do.
+
+    The setup, which no row needs, is left out.
+    """
     counts.clear()
-    columns, cu = torch.randn(COLUMNS[op], num_tokens), torch.arange(0, num_tokens + 1, num_rows)
-    launched(op, 0, *columns, cu, *OPTIONS[op], None, None)
+    lengths = torch.tensor(num_rows).reshape(-1)
+    ends = lengths.repeat(num_tokens // int(lengths.sum()) + 1).cumsum(0)
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends[ends < num_tokens], torch.tensor([num_tokens])])
+    launched(op, 0, *torch.randn(COLUMNS[op], num_tokens), cu, *OPTIONS[op], None, None)
     return 32 * sum(n for name, n in counts.items() if "scan_units" in name) / num_tokens
 
 
