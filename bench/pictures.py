@@ -13,7 +13,7 @@ from docs.figure import save
 from .bench_heads import CONTRACT
 from .growth import fixed, shape, sweeps
 from .render import is_rival, summary
-from .shares import LIBRARIES, REST
+from .shares import LIBRARIES, REST, of_ours
 
 WHOSE = {  # the beginning of a way's name: how its marks look
     "qrm_fast": {"color": "C0", "marker": "o"},
@@ -211,7 +211,7 @@ def steps(records: list[dict]) -> Figure:
     figure = Figure(figsize=(11, 1.6 + 0.45 * len(records)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(records)
-    own = dict.fromkeys(name for record in records for name in record["shares"] if name not in (*LIBRARIES, REST))
+    own = dict.fromkeys(name for record in records for name in of_ours(record["shares"]))
     shown = [name for name in own if any(record["shares"].get(name, 0) >= 1e-3 for record in records)]
     greys = dict(zip((*LIBRARIES, REST), ("0.35", "0.5", "0.65", "0.85"), strict=True))
     for name, colour in [*((name, f"C{i}") for i, name in enumerate(shown)), *greys.items()]:

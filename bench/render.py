@@ -17,7 +17,7 @@ from pathlib import Path
 from .growth import fixed, shape, sweeps
 from .predicted import compared
 from .provenance import ROOT
-from .shares import LIBRARIES, REST
+from .shares import of_ours
 
 COLUMNS = {  # heading: key of a row, how it is written
     "ms": ("median_ms", "{:,.4g}"),
@@ -133,7 +133,7 @@ def shares(records: list[dict]) -> str:
         run = runs.setdefault(provenance_line(record), str(len(runs) + 1))
         titles.append(f"{fixed(record)} ({run})")
     columns = [record["shares"] for record in records]
-    own = [{name: x for name, x in column.items() if name not in (*LIBRARIES, REST)} for column in columns]
+    own = list(map(of_ours, columns))
     parts = dict.fromkeys(name for column in (*own, *columns) for name in column)
     lines = [["", *titles], ["ops of qrm_fast", *(f"**{sum(column.values()):.1%}**" for column in own)]]
     for part in parts:

@@ -33,3 +33,8 @@ def shares(step: Callable[[], object]) -> dict[str, float]:
                 theirs[name] += own if events.match(event.key) else 0.0
     parts = dict(sorted(ours.items(), key=lambda part: -part[1])) | theirs
     return parts | {REST: 1 - sum(parts.values())}
+
+
+def of_ours(parts: dict[str, float]) -> dict[str, float]:
+    """The shares of the ops of this package, of all that `shares` found."""
+    return {name: share for name, share in parts.items() if name not in (*LIBRARIES, REST)}
