@@ -23,9 +23,11 @@ from .. import linear_policy_loss, linear_sample
 from .attention import backbone
 from .config import CPU_TOKENS
 from .flops import UpdateFlops, update_flops
+from .gated import keep_less
 from .linear import use_onednn
 from .policy import Policy
 from .ranges import Count, CountOrNone, NonNegative, check_ranges
+from .rollout import TransformersEngine
 from .run_folder import Dtype
 
 # Values that a layer reads and writes per row outside products and attention, forward and backward pass, as counted in
@@ -60,7 +62,7 @@ class Ceilings(NamedTuple):
     copy: float  # bytes/s read and written
     thin: float  # bytes/s of weights, or of the cache, in a product of few rows
     sample: float  # bytes/s of a head's weights in a token for few rows
-    call: float  # seconds of an operation on next to nothing
+    call: float  # seconds of an operation of sampling on next to nothing, with the Python around it
     memory: float  # bytes
     link: float  # bytes/s from the other devices of its node
     network: float  # bytes/s of its share of the node's network
@@ -416,6 +418,7 @@ def _rollout(shape: Shape, work: Work, ceilings: Ceilings, size: int, per_sample
         "products": product(shape.matrices, ceilings.thin, ceilings.products),
         "head": product(shape.head, ceilings.sample, ceilings.head),
         "attention": shape.layers * np.maximum(size * values / ceilings.thin, pairs / ceilings.attention).sum(),
+        "element-wise": _passes(shape) / 3 * active.sum() * size / ceilings.copy,
     }
     calls = steps * shape.layers * CALLS_PER_LAYER * ceilings.call
     if ceilings.queued:  # the host calls while the device computes
@@ -482,9 +485,9 @@ def measured(shape: Shape, dtype: torch.dtype) -> Ceilings:
         use_onednn(layer)
     rows = torch.ones(2048, hidden, dtype=dtype, requires_grad=True)
     few, head = rows[:16].detach(), torch.ones(ids, hidden, dtype=dtype, requires_grad=True)
-    num_heads = shape.queries // shape.head_dim
+    num_heads, num_layers = shape.queries // shape.head_dim, min(shape.layers, 8)
     pairs = torch.ones(4, num_heads, 256, shape.head_dim, dtype=dtype, requires_grad=True)
-    source, little = torch.ones(LARGE // 4), torch.ones(32, 256)
+    source = torch.ones(LARGE // 4)
     target, uniforms = torch.empty_like(source), torch.full((16,), 0.5, dtype=torch.float64)
     targets, advantages = torch.zeros(512, dtype=torch.int64), torch.ones(512)
 
@@ -498,10 +501,6 @@ def measured(shape: Shape, dtype: torch.dtype) -> Ceilings:
         for layer in layers:
             layer(few)
 
-    def calls() -> None:
-        for _ in range(100):
-            little.add(1.0)
-
     tall = _fastest(lambda: backward(layers[0](rows)))
     loss = _fastest(lambda: linear_policy_loss(rows[:512], head, targets, advantages).loss.backward())
     with torch.no_grad():
@@ -513,13 +512,30 @@ def measured(shape: Shape, dtype: torch.dtype) -> Ceilings:
         copy=2 * source.nbytes / _fastest(lambda: target.copy_(source)),
         thin=sum(layer.weight.nbytes for layer in layers) / read,
         sample=head.nbytes / drawn,
-        call=_fastest(calls) / 100,
+        call=_step_of_nothing(num_layers) / (num_layers * CALLS_PER_LAYER),
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         link=math.inf,
         network=math.inf,
         queued=False,
         source="measured on this CPU",
     )
+
+
+def _step_of_nothing(num_layers: int) -> float:
+    """Seconds of a step of sampling by the engine of this process, from a model so narrow that only calls take time."""
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="qrm_packed", dtype=torch.float32)
+    use_onednn(model)
+    keep_less(model)
+    engine, num_steps = TransformersEngine(Policy(model), [64]), 32
+    return _fastest(lambda: engine.generate([[1]], max_new_tokens=num_steps, temperature=1.0, seed=0)) / num_steps
 
 
 def _fastest(call: Callable[[], object], seconds: float = 0.25) -> float:

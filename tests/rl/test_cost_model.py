@@ -95,6 +95,7 @@ def test_seconds_by_hand():
     assert rollout["products"] == pytest.approx(4 * 4 * shape.matrices / 5e10 + 2 * 10 * shape.matrices / 1e12)
     assert rollout["head"] == pytest.approx(4 * 4 * shape.head / 2e10)
     assert rollout["attention"] == pytest.approx(24 * 4 * 896 * 2 * (10 + 11 + 12 + 13) / 1e11)
+    assert rollout["element-wise"] == pytest.approx(4 * values / 3 * 8 / 1e11)
     assert rollout["calls"] == pytest.approx(4 * 24 * 100 * 1e-6)
     assert result.step.seconds == pytest.approx(sum(phase.seconds for phase in result.phases.values()))
     assert result.kernels == pytest.approx((rollout["head"] + score["head"] + update["head"]) / result.step.seconds)
@@ -106,7 +107,7 @@ def test_a_queue_hides_calls_or_work():
     apart, queued = (
         costs(shape, work, ROUND._replace(queued=x, call=1e-4), torch.float32).phases["rollout"] for x in (False, True)
     )
-    hidden = sum(apart.parts[name] for name in ("products", "head", "attention"))
+    hidden = sum(apart.parts[name] for name in ("products", "head", "attention", "element-wise"))
     hidden -= 2 * 10 * shape.matrices / 1e12  # prompts are read before
     assert apart.seconds - queued.seconds == pytest.approx(hidden)
 
