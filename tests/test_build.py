@@ -247,6 +247,26 @@ __global__ void __launch_bounds__(1024) normalise(const float* x, float* out) {{
         check_cuda(source, tmp_path)
 
 
+def test_nvcc_of_the_wheels_is_found_before_another(tmp_path):
+    """They put it beside their headers and a runtime that has no name for the linker."""
+    nvcc = tmp_path / "nvidia/cu13/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\necho "#\\$ TOP=$(dirname $0)/.." >&2\n')
+    nvcc.chmod(0o755)
+    script = """
+        import os, sys, torch
+        torch.version.cuda = "13.0"
+        sys.path.append(sys.argv[1])
+        import setup
+        torch.utils.cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]  # as a CUDA torch has read it
+        (cuda,) = [x for x in setup.extensions() if x.name == "qrm_fast._cuda"]
+        print(os.environ["CUDA_HOME"], "cudart" in cuda.libraries)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"}
+    printed = run(sys.executable, "-c", textwrap.dedent(script), tmp_path, cwd=ROOT, env=environment)
+    assert printed.split() == [str(tmp_path / "nvidia/cu13"), "False"]
+
+
 # Symbols and dispatch
 
 
