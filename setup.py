@@ -4,16 +4,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import Extension, setup
 
-if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:  # nvcc may be a wrapper: it knows where its toolkit is
-    dryrun = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE):
-        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
+if "CUDA_HOME" not in os.environ:  # nvcc of cuda-toolkit's wheels, which fits the torch beside it, or another
+    folders = [f"{folder}/nvidia/cu{str(torch.version.cuda).partition('.')[0]}/bin" for folder in sys.path]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ["PATH"], "/usr/local/cuda/bin"]))
+    if nvcc:  # it may be a wrapper: it knows where its toolkit is
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE):
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -50,16 +54,16 @@ def extensions() -> list[Extension]:
             extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"],
         ),
     ]
-    if torch.version.cuda and shutil.which("nvcc"):
-        built.append(
-            CUDAExtension(
-                "qrm_fast._cuda",
-                sources("cuda", ".cpp", ".cu"),
-                depends=headers,
-                extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC},
-                py_limited_api=True,
-            )
+    if torch.version.cuda and shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin"):
+        cuda = CUDAExtension(
+            "qrm_fast._cuda",
+            sources("cuda", ".cpp", ".cu"),
+            depends=headers,
+            extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA"], "nvcc": NVCC},
+            py_limited_api=True,
         )
+        cuda.libraries.remove("cudart")  # torch has loaded its own, and the wheel's has no name for the linker
+        built.append(cuda)
     return built
 
 

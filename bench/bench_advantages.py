@@ -66,30 +66,17 @@ def assert_as_float64(got: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(ours.cpu().double(), want, rtol=1e-5, atol=1e-4)
 
 
-def in_triton(rewards: Tensor, values: Tensor, cu_seqlens: Tensor) -> dict[str, Provider]:
-    """What serves an installation without nvcc."""
-    from qrm_fast.triton import gae as triton
-
-    return {"qrm_fast, Triton": partial(triton.launch, rewards, values, cu_seqlens, 1.0, 0.95, None, None, None)}
-
-
 def packed(device: torch.device, segments: str, num_tokens: int) -> Case:
     """gae, with nothing beside it."""
     cu_seqlens = boundaries(segments, num_tokens).to(device)
     rewards, values = columns(2, num_tokens, device)
-    providers: dict[str, Provider] = {"qrm_fast": partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95)}
-    if device.type == "cuda":
-        providers |= in_triton(rewards, values, cu_seqlens)
-
-    held = list(providers.values())  # what is put beside them later is no gae
+    ours = partial(gae, rewards, values, cu_seqlens, gamma=1.0, lam=0.95)
 
     def gate():
-        wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
-        for provider in held:
-            assert_as_float64(provider(), wide)
+        assert_as_float64(ours(), gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95))
 
     num_bytes = 16 * num_tokens
-    return Case(providers, gate, baseline=copy(num_bytes, device), bytes=num_bytes)
+    return Case({"qrm_fast": ours}, gate, baseline=copy(num_bytes, device), bytes=num_bytes)
 
 
 @case(cpu=[{"segments": s} for s in SEGMENTS], cuda=[{"segments": s} for s in SEGMENTS])
@@ -139,7 +126,7 @@ def gae_calls(device: torch.device, num_tokens: int, calls: int) -> Case:
     """Many calls without a pause: their milliseconds are the microseconds of one, in Python or in a CUDA graph."""
     cu_seqlens = boundaries(f"{num_tokens // 1024} x 1024", num_tokens).to(device)
     rewards, values = columns(2, num_tokens, device)
-    once = {"qrm_fast": partial(gae, rewards, values, cu_seqlens, lam=0.95)} | in_triton(rewards, values, cu_seqlens)
+    once = partial(gae, rewards, values, cu_seqlens, lam=0.95)
 
     def often(provider: Provider) -> Provider:
         def repeated():
@@ -149,18 +136,14 @@ def gae_calls(device: torch.device, num_tokens: int, calls: int) -> Case:
 
         return repeated
 
-    providers = {way: often(provider) for way, provider in once.items()}
-    for way, provider in once.items():
-        provider()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            often(provider)()
-        providers[f"{way}, in a CUDA graph"] = graph.replay
+    once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        often(once)()
+    providers: dict[str, Provider] = {"qrm_fast": often(once), "qrm_fast, in a CUDA graph": graph.replay}
 
     def gate():
-        wide = gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95)
-        for provider in once.values():
-            assert_as_float64(provider(), wide)
+        assert_as_float64(once(), gae(rewards.cpu().double(), values.cpu().double(), cu_seqlens.cpu(), lam=0.95))
 
     baseline = {f"{name}, {calls} times": often(way) for name, way in copy(16 * num_tokens, device).items()}
     return Case(providers, gate, baseline=baseline, bytes=16 * num_tokens * calls)

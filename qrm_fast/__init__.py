@@ -31,6 +31,7 @@ from .ops.progress_rewards import progress_rewards
 from .ops.q_advantages import q_advantages
 from .ops.q_head_advantages import q_head_advantages
 from .ops.q_token_rewards import q_token_rewards
+from .ops.scans import SCANS, refuse_scans_on_cuda
 from .ops.token_q import token_q
 from .ops.value_loss import value_loss
 from .ops.vtrace import VTrace, vtrace
@@ -40,8 +41,8 @@ from .ops.whiten import whiten  # isort: split
 try:
     from . import _cpu, _host  # type: ignore[attr-defined]  # noqa: F401  the C++ kernels register themselves for CPU
 
-    has_cuda_kernels = find_spec(f"{__name__}._cuda") is not None  # built where torch has CUDA and nvcc is installed
-    if has_cuda_kernels:
+    _has_cuda_kernels = find_spec(f"{__name__}._cuda") is not None  # built where torch has CUDA and nvcc is installed
+    if _has_cuda_kernels:
         from . import _cuda  # type: ignore[attr-defined]  # noqa: F401
 except ImportError as error:
     raise ImportError(
@@ -52,13 +53,15 @@ except ImportError as error:
 if torch.version.cuda:
     from . import triton as _triton  # noqa: F401  its files register themselves for CUDA
 
+    if not _has_cuda_kernels:
+        refuse_scans_on_cuda(doctor.add_nvcc())
+
 from .packing import PackedBatch, from_padded, pack, per_token, plan_microbatches, to_padded, unpack
 
 _served = doctor.served()
 _lacking = [row.op for row in _served if row.cpu is None]
-if has_cuda_kernels:
-    _scans = "discounted_returns", "gae", "min_gae", "vtrace"
-    _lacking += [f"{row.op} for CUDA" for row in _served if row.cuda is None and row.op in _scans]
+if _has_cuda_kernels:
+    _lacking += [f"{row.op} for CUDA" for row in _served if row.cuda is None and row.op in SCANS]
     _lacking += [f"{name} for CUDA" for name in not_served("cuda")]
 if _lacking:  # their references would take over in silence
     raise ImportError(

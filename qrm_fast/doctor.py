@@ -11,6 +11,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 from .ops.constant_op import SERVED_BY_REFERENCE
+from .ops.scans import NEEDS_NVCC
 
 PACKAGE = Path(__file__).parent
 REBUILD = (
@@ -19,8 +20,15 @@ REBUILD = (
 )
 
 
+def add_nvcc() -> str:
+    return (
+        "install the CUDA toolkit or, from CUDA 13 on, its compiler alone by "
+        f'`pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"`, and {REBUILD}'
+    )
+
+
 class Served(NamedTuple):
-    """The files that serve one op; None where a device lacks a kernel and `fallback` serves it."""
+    """The files that serve one op; None where a device lacks a kernel and `fallback` serves it, or "needs nvcc"."""
 
     op: str
     cpu: str | None
@@ -40,6 +48,8 @@ def _served(op: str) -> Served:
     def kernel(key: str) -> str | None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
             return str(reference) if op in SERVED_BY_REFERENCE else None
+        if key == "CUDA" and op in NEEDS_NVCC:
+            return "needs nvcc"
         compiled = re.search(rf"^{key}: registered at \S*?(csrc/\w+/\w+\.\w+)", dump, re.MULTILINE)
         # A kernel registered from Python is Triton's and lies under the op's own stem or its reference's; the dump
         # names only PyTorch's file.
@@ -86,7 +96,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: version(name) for name in ("triton", "transformers", "numpy")},
-        "nvcc": nvcc_version() or "not found",
+        "nvcc": nvcc_version() or "not on the PATH",
         "cpu": f"{cpu_model()}, {torch.get_num_threads()} threads, {simd}",
     }
     if torch.cuda.is_available():
@@ -104,3 +114,5 @@ def main() -> None:
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\n- : no kernel of its own; the reference in the last column serves that device.")
+    if NEEDS_NVCC:
+        print(f"needs nvcc: an error on CUDA tensors; {add_nvcc()}.")

@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 
 import torch
 
@@ -58,9 +57,9 @@ def calls(device: str, times: int) -> dict[str, list[Callable]]:
     f = qrm_fast
     return {
         "clip_delta": [lambda: f.clip_delta(steps, step_cu)],
-        "discounted_returns": scan("discounted_returns", rows[:1], cu_seqlens, mask, {"gamma": 0.9}, 0.9),
+        "discounted_returns": [lambda: f.discounted_returns(rows[0], cu_seqlens, mask=mask, gamma=0.9)],
         "from_padded": [lambda: f.from_padded(real, on(2, 4))],
-        "gae": scan("gae", rows[:2], cu_seqlens, mask, {"gamma": 0.9, "lam": 0.9}, 0.9, 0.9, None),
+        "gae": [lambda: f.gae(*rows[:2], cu_seqlens, mask=mask, gamma=0.9, lam=0.9)],
         "gather_logprobs": [lambda x=x: f.gather_logprobs(x, targets) for x in (logits, logits.bfloat16())],
         "group_advantages": [
             lambda kind=kind, options=options: f.group_advantages(answers, group_ids, kind=kind, **options)
@@ -99,7 +98,7 @@ def calls(device: str, times: int) -> dict[str, list[Callable]]:
             lambda operator=operator: f.min_form_returns(steps, *in_steps, operator=operator)
             for operator in ("soft", "causal_soft", "sum")
         ],
-        "min_gae": scan("min_gae", rows[:2], cu_seqlens, mask, {"lam": 0.9}, 0.9),
+        "min_gae": [lambda: f.min_gae(*rows[:2], cu_seqlens, mask=mask, lam=0.9)],
         "pack": [lambda: f.pack([[2, 3, 4, 5, 1], [6, 7, 1]], [1, 1], device=device)],
         "pairwise_q_loss": [lambda m=m: f.pairwise_q_loss(values, cu_seqlens, mask=m) for m in (None, mask)],
         "per_token": [lambda: f.per_token(answers, cu_seqlens, num_tokens)],
@@ -136,18 +135,9 @@ def calls(device: str, times: int) -> dict[str, list[Callable]]:
         ],
         "unpack": [lambda: f.unpack(rows[0], cu_seqlens)],
         "value_loss": [lambda: f.value_loss(values, rows[0], old_values=rows[1], clip=0.2)],
-        "vtrace": scan("vtrace", (*rows[:2], ratios), cu_seqlens, mask, {"gamma": 0.9, "lam": 0.9}, 0.9, 0.9, 1.0, 1.0),
+        "vtrace": [lambda: f.vtrace(*rows[:2], ratios, cu_seqlens, mask=mask, gamma=0.9, lam=0.9)],
         "whiten": [lambda m=m: f.whiten(rows[0], mask=m) for m in (None, mask)],
     }
-
-
-def scan(name: str, columns, cu_seqlens: torch.Tensor, mask: torch.Tensor, options: dict, *numbers) -> list[Callable]:
-    """By the kernel that is registered and, on CUDA, by Triton's, which serves installations without nvcc."""
-    ways = [lambda: getattr(qrm_fast, name)(*columns, cu_seqlens, mask=mask, **options)]
-    if cu_seqlens.is_cuda:
-        launch = import_module(f"qrm_fast.triton.{name}").launch
-        ways.append(lambda: launch(*columns, cu_seqlens, *numbers, None, mask))
-    return ways
 
 
 def tensors(result: object) -> Iterator[torch.Tensor]:

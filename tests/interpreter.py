@@ -2,9 +2,8 @@
 
 The interpreter holds bfloat16 as uint16: its dot multiplies the integers, and its casts truncate. `install` puts
 products of the values, rounded to float32, and rounding to nearest in their place. It also prepares the language anew
-for every function that a kernel calls, and scans one element at a time; `install` has it do the one once, the other by
-lanes. Every operation builds the type of its result, and of its result's shape; `install` has it find the one among
-those built before, and build the other for a reader only.
+for every function that a kernel calls; `install` has it do that once. Every operation builds the type of its result,
+and that of its shape; `install` has it find the one among those built before, and build the other for a reader only.
 """
 
 import functools
@@ -27,21 +26,6 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     # in double: on some CPUs a BLAS sums a row of float32 in an order that depends on the row's place
     product = widened(a).astype(np.float64) @ widened(b).astype(np.float64)
     return interpreter.TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
-
-
-def _scan(self, columns):
-    """Along the axis in order; in the other dimensions all elements at once."""
-    data = [np.moveaxis(x.handle.data, self.axis, 0) for x in columns]
-    dtypes = [x.dtype.scalar for x in columns]
-    scanned = [np.empty_like(d) for d in data]
-    so_far: tuple = ()
-    for i in range(len(data[0])):
-        now = tuple(self.to_tensor(np.ascontiguousarray(d[i : i + 1]), t) for d, t in zip(data, dtypes, strict=True))
-        so_far = self.combine_fn.fn(*so_far, *now) if i else now
-        so_far = so_far if isinstance(so_far, (tuple, tl.tuple)) else (so_far,)
-        for out, x in zip(scanned, so_far, strict=True):
-            out[i] = x.handle.data[0]
-    return [self.to_tensor(np.moveaxis(out, 0, self.axis), t) for out, t in zip(scanned, dtypes, strict=True)]
 
 
 def _call(self, *args, **kwargs):
@@ -71,7 +55,6 @@ def install() -> None:
 
     interpreter._convert_float = rounding
     interpreter.InterpreterBuilder.create_dot = _dot
-    interpreter.ScanOps.generic_scan = _scan
     interpreter._patch_lang(tl.sum.fn)  # what Triton's own functions see; a launch prepares what the kernel sees
     interpreter.InterpretedFunction.__call__ = _call
 

@@ -20,6 +20,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 import qrm_fast
 from qrm_fast import doctor
+from qrm_fast.ops import hopper, scans
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(qrm_fast.__file__).parent
@@ -40,7 +41,7 @@ STEMS = sorted(p.stem for p in PACKAGE.glob("triton/*.py") if "@triton.jit" in p
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that one block can have
 GRID = 2**31 - 1, 65535, 65535
 # Machine codes of the launches of tests/launches by architecture: in a training step, and in steps of other sizes too.
-SPECIALISATIONS = {"80": [116, 136], "90": [149, 175], "100": [123, 145]}
+SPECIALISATIONS = {"80": [98, 118], "90": [131, 157], "100": [98, 120]}
 
 
 def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:
@@ -247,6 +248,26 @@ __global__ void __launch_bounds__(1024) normalise(const float* x, float* out) {{
         check_cuda(source, tmp_path)
 
 
+def test_nvcc_of_the_wheels_is_found_before_another(tmp_path):
+    """They put it beside their headers and a runtime that has no name for the linker."""
+    nvcc = tmp_path / "nvidia/cu13/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\necho "#\\$ TOP=$(dirname $0)/.." >&2\n')
+    nvcc.chmod(0o755)
+    script = """
+        import os, sys, torch
+        torch.version.cuda = "13.0"
+        sys.path.append(sys.argv[1])
+        import setup
+        torch.utils.cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]  # as a CUDA torch has read it
+        (cuda,) = [x for x in setup.extensions() if x.name == "qrm_fast._cuda"]
+        print(os.environ["CUDA_HOME"], "cudart" in cuda.libraries)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"}
+    printed = run(sys.executable, "-c", textwrap.dedent(script), tmp_path, cwd=ROOT, env=environment)
+    assert printed.split() == [str(tmp_path / "nvidia/cu13"), "False"]
+
+
 # Symbols and dispatch
 
 
@@ -279,6 +300,59 @@ def test_doctor_prints_who_serves_what(capsys):
     page = r"qrm_fast/ops/whiten\.py"
     assert any(re.fullmatch(rf"whiten +{page} +{page} +{page}", line) for line in lines)
     assert any(re.match(r"torch +\d", line) for line in lines)
+
+
+CUDA_TORCH = """
+    import importlib.machinery, os, sys, types, torch
+
+    os.environ["TRITON_INTERPRET"] = "0"
+    torch.version.cuda = "13.0"
+    if len(sys.argv) > 1:
+        built = sys.modules["qrm_fast._cuda"] = types.ModuleType("qrm_fast._cuda")
+        built.__spec__ = importlib.machinery.ModuleSpec("qrm_fast._cuda", None)
+    import qrm_fast
+    from qrm_fast import doctor
+
+    class OnCuda(torch.Tensor):  # meets the kernels of CUDA
+        @staticmethod
+        def __new__(cls, x):
+            return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device="cuda:0")
+
+        __torch_dispatch__ = None
+
+    x, cu_seqlens = OnCuda(torch.zeros(3)), OnCuda(torch.tensor([0, 3]))
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Python)):
+        for name, columns in {"gae": 2, "discounted_returns": 1, "min_gae": 2, "vtrace": 3}.items():
+            try:
+                getattr(qrm_fast, name)(*[x] * columns, cu_seqlens)
+            except RuntimeError as error:
+                print("refused:", error)
+    doctor.main()
+"""
+
+
+def imported_by_a_cuda_torch(*arguments: str) -> subprocess.CompletedProcess:
+    """CUDA_TORCH; with an argument beside an extension of nvcc's that lacks its kernels."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CUDA_TORCH), *arguments], capture_output=True, text=True
+    )
+
+
+def test_without_nvcc_the_scans_refuse_cuda_and_name_the_fix():
+    done = imported_by_a_cuda_torch()
+    assert done.returncode == 0, done.stderr
+    fix = r'.*`pip install "cuda-toolkit\[nvcc,cccl\]==13\.0\.\*"`.* `pip install --no-build-isolation \.`'
+    served = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    for name in scans.SCANS:
+        assert re.search(rf"^refused: {name} on CUDA is compiled by nvcc{fix}", done.stdout, re.MULTILINE)
+        assert re.fullmatch(rf"{name} +csrc/cpu/{name}\.cpp +needs nvcc +qrm_fast/ops/{name}\.py", served[name])
+    assert re.search(rf"^needs nvcc: an error on CUDA tensors;{fix}", done.stdout, re.MULTILINE)
+    assert "qrm_fast/triton/token_q.py" in served["token_q"]
+
+
+def test_a_cuda_extension_older_than_the_sources_names_the_ops_and_the_fix():
+    lacking = ", ".join(f"{name} for CUDA" for name in (*scans.SCANS, *hopper.SCHEMAS))
+    assert f"they lack kernels of {lacking}; run" in imported_by_a_cuda_torch("with nvcc").stderr
 
 
 @pytest.fixture(scope="module")

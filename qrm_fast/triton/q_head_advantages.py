@@ -56,7 +56,7 @@ def q_head_advantages(
     BR: tl.constexpr,
 ):
     i_slot = tl.program_id(0).to(tl.int64)
-    i_s = sequence_at(cu_seqlens, i_slot, i_slot * 0, i_slot * 0 + num_sequences, num_halvings, num_rows, ROWS)
+    i_s = sequence_at(cu_seqlens, i_slot, num_sequences, num_halvings, num_rows, ROWS)
     m_s = i_s < num_sequences
     bos, eos = boundary(cu_seqlens, i_s, m_s, num_rows), boundary(cu_seqlens, i_s + 1, m_s, num_rows)
     i_run, num_runs = i_slot - (i_s + bos // ROWS), tl.cdiv(eos - bos, ROWS)

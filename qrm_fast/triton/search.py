@@ -102,18 +102,17 @@ def boundary(cu_seqlens, i_s, m_s, num_tokens):
 
 
 @triton.jit
-def sequence_at(cu_seqlens, o, b_low, b_high, num_halvings, num_tokens, ROWS: tl.constexpr):
-    """The sequence in [b_low, b_high] that has row `o` (ROWS = 0), or that has slot `o` for ROWS of its rows.
+def sequence_at(cu_seqlens, i_slot, num_sequences, num_halvings, num_tokens, ROWS: tl.constexpr):
+    """The last sequence whose slots begin at `i_slot` or before it; num_sequences behind those of all.
 
-    A sequence's last ROWS rows have slot s + cu_seqlens[s] // ROWS, those before them the next: no two share one.
+    The first ROWS rows of sequence s have slot s + cu_seqlens[s] // ROWS, those behind them the next: no two share one.
     """
+    low = i_slot * 0
+    high = low + num_sequences
     for _ in range(0, num_halvings):
-        m_open = b_low < b_high
-        i_next = (b_low + b_high) // 2 + 1
-        b_first = boundary(cu_seqlens, i_next, m_open, num_tokens)
-        if ROWS > 0:
-            b_first = i_next + b_first // ROWS
-        m_below = m_open & (b_first <= o)
-        b_low = tl.where(m_below, i_next, b_low)
-        b_high = tl.where(m_open & ~m_below, i_next - 1, b_high)
-    return b_low
+        m_open = low < high
+        i_next = (low + high) // 2 + 1
+        m_below = m_open & (i_next + boundary(cu_seqlens, i_next, m_open, num_tokens) // ROWS <= i_slot)
+        low = tl.where(m_below, i_next, low)
+        high = tl.where(m_open & ~m_below, i_next - 1, high)
+    return low

@@ -1,11 +1,12 @@
 """The CUDA C++ scans, as nvcc compiles them for sm_90, under several schedules; without nvcc nothing is compiled."""
 
+import math
 import re
 import shutil
 
 import pytest
 import torch
-from scans import SCANS, Problem, decays, problem
+from scans import SCANS, Problem, decays, loop, problem
 
 from ptx import cuda_launches
 from ptx.emulator import Fault
@@ -15,14 +16,12 @@ every_scan = pytest.mark.parametrize("name", SCANS)
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 
 
-def launched(
-    name: str, p: Problem, seed: int, *, gamma=1.0, lam=None, masked=True, **options
-) -> tuple[torch.Tensor, ...]:
+def launched(name: str, p: Problem, seed: int, *, gamma=1.0, lam=None, **options) -> tuple[torch.Tensor, ...]:
     """The results of an op's CUDA kernels; lam defaults as in the public functions."""
-    columns, rest = [c.contiguous() for c in p.columns], (p.bootstrap, p.mask if masked else None)
+    columns, rest = [c.contiguous() for c in p.columns], (p.bootstrap, p.mask)
     lam = lam if lam is not None else 1.0 if name == "vtrace" else 0.95
     own = {
-        "gae": (gamma, lam, None),
+        "gae": (gamma, 1.0, lam) if isinstance(lam, torch.Tensor) else (gamma, lam, None),
         "discounted_returns": (gamma,),
         "min_gae": (lam,),
         "vtrace": (gamma, lam, 1.0, 1.0),
@@ -62,13 +61,53 @@ def test_dtypes_and_boundaries_of_either_width(name, dtype):
     assert all(map(torch.equal, narrow, wide))
 
 
+def test_lam_per_sequence():
+    p, lam = problem("gae", [1100, 9, 0, 3]), torch.tensor([0.9, 0.0, 0.3, 1.0])
+    packed = launched("gae", p, seed=1, gamma=0.9, lam=lam)
+    for i, rows in enumerate(p.sequences()):
+        alone = launched("gae", p.take([i]), seed=2, gamma=0.9, lam=lam[i].item())
+        assert all(torch.equal(x[rows], y) for x, y in zip(packed, alone, strict=True))
+
+
+@every_scan
+def test_masked_rows_are_never_read(name):
+    p = problem(name, [5, 9, 0, 1500, 3])
+    p.mask[-3:] = False
+    whole = launched(name, p, seed=1)
+    poisoned = launched(name, p._replace(columns=p.columns.where(p.mask, math.nan)), seed=2)
+    for before, after in zip(whole, poisoned, strict=True):
+        assert torch.equal(before, after) and not after[~p.mask].any()
+
+
+@every_scan
+@pytest.mark.parametrize("bad, decay", [(math.inf, 0.01), (-math.inf, 1.0), (math.nan, 0.0)])
+def test_infinite_rewards_reach_what_a_loop_lets_them_reach(name, bad, decay):
+    """Also across units, where a decay of 0.01 per row has long underflowed; without a mask and a bootstrap."""
+    p = problem(name, [3, 2500, 2])._replace(mask=None, bootstrap=None)
+    p.columns[0].nan_to_num_(posinf=0.5)
+    p.columns[0, 2450] = bad
+    results = launched(name, p, seed=1, **decays(name, decay))
+    for rows in p.sequences():
+        for ours, want in zip(results, loop(name, p.columns[:, rows], None, decay), strict=True):
+            got = ours[rows]
+            assert ((got == want) | (got.isnan() & want.isnan()) | (got.isfinite() & want.isfinite())).all()
+
+
 @every_scan
 def test_broken_boundaries_give_nan_and_nothing_outside(name):
     p = problem(name, [1500])
-    for bounds in [0, 5000], [-50, 1500], [900, 10, 1500], [1 << 40, 3]:
+    for bounds in [0, 5000], [-50, 1500], [900, 10, 1500], [1 << 40, 3], [0, 1499], [0, 60, 40, 1500], [0]:
         cu = torch.tensor(bounds)
         broken = p._replace(cu=cu, bootstrap=torch.zeros(len(bounds) - 1))
         assert all(x.isnan().all() for x in launched(name, broken, seed=4))
+
+
+@every_scan
+def test_no_rows_launch_nothing(name):
+    """A grid of no blocks is an error."""
+    cuda_launches.counts.clear()
+    assert all(x.shape == (0,) for x in launched(name, problem(name, [0, 0]), seed=0))
+    assert not cuda_launches.counts
 
 
 MIXED = [1733, 40, 2934, 411, 1288, 2507, 96, 842, 2150, 1019, 5, 2661, 707, 1904, 1450, 2288, 333, 1180]

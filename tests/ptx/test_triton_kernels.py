@@ -41,7 +41,6 @@ SAMPLE = {  # tests of each file, or the whole file
     "test_process_diagnostics.py": ["test_triton_as_the_cpu_kernel"],
     "test_q_head_advantages.py": ["test_triton_bits_depend_on_the_own_sequence_only"],
     "test_q_token_rewards.py": ["test_triton_bits_depend_on_the_own_sequence_only"],
-    "test_scan_triton.py": ["test_no_further_from_float64_than_pytorch"],
     "test_token_q.py": [
         "test_triton_sums_of_actions_that_cross_blocks",
         "test_triton_bits_of_a_row_depend_on_the_row_alone",
