@@ -178,7 +178,8 @@ def test_the_recorder_decides_as_triton_does(tmp_path):
 # CUDA sources
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-HEADS = {"head_fold": 2, "head_dz": 2, "head_product": 4}  # sources for Hopper alone, and their kernels
+# Sources for Hopper alone, with their kernels, the columns of a product, and how many products.
+HEADS = {"head_fold": (2, 256, 1), "q_values_fold": (2, 192, 2), "head_dz": (2, 256, 1), "head_product": (4, 256, 1)}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 
 
@@ -218,12 +219,14 @@ def test_heads_are_made_of_what_hopper_has(stem, tmp_path):
     check_cuda(ROOT / f"csrc/cuda/{stem}.cu", tmp_path)
     text = run(CUOBJDUMP, "-sass", "-arch", "sm_90", tmp_path / "kernel.o")
     kernels = re.findall(r"Function : \S*?(__half|__nv_bfloat16)(.*?)(?=Function|\Z)", text, re.DOTALL)
-    assert len(kernels) == HEADS[stem]
+    num_kernels, columns, products = HEADS[stem]
+    assert len(kernels) == num_kernels
     for dtype, code in kernels:
-        product = r"HGMMA\.64x256x16\.F32" + (r"\.BF16" if dtype == "__nv_bfloat16" else " ")
-        assert len(re.findall(product, code)) == len(re.findall("HGMMA", code)) == 4  # 64 of the depth
+        product = rf"HGMMA\.64x{columns}x16\.F32" + (r"\.BF16" if dtype == "__nv_bfloat16" else " ")
+        assert len(re.findall(product, code)) == len(re.findall("HGMMA", code)) == 4 * products  # 64 of the depth
         needed = {"UTMALDG.2D", "UTMALDG.2D.MULTICAST", "USETMAXREG.DEALLOC.CTAPOOL"}
-        assert needed | ({"UTMASTG.2D"} if stem != "head_product" else set()) <= set(re.findall(r"U[\w.]+", code))
+        needed |= {"UTMASTG.2D"} if stem in ("head_fold", "head_dz") else set()
+        assert needed <= set(re.findall(r"U[\w.]+", code))
         barriers = len(re.findall(r"UCGABAR_WAIT", code))
         assert len(re.findall(r"MEMBAR\.\w+\.GPU", code)) <= barriers == 2
 

@@ -255,6 +255,19 @@ def test_triton_bits_of_a_row_depend_on_the_row_alone(by_triton):
     assert_rows_stand_alone(by_triton, 130, 200, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_both_folds_agree(dtype, by_triton, triton_device, monkeypatch):
+    """csrc/cuda's, where it serves, and Triton's: Q of a target to the bit, over several of their splits."""
+    p = problem(150, 72, 40, 4300, dtype, **OPTIONS["everything"])
+    if not triton_kernels.compiled(*(p[name].to(triton_device) for name in NAMES)):
+        pytest.skip("no compiled fold for this device")
+    ours = by_triton(**p)
+    monkeypatch.setattr(triton_kernels, "compiled", lambda *_: False)
+    others = by_triton(**p)
+    torch.testing.assert_close(ours, others, rtol=2e-6, atol=2e-6)
+    assert torch.equal(ours[2], others[2])
+
+
 def test_triton_non_finite_rows_stay_alone(by_triton):
     assert_non_finite_rows_stay_alone(by_triton, 200)
 

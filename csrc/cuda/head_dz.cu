@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
             const __grid_constant__ HeadGradient p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const DealtTiles tiles(p.head.num_rows, p.head.vocab);
-  multiply_tiles<T, Depth::Along, Depth::Along, Gradient<T>>(hidden, weight, dz, tiles, dim, p);
+  multiply_tiles<T, Depth::Along, Depth::Along, Gradient<T>>({{hidden, weight, dim}}, dz, tiles, p);
 #else
   __trap();
 #endif

@@ -16,11 +16,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
               const __grid_constant__ CUtensorMap kept, const __grid_constant__ int dim,
               const __grid_constant__ HeadFold p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const Cluster cluster(p.head.num_rows, ceil_div(p.head.vocab, SPLIT));
-  const Place place = cluster[cluster.index];
-  const int column = place.piece * SPLIT, end = min(column + SPLIT, p.head.vocab);
-  const SplitTiles tiles{cluster.row(place), column, static_cast<int>(ceil_div(end - column, TILE_COLUMNS))};
-  multiply_tiles<T, Depth::Along, Depth::Along, Fold<T>>(hidden, weight, kept, tiles, dim, p);
+  const SplitTiles<TILE_COLUMNS, SPLIT> tiles(p.head.num_rows, p.head.vocab);
+  multiply_tiles<T, Depth::Along, Depth::Along, Fold<T>>({{hidden, weight, dim}}, kept, tiles, p);
 #else
   __trap();
 #endif

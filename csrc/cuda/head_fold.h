@@ -16,10 +16,26 @@ struct HeadFold {
   float* running;          // [2, tiles of columns, T] or null: maximum and sum of the split after each tile
 };
 
-// One split of the columns, for the same rows.
-struct SplitTiles {
-  int row, column, count;
-  __device__ Tile operator[](int i) const { return {row, column + i * TILE_COLUMNS}; }
+// One split of the columns, kSplit of them, for the same rows.
+template <int kColumns, int kSplit>
+class SplitTiles {
+ public:
+  static constexpr int kWidth = kColumns;
+  static_assert(kSplit % kColumns == 0);
+
+  __device__ SplitTiles(int num_rows, int vocab) {
+    const Cluster cluster(num_rows, ceil_div(vocab, kSplit));
+    const Place place = cluster[cluster.index];
+    row_ = cluster.row(place);
+    column_ = place.piece * kSplit;
+    count = ceil_div(min(kSplit, vocab - column_), kColumns);
+  }
+  __device__ Tile operator[](int i) const { return {row_, column_ + i * kColumns}; }
+
+  int count;
+
+ private:
+  int row_, column_;
 };
 
 // Statistics max z, sum e^(z - max), sum (z - max) e^(z - max) of columns of a row; a sum of 0 is no column.
@@ -44,6 +60,18 @@ __device__ inline float row_max(float x) {
 __device__ inline float row_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// The largest of a lane's two rows, and what exponentials are relative to.
+template <int kCount>
+__device__ inline void row_tops(const float (&z)[kCount], float (&top)[2], float (&origin)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], z[i]);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    top[h] = row_max(top[h]);
+    origin[h] = top[h] == -INFINITY ? 0 : top[h];
+  }
 }
 
 // The two rows of a lane through the tiles of one split, the same rows of each.
@@ -71,13 +99,7 @@ class Fold {
     finish_logits<T>(p_.head, z, tile.column, temperature_);
     store_target_logits(z, tile.column);
     float top[2] = {-INFINITY, -INFINITY}, origin[2], sum[2] = {0, 0}, weighted[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < 128; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], z[i]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      top[h] = row_max(top[h]);
-      origin[h] = top[h] == -INFINITY ? 0 : top[h];
-    }
+    row_tops(z, top, origin);
 #pragma unroll
     for (int i = 0; i < 128; ++i) {
       const int h = half_of(i);

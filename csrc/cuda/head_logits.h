@@ -51,6 +51,22 @@ __device__ inline float temperature_of(const HeadLogits& head, int64_t row) {
   return head.temperatures != nullptr && row < head.num_rows ? head.temperatures[row] : 1;
 }
 
+// -inf in columns past the last, z being those from `column` on.
+template <int kCount>
+__device__ inline void end_columns(float (&z)[kCount], int column, int vocab) {
+  if (column + 2 * kCount <= vocab) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (column + column_of(i) >= vocab) z[i] = -INFINITY;
+  }
+}
+
+template <int kCount>
+__device__ inline void divide_rows(float (&z)[kCount], const float (&temperature)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) z[i] = quotient(z[i], temperature[half_of(i)]);
+}
+
 // softcap(z + bias) / temperature of columns from `column` on, -inf past the last.
 template <typename T>
 __device__ inline void finish_logits(const HeadLogits& head, float (&z)[128], int column,
@@ -72,16 +88,8 @@ __device__ inline void finish_logits(const HeadLogits& head, float (&z)[128], in
 #pragma unroll
     for (float& x : z) x = head.softcap * tanh_fast(quotient(x, head.softcap));
   }
-  if (head.temperatures != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) z[i] = quotient(z[i], temperature[half_of(i)]);
-  }
-  if (column + TILE_COLUMNS > head.vocab) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) {
-      if (column + column_of(i) >= head.vocab) z[i] = -INFINITY;
-    }
-  }
+  if (head.temperatures != nullptr) divide_rows(z, temperature);
+  end_columns(z, column, head.vocab);
 }
 
 __device__ inline uint32_t packed(__half, float low, float high) {

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
                  const __grid_constant__ int depth, const __grid_constant__ ScaledProduct p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const DealtTiles tiles(p.num_rows, p.num_columns);
-  multiply_tiles<T, kRows, Depth::Across, Scaled>(a, b, a, tiles, depth, p);
+  multiply_tiles<T, kRows, Depth::Across, Scaled>({{a, b, depth}}, a, tiles, p);
 #else
   __trap();
 #endif

@@ -137,36 +137,56 @@ __device__ inline void settle(float (&z)[kCount]) {
   "+f"(z[i]), "+f"(z[i + 1]), "+f"(z[i + 2]), "+f"(z[i + 3]), "+f"(z[i + 4]), "+f"(z[i + 5]), "+f"(z[i + 6]), \
       "+f"(z[i + 7])
 #define QRM_FAST_32(z, i) QRM_FAST_8(z, i), QRM_FAST_8(z, i + 8), QRM_FAST_8(z, i + 16), QRM_FAST_8(z, i + 24)
-#define QRM_FAST_MULTIPLY(type)                                                                        \
-  asm volatile(                                                                                        \
-      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %130, 0;\n\t"                                        \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                     \
-      " {"                                                                                             \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "               \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "               \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "               \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "   \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
-      "}, %128, %129, adds, 1, 1, %131, %132;\n\t}"                                                    \
-      : QRM_FAST_32(z, 0), QRM_FAST_32(z, 32), QRM_FAST_32(z, 64), QRM_FAST_32(z, 96)                  \
-      : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kRowsAcross), "n"(kColumnsAcross))
+#define QRM_FAST_96(z) QRM_FAST_32(z, 0), QRM_FAST_32(z, 32), QRM_FAST_32(z, 64)
+#define QRM_FAST_128(z) QRM_FAST_96(z), QRM_FAST_32(z, 96)
+#define QRM_FAST_96_NAMES                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define QRM_FAST_128_NAMES                                                                       \
+  QRM_FAST_96_NAMES                                                                              \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// The operands behind the accumulators by their numbers: the factors, whether to add, how the factors lie.
+#define QRM_FAST_MULTIPLY(n, type, names, a_name, b_name, adds_name, rows, columns, accumulators)                    \
+  asm volatile("{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, " adds_name ", 0;\n\twgmma.mma_async.sync.aligned.m64n" n \
+               "k16.f32." type "." type " {" names "}, " a_name ", " b_name ", adds, 1, 1, " rows ", " columns       \
+               ";\n\t}"                                                                                              \
+               : accumulators                                                                                        \
+               : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kRowsAcross), "n"(kColumnsAcross))
+#define QRM_FAST_MULTIPLY_192(type) \
+  QRM_FAST_MULTIPLY("192", type, QRM_FAST_96_NAMES, "%96", "%97", "%98", "%99", "%100", QRM_FAST_96(z))
+#define QRM_FAST_MULTIPLY_256(type) \
+  QRM_FAST_MULTIPLY("256", type, QRM_FAST_128_NAMES, "%128", "%129", "%130", "%131", "%132", QRM_FAST_128(z))
 
-// z = a b^T, plus z where `adds`: 64 x 256 accumulators of four warps from 16 steps of the depth. Warp w of the four
-// has rows 16 w and up; z[4 j + 2 h + c] of lane l stands in row l / 4 + 8 h, column 8 j + 2 (l % 4) + c. The depth
-// lies along the rows of a and b in memory, or across them.
-template <typename T, int kRowsAcross, int kColumnsAcross>
-__device__ inline void multiply(float (&z)[128], uint64_t a, uint64_t b, bool adds) {
-  if constexpr (std::is_same_v<T, __half>) {
-    QRM_FAST_MULTIPLY("f16");
+// z = a b^T, plus z where `adds`: 64 x 192 or 64 x 256 accumulators of four warps from 16 steps of the depth. Warp w of
+// the four has rows 16 w and up; z[4 j + 2 h + c] of lane l stands in row l / 4 + 8 h, column 8 j + 2 (l % 4) + c. The
+// depth lies along the rows of a and b in memory, or across them.
+template <typename T, int kRowsAcross, int kColumnsAcross, int kCount>
+__device__ inline void multiply(float (&z)[kCount], uint64_t a, uint64_t b, bool adds) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kCount == 96 || kCount == 128);
+  if constexpr (kCount == 96 && kHalf) {
+    QRM_FAST_MULTIPLY_192("f16");
+  } else if constexpr (kCount == 96) {
+    QRM_FAST_MULTIPLY_192("bf16");
+  } else if constexpr (kHalf) {
+    QRM_FAST_MULTIPLY_256("f16");
   } else {
-    QRM_FAST_MULTIPLY("bf16");
+    QRM_FAST_MULTIPLY_256("bf16");
   }
 }
 
+#undef QRM_FAST_MULTIPLY_256
+#undef QRM_FAST_MULTIPLY_192
 #undef QRM_FAST_MULTIPLY
+#undef QRM_FAST_128_NAMES
+#undef QRM_FAST_96_NAMES
+#undef QRM_FAST_128
+#undef QRM_FAST_96
 #undef QRM_FAST_32
 #undef QRM_FAST_8
 

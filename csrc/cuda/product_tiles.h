@@ -1,5 +1,5 @@
-// Tiles of a product of 16-bit matrices in float32 accumulators, 128 rows x 256 columns per block of threads, for
-// sm_90a.
+// Tiles of products of 16-bit matrices in float32 accumulators, for sm_90a: 128 rows x 256 columns of one product per
+// block of threads, or x 192 of each of two.
 //
 // Two blocks of a cluster have the same columns: each loads half of every tile of the columns' factor, for both, and
 // its own rows. In a block one warp loads, two groups of four warps multiply, 64 rows each, and finish their tile in
@@ -107,6 +107,8 @@ class Cluster {
 // All tiles of a product, dealt out to clusters that stay.
 class DealtTiles {
  public:
+  static constexpr int kWidth = TILE_COLUMNS;
+
   __device__ DealtTiles(int num_rows, int num_columns)
       : cluster_(num_rows, ceil_div(num_columns, TILE_COLUMNS)), step_(gridDim.x / cluster_.blocks) {
     count = ceil_div(cluster_.places() - cluster_.index, step_);
@@ -123,30 +125,37 @@ class DealtTiles {
   int step_;
 };
 
-// One thread loads what a tile reads, one piece of the depth after another.
-template <Depth kRows, Depth kColumns>
-__device__ inline void load_tile(Ring& ring, const CUtensorMap& rows, const CUtensorMap& columns, Tile tile, int depth,
-                                 uint32_t rank, uint32_t blocks) {
-  constexpr int kHalf = TILE_COLUMNS / 2;
+// What is multiplied.
+struct Factors {
+  const CUtensorMap &rows, &columns;
+  int depth;
+};
+
+// One thread loads what a tile of kWidth columns reads, one piece of the depth after another.
+template <Depth kRows, Depth kColumns, int kWidth>
+__device__ inline void load_tile(Ring& ring, const Factors& factors, Tile tile, uint32_t rank, uint32_t blocks) {
+  constexpr int kHalf = kWidth / 2, kHalfBytes = kHalf * DEPTH * 2;
+  static_assert(kWidth <= TILE_COLUMNS && (kColumns == Depth::Along || kHalf % 64 == 0));
   const uint16_t everywhere = (1 << blocks) - 1;
-  for (int d = 0; d < depth; d += DEPTH) {
+  for (int d = 0; d < factors.depth; d += DEPTH) {
     ring.await_emptied();
     const uint32_t filled = ring.filled();
-    hopper::arrive_announcing(filled, STAGE_BYTES);
+    hopper::arrive_announcing(filled, ROWS_BYTES + 2 * kHalfBytes);
     if constexpr (kRows == Depth::Along) {
-      hopper::load_box(rows, tile.row, d, ring.rows(), filled);
+      hopper::load_box(factors.rows, tile.row, d, ring.rows(), filled);
     } else {
       for (int i = 0; i < TILE_ROWS / 64; ++i) {
-        hopper::load_box(rows, d, tile.row + i * 64, ring.rows() + i * SQUARE_BYTES, filled);
+        hopper::load_box(factors.rows, d, tile.row + i * 64, ring.rows() + i * SQUARE_BYTES, filled);
       }
     }
     for (int half = rank; half < 2; half += blocks) {
-      const uint32_t to = ring.columns() + half * COLUMNS_BYTES / 2;
+      const int column = tile.column + half * kHalf;
+      const uint32_t to = ring.columns() + half * kHalfBytes;
       if constexpr (kColumns == Depth::Along) {
-        hopper::load_box(columns, tile.column + half * kHalf, d, to, filled, everywhere);
+        hopper::load_box(factors.columns, column, d, to, filled, everywhere);
       } else {
         for (int i = 0; i < kHalf / 64; ++i) {
-          hopper::load_box(columns, d, tile.column + half * kHalf + i * 64, to + i * SQUARE_BYTES, filled, everywhere);
+          hopper::load_box(factors.columns, d, column + i * 64, to + i * SQUARE_BYTES, filled, everywhere);
         }
       }
     }
@@ -155,8 +164,8 @@ __device__ inline void load_tile(Ring& ring, const CUtensorMap& rows, const CUte
 }
 
 // A group's rows of the tile that load_tile loads; added to what z holds where kAdded.
-template <typename T, Depth kRows, Depth kColumns, bool kAdded>
-__device__ inline void multiply_tile(Ring& ring, float (&z)[128], int group, int depth, uint32_t blocks) {
+template <typename T, Depth kRows, Depth kColumns, bool kAdded, int kCount>
+__device__ inline void multiply_tile(Ring& ring, float (&z)[kCount], int group, int depth, uint32_t blocks) {
   constexpr int kAlong = 16 * 2, kAcross = 16 * 128;  // bytes of 16 steps
   constexpr int kRowsStep = kRows == Depth::Along ? kAlong : kAcross;
   constexpr int kColumnsStep = kColumns == Depth::Along ? kAlong : kAcross;
@@ -189,20 +198,25 @@ __device__ inline void multiply_tile(Ring& ring, float (&z)[128], int group, int
   behind.leave(blocks);
 }
 
-// What a block does: the tiles tiles[0] to tiles[tiles.count - 1], one after the other. Finish(p, map, warp_row,
-// boxes), with the first row of its warp within a tile and the warp's boxes in shared memory, makes what it will of
-// each: begin(z, tile) leaves in z what the product is added to, if Finish::kAdded; end(z, tile) has the result.
-template <typename T, Depth kRows, Depth kColumns, typename Finish, typename Tiles>
-__device__ inline void multiply_tiles(const CUtensorMap& rows, const CUtensorMap& columns, const CUtensorMap& out,
-                                      const Tiles& tiles, int depth, const typename Finish::Parameters& p) {
+// What a block does: the tiles tiles[0] to tiles[tiles.count - 1], one after the other, each of all the products.
+// Finish(p, map, warp_row, boxes), with the first row of its warp within a tile and the warp's boxes in shared memory,
+// makes what it will of each: begin(z, tile) leaves in z what a single product is added to, if Finish::kAdded;
+// end(z, tile), or end(z, z2, tile), has the results.
+template <typename T, Depth kRows, Depth kColumns, typename Finish, int kProducts, typename Tiles>
+__device__ inline void multiply_tiles(const Factors (&factors)[kProducts], const CUtensorMap& out, const Tiles& tiles,
+                                      const typename Finish::Parameters& p) {
+  static_assert(kProducts == 1 || (kProducts == 2 && !Finish::kAdded));
   extern __shared__ uint8_t shared[];
   const uint32_t memory =
       (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   const uint32_t rank = hopper::rank_in_cluster(), blocks = hopper::blocks_in_cluster();
   Ring ring(memory);
   if (threadIdx.x == 0) {
-    hopper::fetch_map(rows);
-    hopper::fetch_map(columns);
+#pragma unroll
+    for (const Factors& f : factors) {
+      hopper::fetch_map(f.rows);
+      hopper::fetch_map(f.columns);
+    }
     ring.init(blocks);
   }
   hopper::cluster_barrier();
@@ -210,7 +224,8 @@ __device__ inline void multiply_tiles(const CUtensorMap& rows, const CUtensorMap
     hopper::give_up_registers<LOADING_REGISTERS>();
     if (threadIdx.x == 0) {
       for (int i = 0; i < tiles.count; ++i) {
-        load_tile<kRows, kColumns>(ring, rows, columns, tiles[i], depth, rank, blocks);
+#pragma unroll
+        for (const Factors& f : factors) load_tile<kRows, kColumns, Tiles::kWidth>(ring, f, tiles[i], rank, blocks);
       }
     }
   } else {
@@ -218,15 +233,24 @@ __device__ inline void multiply_tiles(const CUtensorMap& rows, const CUtensorMap
     const int warp = threadIdx.x / 32 - GROUP_THREADS / 32, group = warp / 4;
     Finish finish(p, out, warp * WARP_ROWS, memory + BOXES_AT + warp * BOXES * BOX_BYTES);
     if (group > 0) {
-      const int64_t pieces = tiles.count * ceil_div(depth, DEPTH);
+      int64_t pieces = 0;
+#pragma unroll
+      for (const Factors& f : factors) pieces += tiles.count * ceil_div(f.depth, DEPTH);
       hopper::await(ring.filled(static_cast<int>(min(pieces, static_cast<int64_t>(STAGES))) - 1), 0);
     }
-    float z[128];
+    // not one array of both, which would stay in memory where a finish has lambdas
+    float z[Tiles::kWidth / 2];
+    [[maybe_unused]] float z2[Tiles::kWidth / 2];
     for (int i = 0; i < tiles.count; ++i) {
       const Tile tile = tiles[i];
       finish.begin(z, tile);
-      multiply_tile<T, kRows, kColumns, Finish::kAdded>(ring, z, group, depth, blocks);
-      finish.end(z, tile);
+      multiply_tile<T, kRows, kColumns, Finish::kAdded>(ring, z, group, factors[0].depth, blocks);
+      if constexpr (kProducts == 1) {
+        finish.end(z, tile);
+      } else {
+        multiply_tile<T, kRows, kColumns, Finish::kAdded>(ring, z2, group, factors[1].depth, blocks);
+        finish.end(z, z2, tile);
+      }
     }
     hopper::await_stores<0>();
   }

@@ -8,6 +8,8 @@ import torch
 SCHEMAS = {
     "head_fold": "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperatures, float? softcap, "
     "Tensor(a!) statistics, Tensor(b!) target_logits, Tensor(c!)? kept, Tensor(d!)? tops, Tensor(e!)? running) -> ()",
+    "q_values_fold": "(Tensor policy_hidden, Tensor policy_weight, Tensor q_hidden, Tensor q_weight, Tensor targets, "
+    "Tensor? temperatures, float beta, Tensor(a!) sums, Tensor(b!) target_logits) -> ()",
     "head_dz": "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperatures, float? softcap, "
     "Tensor factors, Tensor lse, int first_column, Tensor(a!) dz) -> ()",
     "head_product": "(Tensor a, Tensor b, Tensor(a!) out, Tensor scale, bool added, bool transposed) -> ()",

@@ -4,8 +4,9 @@ A program multiplies BT rows of both hidden states with one split of both weight
 logits become e^(z - max) in the registers they were accumulated in; the Q head's product then runs beside them, and is
 folded against them before either leaves: sums of e, z e, e Q, and of e^(Q / beta). No logit is rounded to 16 bits and
 none is written. V is cut into splits from V alone, whose sums are merged in order by a second launch; a row's bits
-depend on that row and the weights. 2 T (Dp + Dq) V FLOP, 24 bytes per row and split. Block sizes have been compiled,
-not yet timed on a GPU.
+depend on that row and the weights. 2 T (Dp + Dq) V FLOP, 24 bytes per row and split. On Hopper
+csrc/cuda/q_values_fold.cu, where it is compiled, folds 16-bit inputs instead. Block sizes have been compiled, not yet
+timed on a GPU.
 """
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from ..ops.linear_q_values import _linear_q_values
 from .logits import MERGE, SPLIT, load_temperature, logits, per_row, picked, rescale, target_column
-from .product import GROUP, blocks, capability, describable, grouped, operand
+from .product import GROUP, blocks, capability, compiled, describable, grouped, operand
+
+COMPILED_SPLIT = 2112  # 11 tiles of csrc/cuda/q_values_fold.cu
 
 
 @triton.jit(do_not_specialize=["stride_sums", "num_rows"])
@@ -174,38 +177,52 @@ def forward(
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
     num_rows, vocab = len(targets), len(q_weight)
-    num_splits = triton.cdiv(vocab, SPLIT)
     tensors = policy_hidden, policy_weight, q_hidden, q_weight
     results = policy_hidden.new_empty(5, num_rows, dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(targets):
-            sums = policy_hidden.new_empty(6, num_splits, num_rows, dtype=torch.float32)
             target_logits = policy_hidden.new_empty(2, num_rows, dtype=torch.float32)
-            described = describable(*tensors)
-            launch = launch_of(policy_hidden.dtype, capability(policy_hidden), described)
-            linear_q_values_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
-                *(operand(x, described, launch[("BT", "BV")[i % 2]], launch["BD"]) for i, x in enumerate(tensors)),
-                targets,
-                per_row(temperature, temperatures, targets),
-                sums,
-                target_logits,
-                *(x.stride(0) for x in (*tensors, sums)),
-                num_rows,
-                vocab,
-                policy_hidden.shape[1],
-                q_hidden.shape[1],
-                beta,
-                described,
-                SPLIT,
-                GROUP,
-                **launch,
-            )
+            sums = fold(tensors, targets, per_row(temperature, temperatures, targets), beta, target_logits)
             linear_q_values_merge[(triton.cdiv(num_rows, MERGE["BT"]),)](
                 *(sums, target_logits, targets, results),
-                *(sums.stride(0), num_rows, vocab, num_splits, beta, ignore_index),
+                *(sums.stride(0), num_rows, vocab, sums.shape[1], beta, ignore_index),
                 **MERGE,
             )
     return tuple(x.clone() for x in results)
+
+
+def fold(
+    tensors: tuple[Tensor, ...], targets: Tensor, temperatures: Tensor | None, beta: float, target_logits: Tensor
+) -> Tensor:
+    """Sums [6, splits, T] of every split; writes both logits [2, T] of those targets that are columns."""
+    policy_hidden, policy_weight, q_hidden, _ = tensors
+    (num_rows, policy_dim), vocab = policy_hidden.shape, len(policy_weight)
+    in_cuda = compiled(*tensors)
+    num_splits = triton.cdiv(vocab, COMPILED_SPLIT if in_cuda else SPLIT)
+    sums = policy_hidden.new_empty(6, num_splits, num_rows, dtype=torch.float32)
+    if in_cuda:
+        torch.ops.qrm_fast.q_values_fold(*tensors, targets, temperatures, beta, sums, target_logits)
+        return sums
+    described = describable(*tensors)
+    launch = launch_of(policy_hidden.dtype, capability(policy_hidden), described)
+    linear_q_values_fold[(triton.cdiv(num_rows, launch["BT"]) * num_splits,)](
+        *(operand(x, described, launch[("BT", "BV")[i % 2]], launch["BD"]) for i, x in enumerate(tensors)),
+        targets,
+        temperatures,
+        sums,
+        target_logits,
+        *(x.stride(0) for x in (*tensors, sums)),
+        num_rows,
+        vocab,
+        policy_dim,
+        q_hidden.shape[1],
+        beta,
+        described,
+        SPLIT,
+        GROUP,
+        **launch,
+    )
+    return sums
 
 
 def launch_of(dtype: torch.dtype, capability: int, described: bool) -> dict[str, int]:

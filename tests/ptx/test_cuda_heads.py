@@ -13,7 +13,7 @@ from ptx import cuda_launches
 from ptx.emulator import Fault
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
-SPLIT, TILE = 2048, 256  # columns
+SPLIT, TILE, JOINT_SPLIT = 2048, 256, 2112  # columns
 
 
 class Problem(NamedTuple):
@@ -161,6 +161,80 @@ def test_what_the_copy_engine_cannot_read_is_refused():
         folded(p._replace(hidden=odd), seed=0)
 
 
+def folded_jointly(policy: Problem, q: Problem, beta: float, seed: int, **mutation) -> tuple[Tensor, Tensor]:
+    """Sums, that of e Q divided by that of e, and target_logits; `q` is read for its hidden states and weight alone."""
+    num_rows = len(policy.hidden)
+    sums = torch.full((6, math.ceil(len(q.weight) / JOINT_SPLIT), num_rows), math.nan)
+    target_logits = torch.full((2, num_rows), math.nan)
+    heads = policy.hidden, policy.weight, q.hidden, q.weight
+    arguments = *heads, policy.targets, policy.temperatures, beta, sums, target_logits
+    cuda_launches.launched("q_values_fold", seed, *arguments, **mutation)
+    sums[3] /= sums[1]
+    return sums, target_logits
+
+
+def joint_sums(z: Tensor, q: Tensor, beta: float) -> Tensor:
+    """[6, T] of these columns, as folded_jointly has them."""
+    e = (z - z.max(1).values[:, None]).exp()
+    expected = torch.where(e == 0, 0, e * q).sum(1) / e.sum(1)
+    return torch.cat([statistics(z), expected[None], statistics(q / beta)[:2]])
+
+
+@pytest.mark.parametrize(
+    ("policy", "q", "beta"),
+    [
+        (problem(1, 300, 64), problem(1, 300, 40), 1.0),
+        (problem(200, 520, 192, options=["temperatures"]), problem(200, 520, 67), 0.3),
+        (problem(300, 192, 100, torch.float16), problem(300, 192, 320, torch.float16), 2.0),
+        (problem(130, 2311, 8, options=["temperatures"]), problem(130, 2311, 64), 0.5),
+    ],
+    ids=["one row", "a pair of blocks", "an idle block", "splits"],
+)
+def test_joint_sums_as_in_float64(policy, q, beta):
+    z, q_logits = policy.logits(), q.logits()
+    sums, target_logits = folded_jointly(policy, q, beta, seed=1)
+    pieces = zip(z.split(JOINT_SPLIT, 1), q_logits.split(JOINT_SPLIT, 1), strict=True)
+    want = torch.stack([joint_sums(*piece, beta) for piece in pieces], 1)
+    torch.testing.assert_close(sums.double(), want, rtol=2e-6, atol=2e-5)
+    taken = torch.stack([x.gather(1, policy.targets[:, None])[:, 0] for x in (z, q_logits)])
+    torch.testing.assert_close(target_logits.double(), taken, rtol=0, atol=5e-6)
+
+
+@pytest.mark.unpoisoned
+def test_a_row_of_both_heads_has_the_same_bits_among_any_others_under_any_schedule():
+    policy, q = problem(300, 530, 100, options=["temperatures"]), problem(300, 530, 72)
+    whole = folded_jointly(policy, q, 0.3, seed=0)
+    for seed in range(1, 6):
+        assert all(map(torch.equal, whole, folded_jointly(policy, q, 0.3, seed)))
+    for seed, rows in enumerate([slice(0, 1), slice(7, 128), slice(100, 300), slice(299, 300)]):
+        part = folded_jointly(policy.rows(rows), q.rows(rows), 0.3, seed)
+        assert all(torch.equal(x, y[..., rows]) for x, y in zip(part, whole, strict=True))
+
+
+def test_wild_targets_rows_and_columns_that_are_not_finite_stay_alone_in_both_heads():
+    """A column that the policy masks may hold any Q, all but Q's own sum is finite then."""
+    policy, q = problem(140, 300, 64), problem(140, 300, 72)
+    policy.hidden[:, 0], q.hidden[:, 0] = 1, 1
+    policy.weight[299], q.weight[299] = 0, 0
+    policy.weight[299, 0], q.weight[299, 0] = -math.inf, math.inf
+    q.weight[7] = 0
+    q.weight[7, 0] = -math.inf
+    policy.weight[7] = policy.weight[299]
+    sums, target_logits = folded_jointly(policy, q, 1.0, seed=2)
+    kept = [i for i in range(299) if i != 7]
+    z, q_logits = policy.logits()[:, kept], q.logits()[:, kept]
+    torch.testing.assert_close(sums[:4, 0].double(), joint_sums(z, q_logits, 1.0)[:4], rtol=2e-6, atol=2e-5)
+    assert sums[4].isinf().all() and sums[5].isnan().all()
+    policy.targets[3:9] = torch.tensor([-1, -100, 300, 383, 1 << 40, -(1 << 62)])
+    policy.hidden[135], q.hidden[20] = math.nan, math.nan
+    got, got_logits = folded_jointly(policy, q, 1.0, seed=3)
+    others = [i for i in range(140) if i not in (20, 135)]
+    assert torch.equal(got[:4, :, others], sums[:4, :, others])
+    others = [i for i in others if not 3 <= i < 9]
+    assert torch.equal(got_logits[:, others], target_logits[:, others])
+    assert got[1, 0, 135].isnan() and got[3, 0, [20, 135]].isnan().all() and got[1, 0, 20] == sums[1, 0, 20]
+
+
 def gradient(p: Problem, factors: Tensor, lse: Tensor, seed: int, first_column=0, **mutation) -> Tensor:
     """dZ of the columns from first_column on, in rows that start at multiples of 16 bytes."""
     num_columns = len(p.weight) - first_column
@@ -277,6 +351,16 @@ def test_instructions_per_logit(kept, most):
     assert instructions_per_logit(kept=kept) <= most
 
 
+def test_instructions_per_logit_of_both_heads():
+    """Of a pair of them."""
+    counts = []
+    for vocab in 960, 1920:
+        cuda_launches.counts.clear()
+        folded_jointly(problem(256, vocab, 64), problem(256, vocab, 64), 0.5, seed=0)
+        counts.append(sum(cuda_launches.counts.values()))
+    assert 32 * (counts[1] - counts[0]) / (256 * 960) <= 22
+
+
 def changed(pattern: str, replacement: str, where: slice = slice(None)):
     """A mutation of those places."""
 
@@ -351,6 +435,31 @@ def test_mutants_of_products_are_caught(mutant):
                 multiplied(
                     factor(320, 300, 8) if transposed else a, b, scale, seed, None, transposed, mutation=mutation
                 )
+
+
+JOINT = {  # of two products a tile
+    "stages are filled with Q before they are left": (changed(WAIT, DONE, SECOND), "race|still being read"),
+    "stages are read before they are filled": (changed(WAIT, DONE, slice(3, 4)), "race|in flight|still being read"),
+    "stages are read before Q fills them": (changed(WAIT, DONE, slice(4, 5)), "race|in flight|still being read"),
+    "the policy's last stage is left while it is read": (
+        changed(r"wgmma\.wait_group\.sync\.aligned 0;", "", FIRST),
+        "race|still being read",
+    ),
+    "Q's product is not waited for": (
+        changed(r"wgmma\.wait_group\.sync\.aligned 0;", "", SECOND),
+        "touches an accumulator|race",
+    ),
+    **{name: MUTANTS[name] for name in MUTANTS if "blocks end before the other" in name or "reader" in name},
+}
+
+
+@pytest.mark.parametrize("mutant", JOINT)
+def test_mutants_of_both_heads_are_caught(mutant):
+    mutation, complaint = JOINT[mutant]
+    policy, q = problem(200, 400, 320), problem(200, 400, 200)
+    with pytest.raises(Fault, match=complaint):
+        for seed in range(8):
+            folded_jointly(policy, q, 0.5, seed, mutation=mutation)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
