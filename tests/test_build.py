@@ -40,7 +40,7 @@ STEMS = sorted(p.stem for p in PACKAGE.glob("triton/*.py") if "@triton.jit" in p
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that one block can have
 GRID = 2**31 - 1, 65535, 65535
 # Machine codes of the launches of tests/launches by architecture: in a training step, and in steps of other sizes too.
-SPECIALISATIONS = {"80": [116, 136], "90": [149, 175], "100": [123, 145]}
+SPECIALISATIONS = {"80": [117, 138], "90": [151, 179], "100": [125, 149]}
 
 
 def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:
