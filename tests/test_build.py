@@ -41,7 +41,7 @@ STEMS = sorted(p.stem for p in PACKAGE.glob("triton/*.py") if "@triton.jit" in p
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that one block can have
 GRID = 2**31 - 1, 65535, 65535
 # Machine codes of the launches of tests/launches by architecture: in a training step, and in steps of other sizes too.
-SPECIALISATIONS = {"80": [98, 118], "90": [131, 157], "100": [98, 120]}
+SPECIALISATIONS = {"80": [99, 120], "90": [133, 161], "100": [100, 124]}
 
 
 def compiled(modules: list[str], *capabilities: int) -> dict[str, dict]:

@@ -27,13 +27,15 @@ def by_triton(triton_device, monkeypatch):
     for module, name, size in (
         (min_form_triton.LAUNCH, "BK", 4),
         (rows_triton.LAUNCH, "BT", 64),
-        (triton_kernels.STEPS, "BK", 4),
-        (triton_kernels.ROWS, "BK", 4),
-        (triton_kernels.ROWS, "BT", 32),
+        (triton_kernels.SUMS, "BK", 4),
+        (triton_kernels.SUMS, "BT", 32),
+        (triton_kernels.LEVELS, "BK", 4),
+        (triton_kernels.MOMENTS, "BT", 32),
         (triton_kernels.GROUP, "BS", 4),
     ):
         monkeypatch.setitem(module, name, size)
     monkeypatch.setattr(triton_kernels, "ROW_SPLITS", 2)
+    monkeypatch.setattr(triton_kernels, "BATCH_SPLITS", 2)  # fewer programs than sequences or blocks of rows
     monkeypatch.setattr("qrm_fast.ops.process_advantages._process_rows", triton_kernels.launch_rows)
 
     def run(**arguments):

@@ -162,9 +162,8 @@ def test_compiles_whole_and_for_any_length():
 def launched(triton_device, monkeypatch):
     """The op by its launcher, with small blocks."""
     for blocks, name in (
-        (triton_kernels.STEPS, "BK"),
-        (triton_kernels.ROWS, "BK"),
-        (triton_kernels.ROWS, "BT"),
+        (triton_kernels.SUMS, "BK"),
+        (triton_kernels.SUMS, "BT"),
         (triton_kernels.SEQUENCES, "BS"),
     ):
         monkeypatch.setitem(blocks, name, 4)

@@ -37,6 +37,33 @@ def with_block(count, mean, m2, b_x, b_n):
 
 
 @triton.jit
+def no_rows(B: tl.constexpr):
+    """Of each lane's rows: how many count, the first that does, sums of deviations from it and of their squares."""
+    b_zero = tl.zeros([B], tl.float64)
+    return b_zero, b_zero, b_zero, b_zero
+
+
+@triton.jit
+def with_rows(lanes, b_x, m, b_n):
+    """Lanes with one more value each, counted b_n times, where m."""
+    b_count, b_origin, b_sum, b_squares = lanes
+    b_origin = tl.where(m & (b_count == 0.0), b_x, b_origin)
+    b_deviation = tl.where(m, b_x - b_origin, 0.0)
+    b_times = b_n * b_deviation
+    return b_count + tl.where(m, b_n, 0.0), b_origin, b_sum + b_times, tl.fma(b_times, b_deviation, b_squares)
+
+
+@triton.jit
+def join_lanes(lanes):
+    """Count, mean and sum of squared deviations of all lanes' rows."""
+    b_count, b_origin, b_sum, b_squares = lanes
+    b_shift = b_sum / tl.maximum(b_count, 1.0)
+    zero = tl.full([], 0.0, tl.float64)
+    count, mean, m2 = with_block(zero, zero, zero, b_origin + b_shift, b_count)
+    return count, mean, m2 + tl.sum(tl.maximum(b_squares - b_sum * b_shift, 0.0), 0)
+
+
+@triton.jit
 def store_moments(p_set, count, mean, m2, m_set):
     tl.store(p_set, count, m_set)
     tl.store(p_set + 1, mean, m_set)
@@ -63,11 +90,7 @@ def moments_rows(
     if bos + i_p * BT >= eos:
         store_moments(p_part, 0.0, 0.0, 0.0, True)
         return
-    # of each lane's rows: how many count, the first that does, and sums of deviations from it and of their squares
-    b_count = tl.zeros([BT], tl.float64)
-    b_origin = tl.zeros([BT], tl.float64)
-    b_sum = tl.zeros([BT], tl.float64)
-    b_squares = tl.zeros([BT], tl.float64)
+    lanes = no_rows(BT)
     for i_t in range(bos + i_p * BT, eos, num_splits * BT):
         o_t = i_t + tl.arange(0, BT)
         m_t = o_t < eos
@@ -75,15 +98,8 @@ def moments_rows(
         m_finite = b_x - b_x == 0.0
         if mask is not None:
             m_finite = m_finite & (tl.load(mask + o_t, m_t, 0) != 0)
-        b_origin = tl.where(m_finite & (b_count == 0.0), b_x, b_origin)
-        b_deviation = tl.where(m_finite, b_x - b_origin, 0.0)
-        b_count += tl.where(m_finite, 1.0, 0.0)
-        b_sum += b_deviation
-        b_squares = tl.fma(b_deviation, b_deviation, b_squares)
-    b_shift = b_sum / tl.maximum(b_count, 1.0)
-    zero = tl.full([], 0.0, tl.float64)
-    count, mean, m2 = with_block(zero, zero, zero, b_origin + b_shift, b_count)
-    m2 += tl.sum(tl.maximum(b_squares - b_sum * b_shift, 0.0), 0)
+        lanes = with_rows(lanes, b_x, m_finite, 1.0)
+    count, mean, m2 = join_lanes(lanes)
     store_moments(p_part, count, mean, m2, True)
 
 

@@ -1,11 +1,12 @@
 """Triton kernels of process_advantages: what sequences contribute, what their groups compare, the levels of the steps.
 
 Three launches, and a fourth that joins the moments where a preset whitens: one program per sequence sums its steps, the
-first sequence of each group divides the sums of the others, one program per sequence, or per part of one, levels the
-steps and counts what whitening needs. Reads and writes some 50 bytes per step, of which there are 40 times fewer than
-tokens; rows are read only where they carry a penalty, and only for whitening and verl's baseline. No index tensor, no
-row of T is written; step_rows then writes the rows. In float64, in a fixed order, without atomics; block sizes have
-been compiled, not yet timed on a GPU.
+first sequence of each group divides the sums of the others, one program per sequence levels the steps and counts what
+whitening needs. Where rows carry a penalty a launch of its own counts them, as step_rows walks over them: a search in
+16 rows, and 4 bytes read. Reads and writes some 50 bytes per step, of which there are 40 times fewer than tokens; rows
+are read only where they carry a penalty, and only for whitening and verl's baseline. No index tensor, no row of T is
+written; step_rows then writes the rows. In float64, in a fixed order, without atomics; block sizes have been compiled,
+not yet timed on a GPU.
 """
 
 import torch
@@ -17,12 +18,14 @@ from ..ops.process_advantages import WHITENING, _process_advantages, _process_ro
 from . import min_form_returns, step_rows
 from .groups import LAUNCH as GROUP
 from .groups import by_group, led_group, members
-from .moments import BATCH_JOIN, BATCH_SPLITS, moments_join, store_moments, with_block
-from .search import count_below, sequence_bounds
+from .moments import BATCH_JOIN, BATCH_SPLITS, join_lanes, moments_join, no_rows, store_moments, with_rows
+from .search import rows_of, sequence_bounds, steps_of
+from .step_rows import RUN, next_row, unwoven, walk
 
-STEPS = {"BK": 64, "num_warps": 1}
-ROWS = {"BK": 64, "BT": 1024, "num_warps": 4}  # with a penalty
+SUMS = {"BK": 64, "BT": 256, "num_warps": 1}
 ROW_SPLITS = 8  # programs that share the penalties of a sequence
+LEVELS = {"BK": 64, "num_warps": 1}
+MOMENTS = {"BT": 4096, "num_warps": 4, "maxnreg": 128}  # without the bound, ptxas spills on sm_80
 
 
 @triton.jit
@@ -66,9 +69,10 @@ def process_sums(
     BT: tl.constexpr,
 ):
     i_s, i_p, num_splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    bos, eos, first, last = sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens)
+    bos, eos = rows_of(cu_seqlens, i_s, num_tokens)
     share = tl.full([], 0.0, tl.float64)
     if i_p == 0:
+        first, last = steps_of(step_ends, num_steps, bos, eos)
         start = tl.load(returns + first, first < last, 0.0)
         tl.store(process + i_s, start)
         if PRESET == "paper" or PRESET == "verl":
@@ -90,11 +94,13 @@ def process_sums(
             m_counts = bos < eos
         share = tl.where(m_counts, share, float("nan"))
     if PRESET == "verl" and penalty is not None:
-        b_kl = tl.zeros([BT], tl.float64)
-        for i_t in range(bos + i_p * BT, eos, num_splits * BT):
-            o_t = i_t + tl.arange(0, BT)
-            b_kl += tl.load(penalty + o_t, o_t < eos, 0.0).to(tl.float64)
-        share -= tl.sum(b_kl, 0)
+        begin = bos + i_p * BT
+        if begin < eos:  # most sequences need fewer programs
+            b_kl = tl.zeros([BT], tl.float64)
+            for i_t in range(begin, eos, num_splits * BT):
+                o_t = i_t + tl.arange(0, BT)
+                b_kl += tl.load(penalty + o_t, o_t < eos, 0.0).to(tl.float64)
+            share -= tl.sum(b_kl, 0)
     if PRESET == "paper" or PRESET == "verl":
         share /= max_gen_len
     tl.store(numerators + i_s * num_splits + i_p, share)
@@ -204,81 +210,99 @@ def level_steps(
     return tl.where(o_k < last, process_coef * b_level + base, base), b_begin, b_end
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps", "num_halvings"])
+@triton.jit
+def store_parts(parts, i_p, lanes, b_zeros):
+    """The moments of a program's rows, and how many it leaves at 0."""
+    count, mean, m2 = join_lanes(lanes)
+    p_part = parts + i_p.to(tl.int64) * 3
+    store_moments(p_part, count, mean, m2, True)
+    store_moments(p_part + tl.num_programs(0).to(tl.int64) * 3, tl.sum(b_zeros, 0).to(tl.float64), 0.0, 0.0, True)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
 def process_levels(
     returns,
     step_ends,
     cu_seqlens,
-    penalty,
     base,
     baseline,
     levels,  # [K] float64
-    parts,  # [2, programs, 3] float64: moments of the rows that count; how many are left at 0. [2, 3], 0, unwhitened
+    parts,  # [2, programs, 3] float64: moments of the rows that count; how many are left at 0. [2, 3], 0, without any
     num_steps,
     num_tokens,
     num_sequences,
-    num_halvings,
     process_coef: tl.float64,
     PRESET: tl.constexpr,
-    WHITENED: tl.constexpr,
+    MOMENTS: tl.constexpr,
     MASK_STEP_ENDS: tl.constexpr,
     BK: tl.constexpr,
-    BT: tl.constexpr,
 ):
-    i_p, i_r, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    count = tl.full([], 0.0, tl.float64)
-    mean = tl.full([], 0.0, tl.float64)
-    m2 = tl.full([], 0.0, tl.float64)
-    num_zeros = tl.full([], 0.0, tl.float64)
+    i_p = tl.program_id(0)
+    lanes = no_rows(BK)
+    b_zeros = tl.zeros([BK], tl.int64)
     for i_s in range(i_p, num_sequences, tl.num_programs(0)):
         bos, eos, first, last = sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens)
         own_base, own_baseline = tl.load(base + i_s), tl.load(baseline + i_s)
         last_end = tl.load(step_ends + last - 1, first < last, 0).to(tl.int64)
-        if i_r == 0:
-            for i_k in range(first, last + 1, BK):
-                o_k = i_k + tl.arange(0, BK)
-                b_x, b_begin, b_end = level_steps(
-                    returns, step_ends, o_k, first, last, bos, last_end, own_base, own_baseline, process_coef, PRESET
-                )
-                tl.store(levels + o_k, b_x, o_k < last)
-                if WHITENED and penalty is None:
-                    b_rows = tl.where(o_k < last, b_end + 1 - b_begin, eos - b_begin)
-                    m_k = (o_k <= last) & (b_x - b_x == 0.0)
-                    if PRESET == "openrlhf":
-                        m_zero = m_k & (b_x == 0.0)
-                        num_zeros += tl.sum(tl.where(m_zero, b_rows, 0).to(tl.float64), 0)
-                        m_k = m_k & (b_x != 0.0)
-                        if MASK_STEP_ENDS:
-                            num_zeros += tl.sum(tl.where(m_k & (o_k < last), 1.0, 0.0).to(tl.float64), 0)
-                    if MASK_STEP_ENDS:
-                        b_rows -= tl.where(o_k < last, 1, 0)
-                    b_n = tl.where(m_k, b_rows, 0).to(tl.float64)
-                    count, mean, m2 = with_block(count, mean, m2, tl.where(b_n > 0.0, b_x, 0.0), b_n)
-        if WHITENED and penalty is not None:
-            for i_t in range(bos + i_r * BT, eos, num_splits * BT):
-                o_t = i_t + tl.arange(0, BT)
-                m_t = o_t < eos
-                o_k = first + count_below(step_ends + first, (last - first).to(tl.int32), num_halvings, o_t)
-                b_x, _, b_end = level_steps(
-                    returns, step_ends, o_k, first, last, bos, last_end, own_base, own_baseline, process_coef, PRESET
-                )
-                b_x -= tl.load(penalty + o_t, m_t, 0.0).to(tl.float64)
-                m_masked = m_t & (o_t < 0)
-                if MASK_STEP_ENDS:
-                    m_masked = m_t & (o_k < last) & (b_end == o_t)
+        for i_k in range(first, last + 1, BK):
+            o_k = i_k + tl.arange(0, BK)
+            b_x, b_begin, b_end = level_steps(
+                returns, step_ends, o_k, first, last, bos, last_end, own_base, own_baseline, process_coef, PRESET
+            )
+            tl.store(levels + o_k, b_x, o_k < last)
+            if MOMENTS:
+                b_rows = tl.where(o_k < last, b_end + 1 - b_begin, eos - b_begin)
+                m_k = (o_k <= last) & (b_x - b_x == 0.0)
                 if PRESET == "openrlhf":
-                    m_masked = m_masked | (m_t & (b_x == 0.0))
-                    in_block = tl.sum(tl.where(m_masked, 1.0, 0.0).to(tl.float64), 0)
-                    num_zeros += tl.where(own_base - own_base == 0.0, in_block, 0.0)
-                m_t = m_t & ~m_masked & (b_x - b_x == 0.0)
-                b_n = tl.where(m_t, 1.0, 0.0).to(tl.float64)
-                count, mean, m2 = with_block(count, mean, m2, tl.where(m_t, b_x, 0.0), b_n)
-    if WHITENED:
-        p_part = parts + (i_p * num_splits + i_r).to(tl.int64) * 3
-        store_moments(p_part, count, mean, m2, True)
-        store_moments(p_part + tl.num_programs(0).to(tl.int64) * num_splits * 3, num_zeros, 0.0, 0.0, True)
+                    b_zeros += tl.where(m_k & (b_x == 0.0), b_rows, 0)
+                    m_k = m_k & (b_x != 0.0)
+                    if MASK_STEP_ENDS:
+                        b_zeros += tl.where(m_k & (o_k < last), 1, 0)
+                if MASK_STEP_ENDS:
+                    b_rows -= tl.where(o_k < last, 1, 0)
+                lanes = with_rows(lanes, b_x, m_k & (b_rows > 0), b_rows.to(tl.float64))
+    if MOMENTS:
+        store_parts(parts, i_p, lanes, b_zeros)
     else:
         tl.store(parts + tl.arange(0, 8), 0.0, (tl.arange(0, 8) < 6) & (i_p == 0))
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_steps"])
+def process_moments(
+    levels,
+    base,
+    step_ends,
+    cu_seqlens,
+    penalty,
+    parts,  # [2, programs, 3], as in process_levels
+    num_rows,
+    num_steps,
+    num_sequences,
+    PRESET: tl.constexpr,
+    MASK_STEP_ENDS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    i_p = tl.program_id(0)
+    lanes = no_rows(BT // RUN)
+    b_zeros = tl.zeros([BT // RUN], tl.int32)
+    for begin in range(i_p.to(tl.int64) * BT, num_rows, tl.num_programs(0) * BT):
+        first, first_s, b_first, b_k, b_s, around = walk(
+            step_ends, cu_seqlens, begin, num_rows, num_steps, num_sequences, BT
+        )
+        o_t = begin + tl.arange(0, BT)
+        b_penalty = unwoven(tl.load(penalty + o_t, o_t < num_rows, float("nan")))
+        for j in tl.static_range(RUN):
+            b_level, m_ends, b_k, b_s = next_row(levels + first, base + first_s, around, b_first + j, b_k, b_s)
+            # NaN where it does not count
+            b_x = b_level - b_penalty[j].to(tl.float64)
+            if MASK_STEP_ENDS:
+                b_x = tl.where(m_ends, b_level - b_level if PRESET == "openrlhf" else float("nan"), b_x)
+            m_counted = b_x - b_x == 0.0
+            if PRESET == "openrlhf":
+                b_zeros += tl.where(b_x == 0.0, 1, 0)
+                m_counted = m_counted & (b_x != 0.0)
+            lanes = with_rows(lanes, b_x, m_counted, 1.0)
+    store_parts(parts, i_p, lanes, b_zeros)
 
 
 def launch(
@@ -301,16 +325,15 @@ def launch(
     if num_sequences == 0:
         return levels, base, returns.new_zeros(2, 3)
     whitened = preset in WHITENING
-    launch = STEPS | {"BT": 1} if penalty is None else ROWS
     splits = ROW_SPLITS if penalty is not None and preset == "verl" else 1
     process, baseline = returns.new_empty(2, num_sequences)
     numerators = returns.new_empty(num_sequences, splits)
-    programs = min(num_sequences, BATCH_SPLITS)
-    row_splits = 1
+    programs, programs_of_rows = min(num_sequences, BATCH_SPLITS), 0
     if penalty is not None and whitened:
-        row_splits = max(min(BATCH_SPLITS // programs, triton.cdiv(num_tokens, ROWS["BT"])), 1)
+        programs_of_rows = min(triton.cdiv(num_tokens, MOMENTS["BT"]), BATCH_SPLITS)
+    num_parts = programs_of_rows or programs
     stats = returns.new_empty(2, 3)
-    parts = returns.new_empty(2, programs * row_splits, 3) if whitened else stats
+    parts = returns.new_empty(2, num_parts, 3) if whitened else stats
     steps = returns, step_ends, cu_seqlens
     outcomes = outcome_rewards, has_answer
     with torch.cuda.device_of(returns):
@@ -327,7 +350,7 @@ def launch(
             process_coef,
             outcome_coef,
             PRESET=preset,
-            **launch,
+            **SUMS,
         )
         process_baselines[(num_sequences,)](
             ids,
@@ -345,9 +368,8 @@ def launch(
             SPLITS=splits,
             **GROUP,
         )
-        process_levels[(programs, row_splits)](
+        process_levels[(programs,)](
             *steps,
-            penalty,
             base,
             baseline,
             levels,
@@ -355,15 +377,29 @@ def launch(
             num_steps,
             num_tokens,
             num_sequences,
-            num_steps.bit_length(),
             process_coef,
             PRESET=preset,
-            WHITENED=whitened,
+            MOMENTS=whitened and not programs_of_rows,
             MASK_STEP_ENDS=mask_step_ends,
-            **launch,
+            **LEVELS,
         )
+        if programs_of_rows:
+            process_moments[(programs_of_rows,)](
+                levels,
+                base,
+                step_ends,
+                cu_seqlens,
+                penalty,
+                parts,
+                num_tokens,
+                num_steps,
+                num_sequences,
+                PRESET=preset,
+                MASK_STEP_ENDS=mask_step_ends,
+                **MOMENTS,
+            )
         if whitened:
-            moments_join[(2,)](parts, stats, programs * row_splits, **BATCH_JOIN)
+            moments_join[(2,)](parts, stats, num_parts, **BATCH_JOIN)
     return levels, base, stats
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..ops.process_diagnostics import _process_diagnostics
 from .min_form_returns import lowest_step
-from .process_advantages import ROW_SPLITS, ROWS, STEPS
-from .search import sequence_bounds
+from .process_advantages import ROW_SPLITS, SUMS
+from .search import rows_of, steps_of
 
 SEQUENCES = {"BS": 512, "num_warps": 4}
 
@@ -36,8 +36,9 @@ def diagnose(
     BT: tl.constexpr,
 ):
     i_s, i_p, num_splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    bos, eos, first, last = sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens)
+    bos, eos = rows_of(cu_seqlens, i_s, num_tokens)
     if i_p == 0:
+        first, last = steps_of(step_ends, num_steps, bos, eos)
         low, worst, broken = lowest_step(step_rewards, first, last, num_steps, BK)
         b_total = tl.zeros([BK], tl.float64)
         b_weighted = tl.zeros([BK], tl.float64)
@@ -64,13 +65,17 @@ def diagnose(
         tl.store(per_sequence + 2 * num_sequences + i_s, tl.where(idle, nothing, effective.to(tl.float32)))
         tl.store(is_few + 2 * i_s, tl.where(last - first <= 1, 1.0, 0.0).to(tl.float64))
         tl.store(is_few + 2 * i_s + 1, tl.where(eos - bos < min_tokens, 1.0, 0.0).to(tl.float64))
-    b_mass = tl.zeros([BT], tl.float64)
+    own_mass = tl.full([], 0.0, tl.float64)
     if advantages is not None:
-        for i_t in range(bos + i_p * BT, eos, num_splits * BT):
-            o_t = i_t + tl.arange(0, BT)
-            b_a = tl.abs(tl.load(advantages + o_t, o_t < eos, 0.0).to(tl.float64))
-            b_mass += tl.where(b_a - b_a == 0.0, b_a, 0.0)
-    tl.store(mass + i_s * num_splits + i_p, tl.sum(b_mass, 0))
+        begin = bos + i_p * BT
+        if begin < eos:
+            b_mass = tl.zeros([BT], tl.float64)
+            for i_t in range(begin, eos, num_splits * BT):
+                o_t = i_t + tl.arange(0, BT)
+                b_a = tl.abs(tl.load(advantages + o_t, o_t < eos, 0.0).to(tl.float64))
+                b_mass += tl.where(b_a - b_a == 0.0, b_a, 0.0)
+            own_mass = tl.sum(b_mass, 0)
+    tl.store(mass + i_s * num_splits + i_p, own_mass)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -116,9 +121,9 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     num_sequences = cu_seqlens.shape[0] - 1
     # without advantages nothing of length T is read, and only the boundaries say what T is
-    num_tokens, splits, launch = 2**62, 1, STEPS | {"BT": 1}
+    num_tokens, splits = 2**62, 1
     if advantages is not None:
-        num_tokens, splits, launch = advantages.shape[0], ROW_SPLITS, ROWS
+        num_tokens, splits = advantages.shape[0], ROW_SPLITS
     per_sequence = step_rewards.new_empty(3, num_sequences, dtype=torch.float32)
     shares = step_rewards.new_empty(4, dtype=torch.float32)
     is_few = step_rewards.new_empty(num_sequences, 2, dtype=torch.float64)
@@ -138,7 +143,7 @@ def launch(
                 num_sequences,
                 min_tokens,
                 temperature,
-                **launch,
+                **SUMS,
             )
         diagnose_shares[(1,)](is_few, mass, shares, num_sequences, splits, **SEQUENCES)
     return per_sequence, shares

@@ -86,12 +86,18 @@ def steps_of(step_ends, num_steps, begin, end):
 
 
 @triton.jit
+def rows_of(cu_seqlens, i_s, num_tokens):
+    """The rows [bos, eos) of a sequence, inside [0, T] whatever the boundaries."""
+    bos = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_s).to(tl.int64), 0), num_tokens)
+    return bos, tl.minimum(tl.maximum(tl.load(cu_seqlens + i_s + 1).to(tl.int64), bos), num_tokens)
+
+
+@triton.jit
 def sequence_bounds(step_ends, cu_seqlens, i_s, num_steps, num_tokens):
     """The rows [bos, eos) of a sequence and its steps [first, last), inside the tensors whatever the boundaries."""
-    begin, end = tl.load(cu_seqlens + i_s).to(tl.int64), tl.load(cu_seqlens + i_s + 1).to(tl.int64)
-    first, last = steps_of(step_ends, num_steps, begin, end)
-    bos = tl.minimum(tl.maximum(begin, 0), num_tokens)
-    return bos, tl.minimum(tl.maximum(end, bos), num_tokens), first, last
+    bos, eos = rows_of(cu_seqlens, i_s, num_tokens)
+    first, last = steps_of(step_ends, num_steps, bos, eos)
+    return bos, eos, first, last
 
 
 @triton.jit

@@ -46,16 +46,54 @@ def unwoven(b_x):
 
 
 @triton.jit
-def value_of_rows(values, base, step_ends, eos, has_before, b_k, m_k, b_end, b_s, m_s, b_eos):
-    """x of rows in step b_k, which ends at b_end, and sequence b_s, which ends before b_eos."""
-    m_step = m_k & (b_end < b_eos)
+def walk(step_ends, cu_seqlens, begin, num_rows, num_steps, num_sequences, BT: tl.constexpr):
+    """The steps and the sequences of BT rows: the first of each, and counted from there those of the first of RUN rows.
+
+    Behind the numbers of the firsts, what next_row needs: the ends from the firsts on, and how many there are.
+    """
+    end = tl.minimum(begin + BT, num_rows)
+    first, last = counts_below(step_ends, num_steps, begin, end, WIDTH)
+    first_s, last_s = counts_below(cu_seqlens + 1, num_sequences, begin + 1, end, WIDTH)
+    step_ends += first
+    eos = cu_seqlens + first_s + 1
+    whole_steps = tl.maximum(last - first, 0).to(tl.int32)
+    whole_sequences = tl.maximum(last_s - first_s, 0).to(tl.int32)
+    steps_here = tl.minimum(whole_steps + 1, num_steps - first).to(tl.int32)
+    sequences_here = tl.minimum(whole_sequences + 1, num_sequences - first_s).to(tl.int32)
+    # a sequence that ends is followed by the next one, unless that has no rows
+    b_empty = tl.zeros([WIDTH], tl.int32)
+    for i in range(1, whole_sequences + 1, WIDTH):
+        o = i + tl.arange(0, WIDTH)
+        m = o < sequences_here
+        b_empty += tl.where(m & (tl.load(eos + o - 1, m, 0) == tl.load(eos + o, m, 0)), 1, 0)
+    halvings = bit_length(whole_sequences)
+    further_halvings = tl.where(tl.max(b_empty, 0) > 0, halvings, 0)
+    b_first = begin + tl.arange(0, BT // RUN) * RUN
+    b_k = count_below(step_ends, whole_steps, bit_length(whole_steps), b_first)
+    b_s = count_below(eos, whole_sequences, halvings, b_first + 1)
+    around = step_ends, eos, first > 0, steps_here, sequences_here, whole_sequences, further_halvings
+    return first, first_s, b_first, b_k, b_s, around
+
+
+@triton.jit
+def next_row(values, base, around, b_t, b_k, b_s):
+    """x of rows b_t in step b_k and sequence b_s, which of them end their steps, and where the next rows are."""
+    step_ends, eos, has_before, steps_here, sequences_here, whole_sequences, further_halvings = around
+    m_k, m_s = b_k < steps_here, b_s < sequences_here
+    b_end, b_eos = bound_at(step_ends, b_k, m_k), tl.load(eos + b_s, m_s, -1)
+    m_step, m_ends = m_k & (b_end < b_eos), b_end == b_t
     if base is not None:
-        return tl.load(tl.where(m_step, values + b_k, base + b_s), m_s, 0.0)
-    m_tail = m_s & ~m_step & (has_before | (b_k > 0))
-    b_before = tl.load(step_ends + b_k - 1, m_tail, -1).to(tl.int64)
-    m_tail = m_tail & (b_before >= tl.load(eos + b_s - 1, m_tail, 0).to(tl.int64))
-    b_x = tl.load(values + b_k - 1, m_tail, 0.0)
-    return tl.load(values + b_k, m_step, b_x - b_x)
+        b_x = tl.load(tl.where(m_step, values + b_k, base + b_s), m_s, 0.0)
+    else:
+        m_tail = m_s & ~m_step & (has_before | (b_k > 0))
+        b_before = tl.load(step_ends + b_k - 1, m_tail, -1).to(tl.int64)
+        m_tail = m_tail & (b_before >= tl.load(eos + b_s - 1, m_tail, 0).to(tl.int64))
+        b_x = tl.load(values + b_k - 1, m_tail, 0.0)
+        b_x = tl.load(values + b_k, m_step, b_x - b_x)
+    b_k += tl.where(m_ends, 1, 0)
+    b_s += tl.where(b_eos == b_t + 1, 1, 0)
+    b_s = tl.maximum(b_s, count_below(eos, whole_sequences, further_halvings, b_t + 2))
+    return b_x, m_ends, b_k, b_s
 
 
 @triton.jit
@@ -83,27 +121,12 @@ def rows_of_steps(
     BT: tl.constexpr,
 ):
     begin = tl.program_id(0).to(tl.int64) * BT
-    end = tl.minimum(begin + BT, num_rows)
-    first, last = counts_below(step_ends, num_steps, begin, end, WIDTH)
-    first_s, last_s = counts_below(cu_seqlens + 1, num_sequences, begin + 1, end, WIDTH)
-    # from here on tensors begin where the program's rows do
-    step_ends += first
+    first, first_s, b_first, b_k, b_s, around = walk(
+        step_ends, cu_seqlens, begin, num_rows, num_steps, num_sequences, BT
+    )
     values += first
-    eos = cu_seqlens + first_s + 1
     if base is not None:
         base += first_s
-    whole_steps = tl.maximum(last - first, 0).to(tl.int32)
-    whole_sequences = tl.maximum(last_s - first_s, 0).to(tl.int32)
-    steps_here = tl.minimum(whole_steps + 1, num_steps - first).to(tl.int32)
-    sequences_here = tl.minimum(whole_sequences + 1, num_sequences - first_s).to(tl.int32)
-    # a sequence that ends is followed by the next one, unless that has no rows
-    b_empty = tl.zeros([WIDTH], tl.int32)
-    for i in range(1, whole_sequences + 1, WIDTH):
-        o = i + tl.arange(0, WIDTH)
-        m = o < sequences_here
-        b_empty += tl.where(m & (tl.load(eos + o - 1, m, 0) == tl.load(eos + o, m, 0)), 1, 0)
-    halvings = bit_length(whole_sequences)
-    further_halvings = tl.where(tl.max(b_empty, 0) > 0, halvings, 0)
 
     mean = tl.full([], 0.0, tl.float64)
     scale = tl.full([], 1.0, tl.float64)
@@ -114,28 +137,19 @@ def rows_of_steps(
         else:
             variance = m2 / tl.maximum(count - 1.0, 1.0) + 1e-8
         scale = tl.rsqrt(variance)
-    b_first = begin + tl.arange(0, BT // RUN) * RUN
-    b_k = count_below(step_ends, whole_steps, bit_length(whole_steps), b_first)
-    b_s = count_below(eos, whole_sequences, halvings, b_first + 1)
     o_t = begin + tl.arange(0, BT)
     if penalty is not None:
         b_penalty = unwoven(tl.load(penalty + o_t, o_t < num_rows, 0.0))
     b_rows = ()
     for j in tl.static_range(RUN):
-        b_t = b_first + j
-        m_k, m_s = b_k < steps_here, b_s < sequences_here
-        b_end, b_eos = bound_at(step_ends, b_k, m_k), tl.load(eos + b_s, m_s, -1)
-        b_x = value_of_rows(values, base, step_ends, eos, first > 0, b_k, m_k, b_end, b_s, m_s, b_eos)
+        b_x, m_ends, b_k, b_s = next_row(values, base, around, b_first + j, b_k, b_s)
         if penalty is not None:
             b_x -= b_penalty[j].to(tl.float64)
         if stats is not None:
             b_x = whitened(b_x, mean, scale, WHITENING)
         if MASK_STEP_ENDS:
-            b_x = tl.where(b_end == b_t, 0.0, b_x)
+            b_x = tl.where(m_ends, 0.0, b_x)
         b_rows += (b_x.to(rows.dtype.element_ty),)
-        b_k += tl.where(b_end == b_t, 1, 0)
-        b_s += tl.where(b_eos == b_t + 1, 1, 0)
-        b_s = tl.maximum(b_s, count_below(eos, whole_sequences, further_halvings, b_t + 2))
     tl.store(rows + o_t, woven(b_rows), o_t < num_rows)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ptx import triton_launches
-from qrm_fast.triton import linear_policy_loss, moments, policy_loss, step_rows
+from qrm_fast.triton import (
+    linear_policy_loss,
+    moments,
+    policy_loss,
+    process_advantages,
+    process_diagnostics,
+    step_rows,
+)
 
 NUM_ROWS = 2048
 
@@ -66,7 +73,7 @@ def test_moments_of_sequences(triton_device):
     assert instructions_per_row("moments_rows", launch) <= 80
 
 
-@pytest.mark.parametrize(("masked", "most"), [(False, 15), (True, 19)])
+@pytest.mark.parametrize(("masked", "most"), [(False, 15), (True, 18)])
 def test_moments(monkeypatch, triton_device, masked, most):
     monkeypatch.setattr(moments, "BATCH_SPLITS", 1)
 
@@ -76,7 +83,7 @@ def test_moments(monkeypatch, triton_device, masked, most):
     assert instructions_per_row("moments_rows", launch) <= most
 
 
-@pytest.mark.parametrize(("penalised", "most"), [(False, 51), (True, 56)])
+@pytest.mark.parametrize(("penalised", "most"), [(False, 50), (True, 54)])
 def test_rows_of_steps(triton_device, penalised, most):
     """Steps of 40 rows, sequences of 512, in a batch of 2^17."""
     ends, cu = torch.arange(39, 1 << 17, 40), torch.arange(0, (1 << 17) + 1, 512)
@@ -87,6 +94,44 @@ def test_rows_of_steps(triton_device, penalised, most):
         step_rows.launch(values, base, ends, cu, penalty, stats, "nonzero", num_rows, True, False)
 
     assert instructions_per_row("rows_of_steps", launch) <= most
+
+
+@pytest.mark.parametrize(
+    ("preset", "penalised", "most"),
+    [
+        ("openrlhf", False, {"process_sums": 11, "process_levels": 19}),
+        ("openrlhf", True, {"process_sums": 11, "process_levels": 15, "process_moments": 64}),
+        ("verl", True, {"process_sums": 54, "process_levels": 12, "process_moments": 58}),
+    ],
+    ids=["plain", "penalised", "penalised verl"],
+)
+def test_process_advantages(monkeypatch, triton_device, preset, penalised, most):
+    """Steps of 40 rows, sequences of 512."""
+    monkeypatch.setattr(process_advantages, "BATCH_SPLITS", 1)
+
+    def launch(num_rows):
+        num_rows *= 8
+        ends, cu = torch.arange(39, num_rows, 40), torch.arange(0, num_rows + 1, 512)
+        ids, penalty = torch.arange(len(cu) - 1) // 8, torch.rand(num_rows) if penalised else None
+        of_sequence = ends, cu, ids, torch.rand(len(ids)), None, penalty
+        options = preset, 3000.0, 1.0, 1.0, preset == "openrlhf"
+        process_advantages.launch(torch.rand(len(ends)).double(), *of_sequence, num_rows, *options)
+
+    for kernel, number in most.items():
+        assert instructions_per_row(kernel, launch) / 8 <= number, kernel
+
+
+@pytest.mark.parametrize(("shares", "most"), [(False, 43), (True, 80)])
+def test_process_diagnostics(triton_device, shares, most):
+    """Steps of 40 rows, sequences of 512."""
+
+    def launch(num_rows):
+        num_rows *= 8
+        ends, cu = torch.arange(39, num_rows, 40), torch.arange(0, num_rows + 1, 512)
+        advantages = torch.randn(num_rows) if shares else None
+        process_diagnostics.launch(torch.randn(len(ends)), ends, cu, 0.1, 20, advantages)
+
+    assert instructions_per_row("diagnose", launch) / 8 <= most
 
 
 @pytest.mark.parametrize(("entropy_coef", "most"), [(0.0, 22), (0.01, 40)])
